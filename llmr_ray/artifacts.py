@@ -1,0 +1,384 @@
+"""The artifact store: what a stage made, named by what determines it, and never half there.
+
+An artifact is a folder ``{root}/{stage}/{name}-{h12}`` where ``h12`` hashes the stage, its version, its identity config
+and the ids of its inputs. Inside:
+
+    parts/{table}-{shard:05d}.parquet     one file per table and shard
+    files/...                             other files (a model, an index)
+    _ledger/{shard:05d}.json              written when the shard's files are safe: rows, counts, sha256
+    config.json                           the identity that the id hashes
+    manifest.json                         written last: an artifact without a valid one does not exist
+
+The shard is the unit of retry, order and determinism: whatever order shards finish in, the bytes are the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmr_ray.errors import DataError, LockedError
+from llmr_ray.schemas import SCHEMAS, conform
+
+LEASE_SECONDS = 60.0
+
+SHARD_ROWS = 2048
+"""Rows of corpus or queries in one shard. It decides file boundaries, hence bytes, so it is no runtime setting."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no whitespace, so that equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of a text (lone surrogates allowed)."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of (seed, purpose, epoch, id, ...); the only source of randomness."""
+    digest = hashlib.sha256(canonical_json([str(part) for part in parts]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees all of it or nothing: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    with temporary.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    commit_rename(temporary, path)
+
+
+def commit_rename(temporary: Path, path: Path) -> None:
+    """Renames a finished file or folder into place and makes the rename durable."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file atomically; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """The accounting of a shard or stage: rows_in = ok + cached + quarantined + skipped, each drop with its reason."""
+
+    rows_in: int = 0
+    ok: int = 0
+    cached: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    llm_tokens: int = 0
+
+    def check(self, where: str) -> None:
+        """Raises DataError when rows went missing without a reason."""
+        out = self.ok + self.cached + self.quarantined.total() + self.skipped.total()
+        if out != self.rows_in:
+            raise DataError(
+                f"{where}: {self.rows_in} rows in, but {self.ok} ok + {self.cached} cached + "
+                f"{self.quarantined.total()} quarantined + {self.skipped.total()} skipped = {out}. Rows were lost or "
+                "counted twice; this is a defect of the stage, not of your data."
+            )
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            rows_in=self.rows_in + other.rows_in,
+            ok=self.ok + other.ok,
+            cached=self.cached + other.cached,
+            quarantined=self.quarantined + other.quarantined,
+            skipped=self.skipped + other.skipped,
+            llm_tokens=self.llm_tokens + other.llm_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON form, keys sorted by the writer."""
+        return {
+            "rows_in": self.rows_in,
+            "ok": self.ok,
+            "cached": self.cached,
+            "quarantined": dict(self.quarantined),
+            "skipped": dict(self.skipped),
+            "llm_tokens": self.llm_tokens,
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Counts":
+        """The inverse of to_dict."""
+        return cls(
+            rows_in=record["rows_in"],
+            ok=record["ok"],
+            cached=record["cached"],
+            quarantined=Counter(record["quarantined"]),
+            skipped=Counter(record["skipped"]),
+            llm_tokens=record["llm_tokens"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSpec:
+    """What determines an artifact: nothing else may change its content.
+
+    `config` is the stage's identity config as plain JSON values; `inputs` maps a role to an artifact id or to the
+    fingerprint of an external model or file.
+    """
+
+    stage: str
+    name: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The value that the id hashes."""
+        return {"stage": self.stage, "version": self.version, "config": self.config, "inputs": self.inputs}
+
+    @property
+    def id(self) -> str:
+        """``stage/name-h12``."""
+        return f"{self.stage}/{self.name}-{sha256_text(canonical_json(self.identity))[:12]}"
+
+
+class Artifact:
+    """An artifact's folder: reading finished tables, writing shards, committing.
+
+    Args:
+        root: the store's root folder.
+        spec: what determines the artifact.
+    """
+
+    def __init__(self, root: Path | str, spec: ArtifactSpec) -> None:
+        self.spec = spec
+        self.id = spec.id
+        self.path = Path(root) / spec.id
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the artifact is unfinished. A mismatch of identity raises."""
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return None
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if manifest["identity"] != json.loads(canonical_json(self.spec.identity)):
+            raise DataError(
+                f"{path} was made by another identity than {self.id} claims. The folder was changed by hand or the "
+                "hash collided; move it away and run again."
+            )
+        return manifest
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the artifact is complete."""
+        return self.manifest is not None
+
+    def ledger(self) -> dict[int, dict[str, Any]]:
+        """Records of finished shards whose files are there with the recorded size; others count as missing."""
+        records = {}
+        for path in sorted((self.path / "_ledger").glob("*.json")):
+            record = json.loads(path.read_text())
+            if all(
+                (self.path / name).exists() and (self.path / name).stat().st_size == entry["bytes"]
+                for name, entry in record["files"].items()
+            ):
+                records[int(record["shard"])] = record
+        return records
+
+    def pending(self, num_shards: int) -> list[int]:
+        """Shards still to do."""
+        done = self.ledger()
+        return [shard for shard in range(num_shards) if shard not in done]
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Creates the folder, records the identity and sweeps the temporary files that a killed run left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.json", (canonical_json(self.spec.identity) + "\n").encode())
+        for stale in self.path.rglob("*.tmp-*"):
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
+
+    def write_shard(
+        self, shard: int, tables: dict[str, pa.Table], counts: Counts, *, files: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Commits a shard: its tables (checked against their schema), then its ledger record. Returns the record.
+
+        Args:
+            shard: the shard's number.
+            tables: by name; names found in SCHEMAS are conformed first.
+            counts: the shard's accounting; it must balance.
+            files: paths below the artifact's folder that the caller already wrote safely.
+        """
+        counts.check(f"{self.id} shard {shard}")
+        names = list(files)
+        rows = {}
+        for name, table in tables.items():
+            checked = conform(table, name) if name in SCHEMAS else table
+            relative = f"parts/{name}-{shard:05d}.parquet"
+            write_table(checked, self.path / relative)
+            names.append(relative)
+            rows[name] = checked.num_rows
+        record = {
+            "shard": shard,
+            "rows": rows,
+            "files": {
+                name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256_file(self.path / name)}
+                for name in sorted(names)
+            },
+            "counts": counts.to_dict(),
+        }
+        write_atomic(self.path / "_ledger" / f"{shard:05d}.json", (canonical_json(record) + "\n").encode())
+        return record
+
+    def commit(self, num_shards: int, *, seconds: float, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the manifest once every shard is in the ledger; raises DataError if one is not."""
+        ledger = self.ledger()
+        missing = [shard for shard in range(num_shards) if shard not in ledger]
+        if missing:
+            raise DataError(f"{self.id}: shards {missing[:5]} of {num_shards} are not finished; nothing is committed.")
+        counts = sum((Counts.from_dict(ledger[shard]["counts"]) for shard in range(num_shards)), Counts())
+        counts.check(self.id)
+        manifest = {
+            "id": self.id,
+            "identity": self.spec.identity,
+            "num_shards": num_shards,
+            "files": {name: entry for shard in range(num_shards) for name, entry in ledger[shard]["files"].items()},
+            "rows": dict(sum((Counter(ledger[shard]["rows"]) for shard in range(num_shards)), Counter())),
+            "counts": counts.to_dict(),
+            "seconds": round(seconds, 3),
+            "extra": extra or {},
+        }
+        write_atomic(self.path / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        return manifest
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def require(self) -> dict[str, Any]:
+        """The manifest of a finished artifact; DataError otherwise."""
+        manifest = self.manifest
+        if manifest is None:
+            raise DataError(f"{self.id} is not finished and cannot be read. Run the stage '{self.spec.stage}' first.")
+        return manifest
+
+    def verify(self) -> None:
+        """Recomputes every checksum; DataError names the file that does not match."""
+        for name, entry in self.require()["files"].items():
+            path = self.path / name
+            if not path.exists() or sha256_file(path) != entry["sha256"]:
+                raise DataError(
+                    f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run "
+                    "again: the stage will be redone."
+                )
+
+    def read(self, table: str, shard: int | None = None) -> pa.Table:
+        """A finished artifact's table, shards in order (or one shard's part)."""
+        manifest = self.require()
+        shards = range(manifest["num_shards"]) if shard is None else [shard]
+        paths = [self.path / "parts" / f"{table}-{number:05d}.parquet" for number in shards]
+        parts = [pq.read_table(path) for path in paths if path.exists()]
+        if not parts:
+            raise DataError(f"{self.id} holds no table '{table}'; it holds {sorted(manifest['rows'])}.")
+        whole = pa.concat_tables(parts)
+        return conform(whole, table) if table in SCHEMAS else whole
+
+    def file(self, name: str) -> Path:
+        """The path of a file below ``files/``."""
+        return self.path / "files" / name
+
+    # --- one writer --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the artifact for this process; raises LockedError naming a living owner.
+
+        A lock whose heartbeat is older than LEASE_SECONDS, or whose process on this host is gone, is taken over.
+        """
+        path = self.path / "LOCK"
+        self.path.mkdir(parents=True, exist_ok=True)
+        _acquire(path)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(LEASE_SECONDS / 6):
+                os.utime(path)
+
+        heart = threading.Thread(target=beat, daemon=True, name="artifact-lock-heartbeat")
+        heart.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            heart.join()
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path) -> None:
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    while True:
+        try:
+            with path.open("x") as handle:
+                handle.write(canonical_json(mine))
+            return
+        except FileExistsError:
+            pass
+        try:
+            text, age = path.read_text(), time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        owner = json.loads(text) if text.strip() else {}
+        if age < LEASE_SECONDS and not _is_dead(owner):
+            raise LockedError(
+                f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} since "
+                f"{owner.get('since')}. Wait for it to finish, or stop it; two writers would spoil the artifact."
+            )
+        path.unlink(missing_ok=True)
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    if owner.get("host") != socket.gethostname() or "pid" not in owner:
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

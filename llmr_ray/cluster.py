@@ -1,0 +1,129 @@
+"""Ray, started in one place, with the checks that keep a pipeline from hanging.
+
+Ray Data holds one logical CPU for each read, write and actor; a plan that asks for more than there are does not fail,
+it waits for ever. ``start`` therefore gives a local Ray more logical CPUs than the machine has cores (the work itself
+is bounded by the threads each actor uses), and ``map_shards`` refuses a plan that cannot be placed.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from llmr_ray.config import RuntimeConfig
+from llmr_ray.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+
+def start(runtime: RuntimeConfig) -> None:
+    """Connects to the cluster named by RAY_ADDRESS (as in a submitted job), or starts a local Ray. Does it once."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            num_cpus=runtime.logical_cpus,
+            include_dashboard=False,
+            object_store_memory=runtime.object_store_mb * 2**20,
+            log_to_driver=runtime.log_workers,
+            logging_level=logging.WARNING,
+        )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def stop() -> None:
+    """Disconnects; a Ray that `start` started ends with it."""
+    ray.shutdown()
+
+
+def require(cpus: float, gpus: float, purpose: str) -> None:
+    """Raises ResourceError when the cluster can never place what is asked for."""
+    total = ray.cluster_resources()
+    if total.get("CPU", 0) < cpus or total.get("GPU", 0) < gpus:
+        raise ResourceError(
+            f"{purpose} needs {cpus:g} logical CPUs and {gpus:g} GPUs, but the cluster has {total.get('CPU', 0):g} and "
+            f"{total.get('GPU', 0):g}; it would wait for ever. Lower the actors in `runtime`, or raise "
+            "`runtime.logical_cpus` (local) or add nodes."
+        )
+
+
+def map_shards(
+    shards: Sequence[int],
+    worker: type,
+    worker_args: dict[str, Any],
+    *,
+    num_actors: int,
+    num_threads: int = 1,
+    num_gpus: float = 0,
+    purpose: str,
+    on_done: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Runs `worker(**worker_args).run(shard)` for each shard number through Ray Data; returns the ledger records.
+
+    The worker reads its shard, works, commits it and returns the ledger record; only shard numbers and records travel.
+    An actor that dies is replaced and its shard redone. Records come back in the order of completion through `on_done`
+    and are returned sorted by shard.
+
+    Args:
+        shards: shard numbers still to do.
+        worker: a class; one instance lives in each actor.
+        worker_args: what each instance is constructed with.
+        num_actors: how many actors at the most.
+        num_threads: threads for BLAS, OpenMP and torch in each actor.
+        num_gpus: GPUs of each actor.
+        purpose: the stage, for messages.
+        on_done: called with each record as it comes.
+    """
+    if not shards:
+        return []
+    actors = max(1, min(num_actors, len(shards)))
+    require(actors + 2, actors * num_gpus, purpose)
+    environment = {
+        "env_vars": {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+    }
+    started = time.monotonic()
+    dataset = ray.data.from_items([{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards))
+    mapped = dataset.map_batches(
+        _ShardActor,
+        fn_constructor_kwargs={"worker": worker, "worker_args": worker_args, "num_threads": num_threads},
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=num_gpus or None,
+        runtime_env=environment,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    records = []
+    for row in mapped.iter_rows():
+        record = json.loads(row["record"])
+        records.append(record)
+        if on_done is not None:
+            on_done(record)
+    log.info("%s: %d shards in %.1f s", purpose, len(records), time.monotonic() - started)
+    return sorted(records, key=lambda record: int(record["shard"]))
+
+
+class _ShardActor:
+    """What Ray Data keeps alive: one worker, called with one shard number at a time."""
+
+    def __init__(self, worker: type, worker_args: dict[str, Any], num_threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self.worker = worker(**worker_args)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        # A record travels as JSON text inside a row: Arrow would merge the differing keys of two records.
+        return {"record": [json.dumps(self.worker.run(int(shard))) for shard in batch["shard"]]}

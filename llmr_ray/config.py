@@ -1,0 +1,405 @@
+"""The configuration: frozen dataclasses, values in YAML, merged left to right, an unknown key fails.
+
+Everything outside `runtime` is identity: it changes numbers and is hashed into artifact ids. `runtime` changes only
+speed and place and never is. This module stays light: it imports neither torch, ray nor vllm.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmr_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One data set: where it comes from and how much of it is used."""
+
+    task: str = "qa"
+    """The task whose instructions, reward and losses apply: qa, convsearch, chat, lrlm, icl or tool."""
+    source: str = "jsonl"
+    """The reader in data/sources.py."""
+    path: str = ""
+    """An asset's name (llmr_ray/assets.py) or a local path."""
+    num_train: int = 0
+    """Training queries at the most, the lowest by a hash of the query id. 0: evaluation only."""
+    num_dev: int = 0
+    """Development queries at the most."""
+    num_test: int = 0
+    """Test queries at the most."""
+    num_documents: int = 0
+    """Documents of the pool at the least (gold documents first, then fill). 0: all."""
+    max_text_chars: int = 20_000
+    """Longer texts are quarantined, not cut: a 1 MB passage is a defect of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How queries are split. A query's split is a pure function of its id."""
+
+    test_fraction: float = 0.3
+    """Share of ids whose hash falls into the test split."""
+    dev_fraction: float = 0.1
+    """Share of ids whose hash falls into the development split."""
+    max_bad_fraction: float = 0.05
+    """Quarantined rows above this share of a data set fail the stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedderConfig:
+    """The base embedder: any BERT-like or sentence-transformers model (methods.md A.2)."""
+
+    model: str = "minilm-l6"
+    """An asset's name, a local folder or a hub name."""
+    pooling: str = "auto"
+    """auto (what the folder says; mean otherwise), cls, mean or last."""
+    max_query_tokens: int = 64
+    """Longer queries are cut on the right. Published: 256."""
+    max_document_tokens: int = 64
+    """Longer documents are cut on the right. Published: 256."""
+    precision: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively, else float32. The resolved value
+    is identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """The language model whose feedback trains the embedder and that reads what is retrieved."""
+
+    model: str = "smollm2-135m-instruct"
+    """An asset's name, a local folder or a hub name."""
+    engine: str = "vllm"
+    """vllm, or transformers (the slow reference)."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    max_model_tokens: int = 1024
+    """Prompt and output together. Longer prompts lose candidate text first, never the desired output."""
+    max_candidate_tokens: int = 512
+    """A candidate is cut to this many LLM tokens before it enters a prompt (methods.md A.4.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskMine:
+    """Candidates of one task."""
+
+    num_bm25: int = 4
+    """Best documents by BM25."""
+    num_dense: int = 4
+    """Best documents by the miner's embeddings."""
+    num_random: int = 0
+    """Documents drawn from the query's range of the pool."""
+    depth: int = 50
+    """How deep each retriever looks before gold and duplicates are taken out."""
+    skip_top: int = 0
+    """Leave out the best so many of each retriever (false negatives of tasks trained on labels)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """LLM feedback of one task (methods.md A.4)."""
+
+    feedback: str = "none"
+    """none (labels only), likelihood (mean log-probability of the desired output) or rank (rank-aware reward)."""
+    samples: str = "shared"
+    """rank only. fresh: N outputs are drawn per candidate; shared: the outputs drawn without retrieval are rescored."""
+    num_samples: int = 10
+    """rank only: N."""
+    max_new_tokens: int = 32
+    """rank only: length of a sampled output."""
+    sample_temperature: float = 1.0
+    """rank only."""
+    normalization: str = "mean"
+    """mean (per token) or sum: the likelihood by which outputs are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskGroup:
+    """From scores to training groups (methods.md A.5.1). Filters drop queries, each with a counted reason."""
+
+    min_reward: float | None = None
+    """Drop a query whose best reward is below this."""
+    min_margin: float = 0.0
+    """Drop a query whose best and worst reward differ by no more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTrain:
+    """Sampling and losses of one task (methods.md A.5)."""
+
+    positive: str = "first"
+    """first (gold), random (of the gold ones), teacher (best reward of all) or teacher_gold (best of the gold ones)."""
+    negatives: str = "random"
+    """random, first, lowest or highest by reward; sampled anew at every step."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive loss (A.5.2)."""
+    graded_weight: float = 0.0
+    """Weight of graded distillation (A.5.4)."""
+    kl_weight: float = 0.0
+    """Weight of the group KL (A.5.3)."""
+    reward_temperature: float = 1.0
+    """Softmax temperature on rewards (teacher)."""
+    tie_policy: str = "sorted"
+    """graded: strict (tied documents are not each other's negatives) or sorted (released code)."""
+    position0: str = "gold_first"
+    """graded: gold_first (the chosen positive stays first whatever its reward) or by_reward."""
+    repeat: int = 1
+    """How often the data set occurs in an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One task: instructions of both sides, and what each stage does with it."""
+
+    query_instruction: str = ""
+    """Put before a query (methods.md A.2.1)."""
+    document_instruction: str = ""
+    """Put before a document."""
+    mine: TaskMine = field(default_factory=TaskMine)
+    score: TaskScore = field(default_factory=TaskScore)
+    group: TaskGroup = field(default_factory=TaskGroup)
+    train: TaskTrain = field(default_factory=TaskTrain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BM25Config:
+    """BM25 as in the released evaluator (methods.md A.3)."""
+
+    k1: float = 0.82
+    b: float = 0.68
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation (methods.md A.6)."""
+
+    num_steps: int = 100
+    """Optimiser steps."""
+    global_batch_size: int = 32
+    """Queries of a step over all workers; each worker takes an equal slice."""
+    group_size: int = 4
+    """Documents per query in a step: one positive and the rest negatives (G)."""
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.2
+    schedule: str = "linear"
+    """linear decay to 0, or constant, after a linear warm-up."""
+    temperature: float = 0.02
+    """Divides cosines in every loss. Published: 0.01."""
+    max_grad_norm: float = 1.0
+    """0: no clipping."""
+    batching: str = "homogeneous"
+    """homogeneous (one data set per batch) or mixed."""
+    self_paced: bool = True
+    """lr = schedule * sqrt(L / L0) per task (A.6.2)."""
+    self_paced_interval: int = 25
+    """Steps between refreshes of L0. Published: 1000."""
+    checkpoint_interval: int = 25
+    """Steps between checkpoints; a failure costs at most this many."""
+    dropout: bool = True
+    """False: dropout off, so that runs with different worker counts can be compared exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation in small (methods.md A.7)."""
+
+    methods: list[str] = field(default_factory=lambda: ["none", "random", "bm25", "recency", "base", "trained"])
+    num_llm_queries: dict[str, int] = field(default_factory=dict)
+    """Test queries per data set that the LLM answers; the lowest by a hash of the id. Absent: 0."""
+    qa_passages: int = 3
+    qa_passage_tokens: int = 96
+    """A passage is cut to this many LLM tokens in the reader's prompt."""
+    qa_max_new_tokens: int = 16
+    icl_demonstrations: int = 4
+    """Published: 8."""
+    icl_demonstration_tokens: int = 96
+    icl_max_new_tokens: int = 16
+    chat_turns: int = 1
+    lrlm_chunks: int = 2
+    """Chunks with their continuation put before the window. Published: 8."""
+    lrlm_window_tokens: int = 256
+    """The recent text the LLM always sees (the query chunk ends it). Published: 2048."""
+    bootstrap_samples: int = 10_000
+    """For the 95% intervals (percentile bootstrap over queries)."""
+    search_depth: int = 100
+    """Documents kept per query and method in run files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Speed and place only; never part of an artifact's id."""
+
+    artifact_root: str = "artifacts"
+    run_root: str = "runs"
+    cache_root: str = ""
+    """Where sample models and data are kept; empty: $LLMR_CACHE or ~/.cache/llmr_ray."""
+    logical_cpus: int = 16
+    """Of a local Ray (RAY_ADDRESS unset): covers every actor and one read and write each. Threads bound the work."""
+    object_store_mb: int = 512
+    log_workers: bool = False
+    """Show the output of Ray workers in the driver's log."""
+    encode_actors: int = 2
+    encode_threads: int = 1
+    encode_batch_tokens: int = 8192
+    encode_gpus: float = 0
+    mine_actors: int = 2
+    llm_actors: int = 1
+    llm_threads: int = 2
+    llm_gpus: float = 0
+    llm_kv_cache_gb: float = 1.0
+    llm_max_batched_tokens: int = 2048
+    llm_max_sequences: int = 64
+    commit_rows: int = 64
+    """LLM results are made durable at least this often (rows), or"""
+    commit_seconds: float = 5.0
+    """this often (seconds)."""
+    train_workers: int = 2
+    train_threads: int = 1
+    train_gpus: bool = False
+    train_max_failures: int = 3
+    index_actors: int = 2
+    index_shards: int = 2
+    index_threads: int = 1
+    stall_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 42
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    bm25: BM25Config = field(default_factory=BM25Config)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
+    "pooling": ("auto", "cls", "mean", "last"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "engine": ("vllm", "transformers"),
+    "dtype": ("float32", "bfloat16"),
+    "feedback": ("none", "likelihood", "rank"),
+    "samples": ("fresh", "shared"),
+    "normalization": ("mean", "sum"),
+    "positive": ("first", "random", "teacher", "teacher_gold"),
+    "negatives": ("random", "first", "lowest", "highest"),
+    "tie_policy": ("strict", "sorted"),
+    "position0": ("gold_first", "by_reward"),
+    "schedule": ("linear", "constant"),
+    "batching": ("homogeneous", "mixed"),
+}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, the files it names under `base` (first), and ``key=value`` overrides (last).
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
+    """
+    merged = OmegaConf.create({})
+    for layer in _layers(Path(path), ()):
+        merged = OmegaConf.merge(merged, layer)
+    for item in overrides or []:
+        if "=" not in item:
+            raise ConfigError(f"'{item}' is not an override. Write key=value, for example train.num_steps=50.")
+    merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides or [])))
+    plain = OmegaConf.to_container(merged, resolve=True)
+    _check_keys(plain, Config, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    _check_values(config, "")
+    _check_run(config)
+    return config
+
+
+def identity(value: Any) -> Any:
+    """A config object as plain JSON values, for hashing and for the run's record."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
+    if not path.exists():
+        raise ConfigError(f"there is no config file {path}. Look in conf/ or give a path to your own YAML.")
+    if path in seen:
+        raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []
+    layers = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        layers += _layers((path.parent / base).resolve(), (*seen, path))
+    return [*layers, layer]
+
+
+def _check_keys(value: Any, kind: Any, where: str) -> None:
+    """Fails on keys no dataclass knows; OmegaConf's own message does not name the nearest one."""
+    if not dataclasses.is_dataclass(kind) or not isinstance(value, dict):
+        return
+    fields = {item.name: item.type for item in dataclasses.fields(kind)}
+    for key, inner in value.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f" Did you mean '{where}{near[0]}'?" if near else f" Known keys: {sorted(fields)}."
+            raise ConfigError(f"unknown setting '{where}{key}'.{hint}")
+        inner_kind: Any = fields[key]
+        if getattr(inner_kind, "__origin__", None) is dict and dataclasses.is_dataclass(inner_kind.__args__[1]):
+            for name, item in (inner or {}).items():
+                _check_keys(item, inner_kind.__args__[1], f"{where}{key}.{name}.")
+        else:
+            _check_keys(inner, inner_kind, f"{where}{key}.")
+
+
+def _check_values(value: Any, where: str) -> None:
+    for item in dataclasses.fields(value):
+        inner = getattr(value, item.name)
+        if dataclasses.is_dataclass(inner):
+            _check_values(inner, f"{where}{item.name}.")
+        elif isinstance(inner, dict):
+            for name, entry in inner.items():
+                if dataclasses.is_dataclass(entry):
+                    _check_values(entry, f"{where}{item.name}.{name}.")
+        elif item.name in CHOICES and inner not in CHOICES[item.name]:
+            raise ConfigError(f"'{where}{item.name}' is '{inner}', but must be one of {', '.join(CHOICES[item.name])}.")
+        elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward",):
+            raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
+
+
+def _check_run(config: Config) -> None:
+    for name, dataset in config.datasets.items():
+        if dataset.task not in config.tasks:
+            raise ConfigError(
+                f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
+                f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
+            )
+    if config.train.global_batch_size % max(1, config.runtime.train_workers):
+        raise ConfigError(
+            f"train.global_batch_size {config.train.global_batch_size} does not divide over "
+            f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
+        )
+    if config.train.group_size < 2:
+        raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
+    if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
+        raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")

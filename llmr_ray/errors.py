@@ -1,0 +1,35 @@
+"""Errors a user can act on: each says what was seen, why it matters and what to do.
+
+Every class takes a single message, so that it survives the pickling between Ray processes. ``exit_code`` is what the
+command line returns (0 ok, 1 failed, 2 usage or config, 3 data, 4 resources, 5 budget reached, 6 locked).
+"""
+
+
+class LlmrError(Exception):
+    """Base of all errors that are the user's to solve rather than a defect of this code."""
+
+    exit_code = 1
+
+
+class ConfigError(LlmrError):
+    """The configuration is wrong: an unknown key, a value out of range, settings that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(LlmrError):
+    """Input or intermediate data breaks its contract (schema, keys, nulls, accounting, checksum)."""
+
+    exit_code = 3
+
+
+class ResourceError(LlmrError):
+    """The machine or cluster cannot run this: too few CPUs, no disk, a missing model, a stalled stage."""
+
+    exit_code = 4
+
+
+class LockedError(LlmrError):
+    """Another living process works on the same artifact."""
+
+    exit_code = 6

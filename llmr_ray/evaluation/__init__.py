@@ -1,0 +1,1 @@
+"""Evaluation protocols, measures with intervals, and the report."""

@@ -1,0 +1,80 @@
+"""What is asked of a language model, and what it answers: the border between the tasks and the engines.
+
+A request is rendered text cut into segments, so that the engine, which owns the tokenizer, can shorten what may be
+shortened (a candidate, a long history) and never what may not (the instruction, the desired output).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of prompt text.
+
+    trim_order: 0 is never cut; otherwise segments are cut in ascending order until the prompt fits.
+    trim_side: the side that loses tokens ("left" keeps the most recent text).
+    max_tokens: cut to this many tokens in any case (0: no own limit).
+    """
+
+    text: str
+    trim_order: int = 0
+    trim_side: str = "right"
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMRequest:
+    """Likelihoods of `targets` after the prompt, or `num_samples` outputs sampled after it (exactly one of the two).
+
+    `unit` names the work that belongs together (a query with all its candidates): requests of one unit go to one
+    engine, in order, in one call: they share computed prefixes and give the same floats whenever they are asked.
+    Targets bring their own leading space where one belongs: prompts end without trailing white space.
+    """
+
+    request_id: str
+    unit: str
+    segments: tuple[Segment, ...]
+    targets: tuple[str, ...] = ()
+    num_samples: int = 0
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    """0: greedy, and then num_samples must be 1."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMResult:
+    """The answer to one request. With `error` set the rest is empty.
+
+    token_logprobs: for each target, the natural-log probability of each of its tokens.
+    texts: the sampled outputs, without the stop string.
+    cached: nothing was computed, all came from the store.
+    num_computed_tokens: tokens the LLM really processed for this answer (prompt and output; 0 when cached).
+    """
+
+    request_id: str
+    token_logprobs: tuple[tuple[float, ...], ...] = ()
+    texts: tuple[str, ...] = ()
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    truncated: bool = False
+    cached: bool = False
+    prompt_sha: str = ""
+    error: str | None = None
+
+
+class LLMClient(Protocol):
+    """Anything that answers requests: the Ray pool of engine actors, or one engine in this process."""
+
+    scorer_id: str
+
+    def answer(self, requests: Sequence[LLMRequest], *, label: str) -> list[LLMResult]:
+        """Answers in the order of the requests; shows progress under `label`. Row errors are in the results."""
+        ...
+
+    def missing(self, requests: Sequence[LLMRequest]) -> int:
+        """How many (prompt, target) or (prompt, sampling) keys are not in the store yet."""
+        ...

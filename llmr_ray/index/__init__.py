@@ -1,0 +1,1 @@
+"""Corpus encoding and exact sharded search."""

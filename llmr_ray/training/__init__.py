@@ -1,0 +1,1 @@
+"""Groups, batches, losses, schedules and the DDP training stage."""
