@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,31 +319,34 @@ class Artifact:
         """The path of a file below ``files/``."""
         return self.path / "files" / name
 
-    # --- one writer --------------------------------------------------------------------------------------------------
+    def lock(self) -> AbstractContextManager[None]:
+        """Holds the artifact for this process; LockedError names a living owner."""
+        return locked(self.path)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the artifact for this process; raises LockedError naming a living owner.
 
-        A lock whose heartbeat is older than LEASE_SECONDS, or whose process on this host is gone, is taken over.
-        """
-        path = self.path / "LOCK"
-        self.path.mkdir(parents=True, exist_ok=True)
-        _acquire(path)
-        stop = threading.Event()
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes this process the only writer of a folder; raises LockedError naming a living owner.
 
-        def beat() -> None:
-            while not stop.wait(LEASE_SECONDS / 6):
-                os.utime(path)
+    A lock whose heartbeat is older than LEASE_SECONDS, or whose process on this host is gone, is taken over.
+    """
+    path = folder / "LOCK"
+    folder.mkdir(parents=True, exist_ok=True)
+    _acquire(path)
+    stop = threading.Event()
 
-        heart = threading.Thread(target=beat, daemon=True, name="artifact-lock-heartbeat")
-        heart.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            heart.join()
-            path.unlink(missing_ok=True)
+    def beat() -> None:
+        while not stop.wait(LEASE_SECONDS / 6):
+            os.utime(path)
+
+    heart = threading.Thread(target=beat, daemon=True, name="folder-lock-heartbeat")
+    heart.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        heart.join()
+        path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path) -> None:
@@ -367,7 +370,7 @@ def _acquire(path: Path) -> None:
         if age < LEASE_SECONDS and not _is_dead(owner):
             raise LockedError(
                 f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} since "
-                f"{owner.get('since')}. Wait for it to finish, or stop it; two writers would spoil the artifact."
+                f"{owner.get('since')}. Wait for it to finish, or stop it; two writers would spoil it."
             )
         path.unlink(missing_ok=True)
 

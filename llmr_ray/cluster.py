@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from llmr_ray import errors
 from llmr_ray.config import RuntimeConfig
 from llmr_ray.errors import ResourceError
 
@@ -84,6 +85,9 @@ def map_shards(
         num_gpus: GPUs of each actor.
         purpose: the stage, for messages.
         on_done: called with each record as it comes.
+
+    Raises:
+        LlmrError: what a worker raised, under its own class and naming the shard; finished shards stay in the ledger.
     """
     if not shards:
         return []
@@ -108,6 +112,8 @@ def map_shards(
     records = []
     for row in mapped.iter_rows():
         record = json.loads(row["record"])
+        if "failed" in record:
+            raise getattr(errors, record["failed"])(f"{purpose}, shard {record['shard']}: {record['message']}")
         records.append(record)
         if on_done is not None:
             on_done(record)
@@ -124,6 +130,13 @@ class _ShardActor:
         torch.set_num_threads(num_threads)
         self.worker = worker(**worker_args)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         # A record travels as JSON text inside a row: Arrow would merge the differing keys of two records.
-        return {"record": [json.dumps(self.worker.run(int(shard))) for shard in batch["shard"]]}
+        return {"record": [json.dumps(self._run(int(shard))) for shard in batch["shard"]]}
+
+    def _run(self, shard: int) -> dict[str, Any]:
+        try:
+            return self.worker.run(shard)
+        except errors.LlmrError as error:
+            # Ray Data would bury the message under its own stack traces.
+            return {"shard": shard, "failed": type(error).__name__, "message": str(error)}

@@ -309,7 +309,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for layer in _layers(Path(path), ()):
         merged = OmegaConf.merge(merged, layer)
     for item in overrides or []:
@@ -344,7 +344,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
     if path in seen:
         raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
     try:
-        layer = OmegaConf.load(path)
+        layer: Any = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []

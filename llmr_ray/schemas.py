@@ -154,14 +154,15 @@ def conform(table: pa.Table, name: str) -> pa.Table:
             f"table '{name}': missing columns {missing}, unknown columns {unknown}. Expected {schema.names}. "
             "Write the table with the schema of llmr_ray/schemas.py."
         )
+    for field in schema:
+        nulls = table[field.name].null_count
+        if nulls and not field.nullable:
+            raise DataError(f"table '{name}': column '{field.name}' has {nulls} nulls, but may hold none.")
     try:
         table = table.select(schema.names).cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise DataError(f"table '{name}' has a column of the wrong type: {error}") from error
     for field in schema:
-        nulls = table[field.name].null_count
-        if nulls and not field.nullable:
-            raise DataError(f"table '{name}': column '{field.name}' has {nulls} nulls, but may hold none.")
         if pa.types.is_floating(field.type):
             finite = pc.all(pc.is_finite(table[field.name].drop_null())).as_py()
             if finite is False:

@@ -1,0 +1,6 @@
+"""Encodes corpus and queries with the base embedder: python jobs/embed_base.py CONFIG [key=value ...]."""
+
+from llmr_ray.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage("embed_base")

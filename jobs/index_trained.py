@@ -1,0 +1,6 @@
+"""Builds the trained embedder's FAISS shards: python jobs/index_trained.py CONFIG [key=value ...]."""
+
+from llmr_ray.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage("index_trained")

@@ -1,0 +1,6 @@
+"""Sources to queries, corpus and qrels: python jobs/prepare.py CONFIG [key=value ...]."""
+
+from llmr_ray.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage("prepare")

@@ -1,0 +1,59 @@
+"""The command line, `llmr`: thin, it calls the same functions as the scripts in jobs/."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train retrievers from the feedback of the language models that use them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(help="A YAML file, for example conf/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.num_steps=50.")]
+
+
+@app.callback()
+def _main() -> None:
+    """Keeps `run` a named command while it is the only one."""
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config, each stage's state and the LLM work to pay.")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
+) -> None:
+    """Runs a configuration: what is done is kept, what is missing is made, then the report is written."""
+    from llmr_ray.pipeline import run_config
+
+    raise typer.Exit(run_config(config, overrides or [], only=stage, dry_run=dry_run))
+
+
+@app.command()
+def fetch(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Downloads the models and data sets that a configuration names, so that the run itself needs no network."""
+    from llmr_ray.pipeline import fetch_assets
+
+    raise typer.Exit(fetch_assets(config, overrides or []))
+
+
+def run_stage(stage: str | None) -> None:
+    """The body of a job script: ``python jobs/STAGE.py CONFIG [key=value ...]``; None runs the whole pipeline."""
+    from llmr_ray.pipeline import run_config
+
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: python {sys.argv[0]} CONFIG [key=value ...]")
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    raise SystemExit(run_config(sys.argv[1], sys.argv[2:], only=stage))
+
+
+def main() -> None:
+    """The entry point of the `llmr` command."""
+    app()

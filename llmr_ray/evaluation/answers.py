@@ -1,0 +1,51 @@
+"""How an answer in words is judged: exact match and token F1 after SQuAD's normalisation, ROUGE-L.
+
+Each takes the output and all accepted answers and returns the best over the answers, in [0, 1]. An alias that merely
+occurs inside the output is no match: the released PopQA code counts substrings and calls it exact match (methods.md
+A.7, I.20).
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(output: str, answers: Sequence[str]) -> float:
+    """1.0 when the normalised output equals one of the normalised answers (SQuAD v1.1 evaluation)."""
+    return float(any(normalize(output) == normalize(answer) for answer in answers))
+
+
+def token_f1(output: str, answers: Sequence[str]) -> float:
+    """The best F1 over bags of normalised tokens (SQuAD v1.1 evaluation)."""
+    return max((_f1(normalize(output).split(), normalize(answer).split()) for answer in answers), default=0.0)
+
+
+def rouge_l(output: str, answers: Sequence[str]) -> float:
+    """The best ROUGE-L F-measure, with Google's ``rouge_score`` (the released code uses pltrdy's ``rouge``)."""
+    scorer = _rouge()
+    return max((float(scorer.score(answer, output)["rougeL"].fmeasure) for answer in answers), default=0.0)
+
+
+def _f1(output: list[str], answer: list[str]) -> float:
+    if not output or not answer:
+        return float(output == answer)
+    shared = (Counter(output) & Counter(answer)).total()
+    return 2.0 * shared / (len(output) + len(answer))
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)

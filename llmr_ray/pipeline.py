@@ -1,0 +1,300 @@
+"""The pipeline: which stages there are, what each depends on, and running those that are not done.
+
+Ids depend only on the configuration and on the ids of inputs, so the whole plan is known before anything runs: that is
+what `--dry-run` prints, what makes a rerun free, and why a changed setting redoes only what depends on it.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llmr_ray import assets as asset_catalogue
+from llmr_ray import cluster
+from llmr_ray import config as configs
+from llmr_ray.artifacts import Artifact, ArtifactSpec, locked, write_atomic
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config
+from llmr_ray.data import stage as data
+from llmr_ray.errors import ConfigError, DataError, LlmrError
+from llmr_ray.evaluation import report
+from llmr_ray.evaluation import stage as evaluation
+from llmr_ray.feedback import stage as feedback
+from llmr_ray.index import stage as index
+from llmr_ray.memory import MemoryMeter
+from llmr_ray.mining import stage as mining
+from llmr_ray.training import stage as training
+
+MAKES = {"mine": "candidates", "score": "llm_scores", "reward": "rewards", "group": "groups", "train": "checkpoint"}
+"""What a stage's artifact is called where it is read; the others are called like their stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One node of the plan: its artifact, what the stage is given, and the function that makes the artifact."""
+
+    name: str
+    artifact: Artifact
+    inputs: dict[str, Any]
+    run: Callable[[Artifact], None]
+
+    def require_inputs(self) -> None:
+        """Raises DataError naming the first input artifact that is not finished."""
+        for value in self.inputs.values():
+            for item in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(item, Artifact):
+                    item.require()
+
+
+class Pipeline:
+    """The stages of one configuration, in the order they run.
+
+    Args:
+        config: the resolved configuration.
+        console: where progress is printed.
+
+    Models and data sets are resolved (and fetched where they are missing) on construction, because their
+    fingerprints are part of the artifacts' ids.
+    """
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console()
+        self.run_dir = Path(config.runtime.run_root) / config.name
+        resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
+        self.base, self.llm = resolved[config.embedder.model], resolved[config.llm.model]
+        self.client = feedback.RayClient(config, self.llm)
+        self.stages = self._plan(resolved)
+        self.by_name = {stage.name: stage for stage in self.stages}
+
+    def _plan(self, resolved: dict[str, Asset]) -> list[Stage]:
+        config, base, llm = self.config, self.base, self.llm
+        asking: dict[str, Any] = {"client": self.client}
+        stages: list[Stage] = []
+
+        def add(name: str, spec: ArtifactSpec, run: Callable[..., None], **inputs: Any) -> Artifact:
+            artifact = Artifact(config.runtime.artifact_root, spec)
+            stages.append(Stage(name=name, artifact=artifact, inputs=inputs, run=partial(run, config, **inputs)))
+            return artifact
+
+        def embed_and_index(which: str, **of: Any) -> tuple[Artifact, Artifact]:
+            vectors = add(f"embed_{which}", index.embed_spec(config, **of), index.run_embed, **of)
+            built = {"embeddings": vectors}
+            return vectors, add(f"index_{which}", index.index_spec(config, **built), index.run_index, **built)
+
+        prepare = add("prepare", data.prepare_spec(config, resolved), data.run_prepare, assets=resolved)
+        base_vectors, base_index = embed_and_index("base", embedder=base, prepare=prepare)
+        of = {"prepare": prepare, "embeddings": base_vectors, "index": base_index}
+        candidates = add("mine", mining.mine_spec(config, **of), mining.run_mine, **of)
+        of = {"prepare": prepare, "candidates": candidates}
+        scores = add("score", feedback.score_spec(config, llm, **of), feedback.run_score, **asking, **of)
+        of = {"prepare": prepare, "llm_scores": scores}
+        rewards = add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
+        of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
+        groups = add("group", training.group_spec(config, **of), training.run_group, **of)
+        checkpoint = add(
+            "train", training.train_spec(config, groups, base), training.run_train, groups=groups, base=base
+        )
+        # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
+        trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
+        trained_vectors, trained_index = embed_and_index("trained", embedder=trained, prepare=prepare)
+        searched: dict[str, Any] = {
+            "prepare": prepare,
+            "embeddings": {"base": base_vectors, "trained": trained_vectors},
+            "indexes": {"base": base_index, "trained": trained_index},
+        }
+        add(
+            "evaluate",
+            evaluation.evaluate_spec(config, llm, **searched),
+            evaluation.run_evaluate,
+            **asking,
+            **searched,
+        )
+        return stages
+
+    # --- looking ahead -----------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[dict[str, str]]:
+        """Per stage: name, artifact id, and ``done``, ``partial (k shards)`` or ``missing``."""
+        stages = self.by_name.items()
+        return [{"stage": name, "artifact": at.artifact.id, "state": _state(at.artifact)} for name, at in stages]
+
+    def to_pay(self) -> str:
+        """The LLM work that scoring still needs, in words: exact once candidates are mined, else an upper bound."""
+        score, mine, prepare = (self.by_name[name].artifact for name in ("score", "mine", "prepare"))
+        if score.is_done:
+            return "LLM feedback: nothing to pay."
+        if mine.is_done:
+            pairs, missing, tokens = feedback.pairs_to_pay(self.config, self.client, prepare, mine)
+            return f"LLM feedback: {missing:,} of {pairs:,} pairs still to pay, about {tokens:,} tokens."
+        pairs = 0
+        for dataset in self.config.datasets.values():
+            task = self.config.tasks[dataset.task]
+            if task.score.feedback != "none":
+                pairs += dataset.num_train * (task.mine.num_bm25 + task.mine.num_dense + task.mine.num_random + 1)
+        return f"LLM feedback: at most {pairs:,} pairs (exact once candidates are mined)."
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(self, command: str, only: str | None = None) -> dict[str, Any] | None:
+        """Runs what is not done, in order; returns the results once the report is written.
+
+        Args:
+            command: the command that repeats this run, for the report and for resuming.
+            only: a stage's name: run that stage alone, its inputs must be done. "report" writes the report alone.
+
+        Raises:
+            LlmrError: what stopped the run; everything committed before stays and is not done again.
+        """
+        if only is not None and only != "report" and only not in self.by_name:
+            raise ConfigError(f"there is no stage '{only}'. Stages: {', '.join([*self.by_name, 'report'])}.")
+        with locked(self.run_dir), MemoryMeter() as memory:
+            record = {"command": command, "commit": _commit(), "seed": self.config.seed, "versions": _versions()}
+            self._record(record | {"status": "running"})
+            self.console.print(f"run [bold]{self.config.name}[/bold]: resume with the same command: {command}")
+            try:
+                for number, stage in enumerate(self.stages, 1):
+                    if only in (None, stage.name):
+                        self._run_stage(stage, f"[{number}/{len(self.stages)}] {stage.name}", alone=only is not None)
+                results = self._report(record) if only in (None, "report") else None
+            except BaseException as error:
+                self._record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+                raise
+            finally:
+                self.client.close()
+            self._record(record | {"status": "done", "peak_memory_gb": round(memory.peak_bytes / 2**30, 2)})
+        return results
+
+    def _run_stage(self, stage: Stage, label: str, *, alone: bool) -> None:
+        artifact = stage.artifact
+        if alone:
+            stage.require_inputs()
+        if artifact.is_done:
+            artifact.verify()
+            self.console.print(f"{label}: done already ({artifact.id})", style="dim")
+            return
+        cluster.start(self.config.runtime)
+        started = time.monotonic()
+        self.console.print(f"{label}: {artifact.id}")
+        with artifact.lock():
+            artifact.begin()
+            stage.run(artifact)
+        counts = artifact.require()["counts"]
+        drops = {**counts["quarantined"], **counts["skipped"]}
+        dropped = f", left out {drops}" if drops else ""
+        self.console.print(
+            f"{label}: {counts['rows_in']:,} rows in, {counts['ok']:,} ok, {counts['cached']:,} cached{dropped}; "
+            f"{time.monotonic() - started:.0f} s",
+            style="green",
+        )
+
+    def _report(self, record: dict[str, Any]) -> dict[str, Any]:
+        done = {MAKES.get(stage.name, stage.name): stage.artifact for stage in self.stages if stage.artifact.is_done}
+        if "evaluate" not in done:
+            raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
+        stages = [
+            {"stage": stage.name, "artifact": stage.artifact.id, "seconds": manifest["seconds"], **manifest["counts"]}
+            for stage in self.stages
+            if (manifest := stage.artifact.manifest) is not None
+        ]
+        results = report.write_report(
+            run_dir=self.run_dir,
+            config=self.config,
+            artifacts=done,
+            stages=stages,
+            command=record["command"],
+            commit=record["commit"],
+        )
+        report.print_table(results, self.console)
+        self.console.print(f"report: {self.run_dir / 'report.html'}\nembedder: {self.run_dir / 'embedder'}")
+        return results
+
+    def _record(self, record: dict[str, Any]) -> None:
+        write_atomic(self.run_dir / "run.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        write_atomic(self.run_dir / "config.resolved.yaml", configs.to_yaml(self.config).encode())
+
+
+def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_run: bool = False) -> int:
+    """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call. Returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    with _user_errors(console) as outcome:
+        config = configs.load(path, overrides)
+        pipeline = Pipeline(config, console)
+        if dry_run:
+            console.print(configs.to_yaml(config), markup=False)
+            for row in pipeline.describe():
+                console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
+            console.print(pipeline.to_pay())
+        else:
+            command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
+            try:
+                pipeline.run(command, only)
+            finally:
+                cluster.stop()
+    return outcome.exit_code
+
+
+def fetch_assets(path: str, overrides: list[str]) -> int:
+    """Fetches every model and data set that a configuration names; returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    with _user_errors(console) as outcome:
+        config = configs.load(path, overrides)
+        for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
+            console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
+    return outcome.exit_code
+
+
+@dataclass
+class _Outcome:
+    exit_code: int = 0
+
+
+@contextmanager
+def _user_errors(console: Console) -> Iterator[_Outcome]:
+    """Prints an error that the user can act on without its traceback; defects keep theirs."""
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except LlmrError as error:
+        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        console.print(str(error), markup=False)
+        outcome.exit_code = error.exit_code
+
+
+def _asset_names(config: Config) -> list[str]:
+    names = [config.embedder.model, config.llm.model, *(dataset.path for dataset in config.datasets.values())]
+    return list(dict.fromkeys(names))
+
+
+def _state(artifact: Artifact) -> str:
+    if artifact.is_done:
+        return "done"
+    shards = len(artifact.ledger())
+    return f"partial ({shards} shards)" if shards else "missing"
+
+
+def _commit() -> str:
+    """The checkout's revision, with ``+dirty`` when tracked files differ; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=folder, capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+dirty" if dirty else "")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("llmr_ray", "ray", "torch", "transformers", "sentence-transformers", "pyarrow")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,85 @@
+"""The configuration refuses what it does not understand, and says what was meant."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmr_ray import config as configs
+from llmr_ray.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_step=5", "train.num_steps"),
+        ("tasks.qa.score.feedbak=rank", "tasks.qa.score.feedback"),
+        ("train.schedule=cosine", "linear"),
+        ("train.num_steps=many", "Integer"),
+        ("train.num_steps=-1", "negative"),
+        ("train.global_batch_size=33", "divide"),
+        ("train.group_size=1", "at least 2"),
+        ("prepare.test_fraction=0.95", "leave nothing"),
+        ("datasets.x.task=nonsense", "nonsense"),
+        ("notasetting", "key=value"),
+    ],
+)
+def test_wrong_settings_are_refused(override: str, message: str) -> None:
+    """A misspelt or impossible setting that is silently ignored costs a whole run."""
+    with pytest.raises(ConfigError, match=message):
+        configs.load(CONF / "quickstart.yaml", [override])
+
+
+def test_layers_merge_left_to_right(tmp_path: Path) -> None:
+    """Later files and overrides win, and untouched values of earlier ones stay."""
+    write(tmp_path, "train: {num_steps: 7, group_size: 3}\n", "a.yaml")
+    write(tmp_path, "train: {num_steps: 8}\n", "b.yaml")
+    path = write(tmp_path, "base: [a.yaml, b.yaml]\nseed: 5\n")
+    config = configs.load(path, ["train.learning_rate=0.1"])
+    assert (config.train.num_steps, config.train.group_size, config.seed, config.train.learning_rate) == (8, 3, 5, 0.1)
+
+
+def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
+    """Two files that name each other would recurse until the interpreter dies."""
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    write(tmp_path, "base: a.yaml\n", "b.yaml")
+    with pytest.raises(ConfigError, match="names itself"):
+        configs.load((tmp_path / "a.yaml").resolve())
+
+
+def test_broken_yaml_and_missing_file_are_clear(tmp_path: Path) -> None:
+    """A parser's traceback does not tell a user which file is broken."""
+    with pytest.raises(ConfigError, match=r"c\.yaml is not valid YAML"):
+        configs.load(write(tmp_path, "train: {num_steps: [}\n"))
+    with pytest.raises(ConfigError, match="no config file"):
+        configs.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    """A config that ships but does not load is the first thing a user would meet."""
+    assert configs.load(path).tasks or path.stem not in ("quickstart", "small")
+
+
+def test_resolved_config_loads_again(tmp_path: Path) -> None:
+    """The record of a run must reproduce the run."""
+    config = configs.load(CONF / "quickstart.yaml")
+    assert configs.load(write(tmp_path, configs.to_yaml(config))) == config
+
+
+def test_config_imports_without_heavy_libraries() -> None:
+    """A laptop that only reads configs should not need (or wait for) torch, ray or vllm."""
+    code = (
+        "import sys, llmr_ray.config, llmr_ray.artifacts; "
+        "sys.exit(int(any(m in sys.modules for m in ('torch', 'ray', 'vllm', 'transformers'))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
