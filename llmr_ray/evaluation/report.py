@@ -1,0 +1,176 @@
+"""The report of a run: results.json, a self-contained report.html, TREC files and the trained embedder."""
+
+import json
+import shutil
+import uuid
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table as TerminalTable
+
+from llmr_ray.artifacts import Artifact, commit_rename, write_atomic
+from llmr_ray.config import Config, to_yaml
+from llmr_ray.evaluation import plots
+from llmr_ray.evaluation.results import result_rows
+from llmr_ray.evaluation.showcase import test_examples, training_examples
+from llmr_ray.evaluation.tables import METHOD_NAMES, effect, p_text, tables
+from llmr_ray.evaluation.trec import write_trec
+
+
+def write_report(
+    *,
+    run_dir: Path,
+    config: Config,
+    artifacts: dict[str, Artifact],
+    stages: list[dict[str, Any]],
+    command: str,
+    commit: str,
+) -> dict[str, Any]:
+    """Writes ``results.json``, ``report.html``, ``trec/`` and ``embedder/`` into the run's folder.
+
+    Args:
+        run_dir: the run's folder.
+        config: of the run.
+        artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
+            "checkpoint" are shown where they exist.
+        stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
+        command: repeats the run.
+        commit: of the code.
+
+    Returns:
+        What results.json holds: rows, stages, command, commit, seed.
+
+    Raises:
+        DataError: an artifact that is needed is not finished.
+    """
+    prepare, evaluate = artifacts["prepare"], artifacts["evaluate"]
+    tasks = {name: dataset.task for name, dataset in config.datasets.items()}
+    rows = result_rows(
+        evaluate.read("metrics"),
+        tasks,
+        config.evaluate.methods,
+        samples=config.evaluate.bootstrap_samples,
+        seed=config.seed,
+        artifacts={method: _rests_on(evaluate, method) for method in config.evaluate.methods},
+    )
+    results = {
+        "name": config.name,
+        "command": command,
+        "commit": commit,
+        "seed": config.seed,
+        "rows": rows,
+        "stages": stages,
+    }
+    write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    queries = prepare.read("queries")
+    evaluated = set(evaluate.read("metrics")["query_id"].to_pylist())
+    datasets = {
+        row["query_id"]: row["dataset"]
+        for row in queries.select(["query_id", "dataset"]).to_pylist()
+        if row["query_id"] in evaluated
+    }
+    write_trec(run_dir / "trec", evaluate.read("run"), prepare.read("qrels"), datasets)
+    write_atomic(run_dir / "report.html", _html(config, artifacts, results).encode())
+    if "checkpoint" in artifacts:
+        _copy(artifacts["checkpoint"].file("embedder"), run_dir / "embedder")
+    return results
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """Prints every figure to the terminal: a row per data set and measure, a column per method."""
+    arranged = tables(results["rows"])
+    methods = [method for method in METHOD_NAMES if any(method in table.methods for table in arranged)]
+    view = TerminalTable(title=f"{results['name']}: test figures (difference: trained minus base, 95% interval)")
+    for heading in ("data set", "measure", "n"):
+        view.add_column(heading, no_wrap=True)
+    for method in methods:
+        view.add_column(METHOD_NAMES[method].split()[0], justify="right", no_wrap=True)
+    view.add_column("difference", no_wrap=True)
+    view.add_column("p", no_wrap=True)
+    for table in arranged:
+        for column in table.columns:
+            cells = []
+            for method in methods:
+                figure = column.figures.get(method)
+                text = f"{figure['mean']:.3f}" if figure else ""
+                cells.append(f"[bold]{text}[/bold]" if method in column.best else text)
+            trained = column.figures.get("trained")
+            delta = trained["delta_vs_base"] if trained else None
+            difference = p = ""
+            if trained and delta:
+                colour = {"better": "green", "worse": "red", "": "default"}[effect(trained)]
+                low, high = delta["ci95"]
+                difference = f"[{colour}]{delta['mean']:+.3f}[/{colour}] ({low:+.3f}, {high:+.3f})"
+                p = p_text(delta["p"]).removeprefix("p=").removeprefix("p")
+            measure = f"{column.measure} {'↓' if column.lower_is_better else '↑'}"
+            view.add_row(column.dataset, measure, str(column.n), *cells, difference, p)
+        view.add_section()
+    console.print(view)
+
+
+def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
+    """The artifacts that a method's figures were made from."""
+    inputs = evaluate.spec.inputs
+    mine = {"prepare": inputs["prepare"], "evaluate": evaluate.id}
+    return mine | {role: inputs[f"{role}_{method}"] for role in ("embeddings", "index") if f"{role}_{method}" in inputs}
+
+
+def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any]) -> str:
+    arranged = tables(results["rows"])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llmr_ray.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        **{key: results[key] for key in ("name", "command", "commit", "seed", "stages")},
+        embedder=config.embedder.model,
+        llm=config.llm.model,
+        headline=[column for table in arranged for column in table.columns if column.is_main],
+        tables=arranged,
+        method_names=METHOD_NAMES,
+        effect=effect,
+        p_text=p_text,
+        curves=_curves(artifacts),
+        histograms=_histograms(artifacts),
+        training_examples=training_examples(artifacts),
+        test_examples=test_examples(artifacts),
+        configuration=to_yaml(config),
+    )
+
+
+def _curves(artifacts: dict[str, Artifact]) -> Markup | None:
+    if "checkpoint" not in artifacts:
+        return None
+    steps = artifacts["checkpoint"].read("steps").to_pylist()
+    # The figure is our own drawing and holds no text from the data.
+    return Markup(plots.training_curves(steps)) if steps else None
+
+
+def _histograms(artifacts: dict[str, Artifact]) -> Markup | None:
+    if "rewards" not in artifacts:
+        return None
+    rewards = artifacts["rewards"].read("rewards")
+    if not rewards.num_rows:
+        return None
+    queries = artifacts["prepare"].read("queries").select(["query_id", "dataset"])
+    joined: pa.Table = rewards.select(["query_id", "reward"]).join(queries, "query_id", join_type="inner")
+    by_dataset: dict[str, list[float]] = defaultdict(list)
+    for row in joined.select(["dataset", "reward"]).to_pylist():
+        by_dataset[row["dataset"]].append(row["reward"])
+    return Markup(plots.reward_histograms(by_dataset))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Puts a copy of a folder in place so that a reader never sees half of it."""
+    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
+    shutil.copytree(source, temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    commit_rename(temporary, target)

@@ -1,0 +1,350 @@
+"""The stage `evaluate`: rankings of every method, measures against labels, and what the LLM makes of the documents.
+
+All questions of all data sets and methods go to the LLM in one call, so the engine is started once and prompts of one
+query share their prefixes. Tables: ``run`` (rankings), ``metrics`` (a value per query), ``answers`` (what was asked
+and said). Means, intervals and tests are made from ``metrics`` by the report.
+"""
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, identity
+from llmr_ray.data.scope import scopes
+from llmr_ray.data.text import document_text
+from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.evaluation import examples, knowledge, memory
+from llmr_ray.evaluation.baselines import eligible, random_topk, recency_topk
+from llmr_ray.evaluation.protocols import (
+    SCENARIOS,
+    Ask,
+    Judgement,
+    Protocol,
+    Ranking,
+    Row,
+    asks,
+    lowest_by_hash,
+    measured_rankings,
+)
+from llmr_ray.feedback.prompts import PROMPTS_VERSION
+from llmr_ray.feedback.requests import LLMClient, LLMResult
+from llmr_ray.index.searcher import search
+from llmr_ray.index.vectors import encoder_of, to_matrix
+from llmr_ray.mining.bm25 import bm25_topk
+from llmr_ray.schemas import table_of
+
+VERSION = 1
+
+_METHODS = ("none", "random", "bm25", "recency", "base", "trained")
+
+_ANSWERS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("dataset", pa.string()),
+        ("method", pa.string()),
+        ("doc_ids", pa.list_(pa.field("element", pa.string()))),
+        ("prompt", pa.string()),
+        ("output", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("error", pa.string()),
+    ]
+)
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_spec(
+    config: Config, llm: Asset, prepare: Artifact, embeddings: dict[str, Artifact], indexes: dict[str, Artifact]
+) -> ArtifactSpec:
+    """What determines an evaluation. `embeddings` and `indexes` have the keys "base" and "trained".
+
+    Raises:
+        ConfigError: evaluate.methods names an unknown method or one without an index, or `num_llm_queries` a data set
+            that is unknown or whose task has no LLM half.
+    """
+    unknown = [method for method in config.evaluate.methods if method not in _METHODS]
+    if unknown:
+        raise ConfigError(f"evaluate.methods: {unknown} is not known. Choose among {', '.join(_METHODS)}.")
+    strangers = sorted(set(config.evaluate.num_llm_queries) - set(config.datasets))
+    if strangers:
+        raise ConfigError(
+            f"evaluate.num_llm_queries names {strangers}, but `datasets` defines {sorted(config.datasets)}."
+        )
+    speechless = [
+        name
+        for name, count in config.evaluate.num_llm_queries.items()
+        if count and config.datasets[name].task not in _protocols(config)
+    ]
+    if speechless:
+        raise ConfigError(
+            f"evaluate.num_llm_queries asks the LLM about {speechless}, whose tasks are measured against labels alone. "
+            "Leave these data sets out."
+        )
+    lacking = sorted({"base", "trained"} & set(config.evaluate.methods) - set(indexes))
+    if lacking:
+        raise ConfigError(f"evaluate.methods: there is no index for {lacking}; leave them out, or train first.")
+    # Intervals are made by the report; their number of samples changes no table.
+    evaluate = {key: value for key, value in identity(config.evaluate).items() if key != "bootstrap_samples"}
+    inputs = {"prepare": prepare.id, "llm": llm.fingerprint}
+    for name in sorted(set(embeddings) & set(config.evaluate.methods)):
+        inputs |= {f"embeddings_{name}": embeddings[name].id, f"index_{name}": indexes[name].id}
+    return ArtifactSpec(
+        stage="evaluate",
+        name=config.name,
+        version=VERSION,
+        config={
+            "evaluate": evaluate,
+            "bm25": identity(config.bm25),
+            "llm": identity(config.llm),
+            "prompts": PROMPTS_VERSION,
+            "seed": config.seed,
+        },
+        inputs=inputs,
+    )
+
+
+def run_evaluate(
+    config: Config,
+    artifact: Artifact,
+    client: LLMClient,
+    prepare: Artifact,
+    embeddings: dict[str, Artifact],
+    indexes: dict[str, Artifact],
+) -> None:
+    """Evaluates the test queries and commits the artifact in one shard (LLM answers are kept by the client's store).
+
+    Raises:
+        DataError: too many LLM rows failed (the client's limit), or inputs do not fit together.
+    """
+    started = time.monotonic()
+    if artifact.pending(1):
+        qrels = _qrels(prepare)
+        queries, llm_ids = _select(prepare, qrels, config.evaluate.num_llm_queries)
+        corpus = prepare.read("corpus")
+        rankings = _found(config, queries, corpus, embeddings, indexes)
+        run, values = measured_rankings(queries.to_pylist(), qrels, rankings)
+        questions = _questions(config, queries.to_pylist(), llm_ids, corpus, rankings)
+        results = client.answer([question.request for question in questions], label="evaluate")
+        judged = _judge(config, questions, results)
+        counts = _count(len(values), judged)
+        tables = {
+            "run": table_of("run", run),
+            "metrics": table_of("metrics", [row for rows in values for row in rows] + _metric_rows(judged)),
+            "answers": pa.Table.from_pylist([_answer_row(*item) for item in judged], schema=_ANSWERS),
+        }
+        artifact.write_shard(0, tables, counts)
+    artifact.commit(1, seconds=time.monotonic() - started)
+
+
+# --- what is evaluated -----------------------------------------------------------------------------------------------
+
+
+def _qrels(prepare: Artifact) -> dict[str, dict[str, int]]:
+    labels: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in prepare.read("qrels").to_pylist():
+        labels[row["query_id"]][row["doc_id"]] = row["relevance"]
+    return dict(labels)
+
+
+def _select(
+    prepare: Artifact, qrels: Mapping[str, object], num_llm_queries: Mapping[str, int]
+) -> tuple[pa.Table, set[str]]:
+    """The test queries that have labels or that the LLM answers, and the ids of the latter."""
+    queries = prepare.read("queries")
+    test = [row["split"] == "test" for row in queries.select(["split"]).to_pylist()]
+    queries = queries.filter(pa.array(test, pa.bool_()))
+    by_dataset: dict[str, list[str]] = defaultdict(list)
+    for row in queries.select(["query_id", "dataset"]).to_pylist():
+        by_dataset[row["dataset"]].append(row["query_id"])
+    llm_ids = {
+        query_id
+        for dataset, ids in by_dataset.items()
+        for query_id in lowest_by_hash(ids, num_llm_queries.get(dataset, 0))
+    }
+    wanted = [query_id in llm_ids or query_id in qrels for query_id in queries["query_id"].to_pylist()]
+    return queries.filter(pa.array(wanted, pa.bool_())), llm_ids
+
+
+def _found(
+    config: Config,
+    queries: pa.Table,
+    corpus: pa.Table,
+    embeddings: Mapping[str, Artifact],
+    indexes: Mapping[str, Artifact],
+) -> dict[str, dict[str, Ranking]]:
+    """method -> query id -> ranking, for every method but "none"."""
+    k, ranges = config.evaluate.search_depth, scopes(queries, corpus)
+    query_ids, doc_ids = queries["query_id"].to_pylist(), corpus["doc_id"].to_pylist()
+    result = {}
+    for method in config.evaluate.methods:
+        if method == "none":
+            continue
+        started = time.monotonic()
+        if method == "random":
+            found = random_topk(query_ids, eligible(queries, corpus, ranges), k, config.seed)
+        elif method == "recency":
+            # A chunk of a long text is read with its continuation, which is the chunk after it.
+            strides = [2 if task == "lrlm" else 1 for task in queries["task"].to_pylist()]
+            found = recency_topk(ranges, strides, k)
+        elif method == "bm25":
+            columns = corpus["title"].to_pylist(), corpus["text"].to_pylist()
+            texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
+            found = bm25_topk(queries["query"].to_pylist(), texts, ranges, k, config.bm25.k1, config.bm25.b)
+        else:
+            vectors = _query_vectors(embeddings[method], query_ids)
+            found = search(config, indexes[method], vectors, ranges, k, encoder=encoder_of(embeddings[method]))
+        log.info("ranked %d queries by %s in %.1f s", len(query_ids), method, time.monotonic() - started)
+        result[method] = {
+            query_id: [(doc_ids[row], float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
+            for query_id, rows, scores in zip(query_ids, *found, strict=True)
+        }
+    return result
+
+
+def _query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
+    """float32 [Q, D], joined on the query id."""
+    table = embeddings.read("queries")
+    where = {query_id: row for row, query_id in enumerate(table["query_id"].to_pylist())}
+    missing = [query_id for query_id in query_ids if query_id not in where]
+    if missing:
+        raise DataError(f"{embeddings.id} lacks {len(missing)} queries, first {missing[:3]}; embed them again.")
+    rows = [where[query_id] for query_id in query_ids]
+    return np.ascontiguousarray(to_matrix(table)[rows])
+
+
+# --- what the LLM makes of it ----------------------------------------------------------------------------------------
+
+
+def _protocols(config: Config) -> dict[str, Protocol]:
+    """The LLM half of each task that has one."""
+    settings, document_tokens = config.evaluate, config.llm.max_candidate_tokens
+    return {
+        "qa": Protocol(
+            num_documents=settings.qa_passages,
+            request=partial(
+                knowledge.request,
+                passage_tokens=settings.qa_passage_tokens,
+                max_new_tokens=settings.qa_max_new_tokens,
+            ),
+            judge=knowledge.judge,
+        ),
+        "chat": Protocol(
+            num_documents=settings.chat_turns,
+            request=partial(memory.chat_request, document_tokens=document_tokens),
+            judge=memory.judge,
+        ),
+        "lrlm": Protocol(
+            num_documents=settings.lrlm_chunks,
+            request=partial(
+                memory.text_request, document_tokens=document_tokens, window_tokens=settings.lrlm_window_tokens
+            ),
+            judge=memory.judge,
+        ),
+        "icl": Protocol(
+            num_documents=settings.icl_demonstrations,
+            request=partial(
+                examples.request,
+                demonstration_tokens=settings.icl_demonstration_tokens,
+                max_new_tokens=settings.icl_max_new_tokens,
+            ),
+            judge=examples.judge,
+        ),
+    }
+
+
+def _questions(
+    config: Config,
+    queries: Sequence[Row],
+    llm_ids: set[str],
+    corpus: pa.Table,
+    rankings: Mapping[str, Mapping[str, Ranking]],
+) -> list[Ask]:
+    protocols = _protocols(config)
+    by_task: dict[str, list[Row]] = defaultdict(list)
+    for query in queries:
+        if query["query_id"] in llm_ids:
+            by_task[query["task"]].append(query)
+    documents = _documents_read(protocols, by_task, corpus, rankings)
+    questions = []
+    for task, members in by_task.items():
+        questions += asks(protocols[task], members, rankings, documents, config.evaluate.methods)
+    return questions
+
+
+def _documents_read(
+    protocols: Mapping[str, Protocol],
+    by_task: Mapping[str, Sequence[Row]],
+    corpus: pa.Table,
+    rankings: Mapping[str, Mapping[str, Ranking]],
+) -> dict[str, Row]:
+    """The corpus rows that any prompt may contain."""
+    read = {
+        doc_id
+        for task, members in by_task.items()
+        for query in members
+        for ranking in rankings.values()
+        for doc_id, _ in ranking[query["query_id"]][: protocols[task].num_documents]
+    }
+    wanted = pc.is_in(corpus["doc_id"], value_set=pa.array(sorted(read), pa.string()))
+    return {document["doc_id"]: document for document in corpus.filter(wanted).to_pylist()}
+
+
+_Judged = tuple[Ask, LLMResult, Judgement | None]
+
+
+def _judge(config: Config, questions: Sequence[Ask], results: Sequence[LLMResult]) -> list[_Judged]:
+    """Each question with its result and its judgement, None where the LLM failed (the client bounds how many may)."""
+    protocols = _protocols(config)
+    by_id = {result.request_id: result for result in results}
+    judged: list[_Judged] = []
+    for question in questions:
+        result = by_id[question.request.request_id]
+        judge = protocols[question.query["task"]].judge
+        judged.append((question, result, judge(question.query, result) if result.error is None else None))
+    return judged
+
+
+def _count(num_judged_rankings: int, judged: Sequence[_Judged]) -> Counts:
+    """One row is a (query, method) measured against labels, or one answered by the LLM."""
+    failed = Counter(f"llm: {result.error[:120]}" for _, result, _ in judged if result.error is not None)
+    cached = sum(result.cached for _, result, _ in judged if result.error is None)
+    return Counts(
+        rows_in=num_judged_rankings + len(judged),
+        ok=num_judged_rankings + len(judged) - cached - failed.total(),
+        cached=cached,
+        quarantined=failed,
+        llm_tokens=sum(result.num_computed_tokens for _, result, _ in judged),
+    )
+
+
+def _metric_rows(judged: Sequence[_Judged]) -> list[Row]:
+    rows: list[Row] = []
+    for question, _, judgement in judged:
+        query = question.query
+        where = {"scenario": SCENARIOS[query["task"]], "dataset": query["dataset"], "query_id": query["query_id"]}
+        values = judgement.values if judgement is not None else {}
+        rows += [{**where, "method": question.method, "measure": name, "value": x} for name, x in values.items()]
+    return rows
+
+
+def _answer_row(question: Ask, result: LLMResult, judgement: Judgement | None) -> Row:
+    return {
+        "query_id": question.query["query_id"],
+        "dataset": question.query["dataset"],
+        "method": question.method,
+        "doc_ids": list(question.doc_ids),
+        "prompt": "".join(segment.text for segment in question.request.segments),
+        "output": judgement.output if judgement is not None else None,
+        "num_prompt_tokens": result.num_prompt_tokens,
+        "truncated": result.truncated,
+        "error": result.error,
+    }

@@ -1,0 +1,98 @@
+"""The figures arranged as in the paper: Table 1 knowledge, Table 2 memory, Table 3 examples and tools."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+"""An entry of `rows` of results.json."""
+
+TITLES = (
+    (("knowledge",), "Table 1: knowledge"),
+    (("memory",), "Table 2: memory"),
+    (("examples", "tools"), "Table 3: examples and tools"),
+)
+
+METHOD_NAMES = {
+    "none": "None",
+    "random": "Random",
+    "bm25": "BM25",
+    "recency": "Recency",
+    "base": "Base embedder",
+    "trained": "Trained embedder",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One measure on one data set.
+
+    figures: method -> its row. best: the methods with the best mean.
+    """
+
+    scenario: str
+    dataset: str
+    measure: str
+    n: int
+    lower_is_better: bool
+    is_main: bool
+    figures: dict[str, Row]
+    best: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper: methods down, columns across."""
+
+    title: str
+    methods: list[str]
+    columns: list[Column]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """The paper's tables, those without figures left out.
+
+    Args:
+        rows: of results.json, columns and methods in their order of appearance.
+    """
+    columns: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        columns.setdefault((row["dataset"], row["measure"]), []).append(row)
+    arranged = [_column(members) for members in columns.values()]
+    result = []
+    for scenarios, title in TITLES:
+        mine = [column for scenario in scenarios for column in arranged if column.scenario == scenario]
+        present = {method for column in mine for method in column.figures}
+        if mine:
+            methods = [method for method in METHOD_NAMES if method in present]
+            result.append(Table(title=title, methods=methods, columns=mine))
+    return result
+
+
+def effect(figure: Row) -> str:
+    """How a figure differs from the base embedder's: "better", "worse", or "" where the interval holds 0."""
+    delta = figure["delta_vs_base"]
+    if delta is None or delta["ci95"][0] <= 0 <= delta["ci95"][1]:
+        return ""
+    return "better" if (delta["mean"] < 0) == figure["lower_is_better"] else "worse"
+
+
+def p_text(p: float) -> str:
+    """``p=0.034``, or ``p<0.001``: a permutation test resolves no less than one over its samples."""
+    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
+
+
+def _column(members: Sequence[Row]) -> Column:
+    first = members[0]
+    means = [row["mean"] for row in members]
+    winner = min(means) if first["lower_is_better"] else max(means)
+    return Column(
+        scenario=first["scenario"],
+        dataset=first["dataset"],
+        measure=first["measure"],
+        n=max(row["n"] for row in members),
+        lower_is_better=first["lower_is_better"],
+        is_main=first["is_main"],
+        figures={row["method"]: row for row in members},
+        best=frozenset(row["method"] for row in members if row["mean"] == winner),
+    )

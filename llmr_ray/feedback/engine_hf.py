@@ -1,0 +1,83 @@
+"""The reference engine: a plain forward pass of transformers for each pair. Slow, and hard to get wrong."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmr_ray.artifacts import seed_of
+from llmr_ray.feedback.engine import EngineSettings, Ids, Sampled, Sampling, Scored
+
+
+class TransformersEngine:
+    """Scores one pair per forward pass; nothing is shared or batched between pairs.
+
+    Args:
+        settings: model folder, dtype and threads.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: Any) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self.tokenizer = tokenizer
+        self.max_model_tokens = settings.max_model_tokens
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            settings.path, dtype=dtype, device_map=self.device
+        ).eval()
+        end = self.model.generation_config.eos_token_id
+        self.end_ids = frozenset([] if end is None else end if isinstance(end, list) else [end])
+
+    def begin(self) -> None:
+        """Nothing is kept between calls."""
+
+    @torch.inference_mode()
+    def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
+        """As in Engine: row i of the logits predicts token i + 1."""
+        results = []
+        for prompt_ids, target_ids in pairs:
+            ids_L = torch.tensor([*prompt_ids, *target_ids], device=self.device)
+            logits_LV = self.model(input_ids=ids_L[None]).logits[0, len(prompt_ids) - 1 : -1].float()
+            picked_L = logits_LV.log_softmax(-1).gather(1, ids_L[len(prompt_ids) :, None])[:, 0]
+            results.append(Scored(logprobs=tuple(picked_L.tolist()), num_computed_tokens=len(ids_L)))
+        return results
+
+    def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
+        """As in Engine: token by token, by inverting the cumulative distribution at a seeded uniform draw."""
+        results = []
+        for job in jobs:
+            texts, computed = [], 0
+            for number in range(job.num_samples):
+                text, count = self._one(job, np.random.default_rng(seed_of(job.seed, "output", number)))
+                texts.append(text)
+                computed += count
+            results.append(Sampled(texts=tuple(texts), num_computed_tokens=computed))
+        return results
+
+    @torch.inference_mode()
+    def _one(self, job: Sampling, rng: np.random.Generator) -> tuple[str, int]:
+        new: list[int] = []
+        past, fed = None, list(job.prompt_ids)
+        computed = 0
+        while len(new) < job.max_new_tokens:
+            output = self.model(input_ids=torch.tensor([fed], device=self.device), past_key_values=past, use_cache=True)
+            past, computed = output.past_key_values, computed + len(fed)
+            logits_V = output.logits[0, -1].double()
+            if job.temperature == 0:
+                token = int(logits_V.argmax())
+            else:
+                cumulative_V = (logits_V / job.temperature).softmax(-1).cumsum(-1)
+                token = int(torch.searchsorted(cumulative_V, rng.random() * float(cumulative_V[-1])))
+                token = min(token, len(cumulative_V) - 1)
+            if token in self.end_ids:
+                break
+            new.append(token)
+            fed = [token]
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            ends = [place for place in (text.find(stop) for stop in job.stop) if place >= 0]
+            if ends:
+                return text[: min(ends)], computed
+        return self.tokenizer.decode(new, skip_special_tokens=True), computed

@@ -1,0 +1,137 @@
+"""vLLM in this process: scoring with shared prefixes, sampling with a seed per output. The only file that imports vllm.
+
+Scoring asks for the log-probabilities of the prompt. By default vLLM then reads nothing from its prefix cache; that
+default is overridden here, which makes 1 + N continuations of one prompt about as dear as one. The price is a guard:
+log-probabilities of cached positions are not computed (their memory holds garbage), and the first target token is
+predicted by the prompt's last position. So a result counts only where at least that position was computed; other pairs
+are asked again with the default. This happens when the prompt fills whole cache blocks, or a pair was asked before.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from llmr_ray.artifacts import seed_of
+from llmr_ray.errors import DataError
+from llmr_ray.feedback.engine import EngineSettings, Ids, Sampled, Sampling, Scored
+
+_CPU_BLOCK = 32
+"""The smallest cache block that vLLM's CPU attention takes; its default of 128 would share less."""
+
+
+class VllmEngine:
+    """A vLLM engine without processes of its own, so that one actor is one process.
+
+    Args:
+        settings: model folder, dtype, threads and sizes.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: Any) -> None:
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+        _prepare_environment(settings, on_cpu)
+        from vllm import LLM, SamplingParams, TokensPrompt
+
+        torch.set_num_threads(settings.num_threads)
+        self.tokenizer = tokenizer
+        self.max_model_tokens = settings.max_model_tokens
+        self._params, self._prompt = SamplingParams, TokensPrompt
+        # The CPU engine is up in seconds only without compilation, and shares prefixes finely only with small blocks.
+        dependent: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK} if on_cpu else {}
+        dependent["dtype"] = settings.dtype
+        self._llm = LLM(
+            model=settings.path,
+            max_model_len=settings.max_model_tokens + 1,
+            max_num_seqs=settings.max_sequences,
+            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_sequences),
+            enable_prefix_caching=True,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+            seed=0,
+            **dependent,
+        )
+
+    def begin(self) -> None:
+        """Empties the prefix cache."""
+        if not self._llm.reset_prefix_cache():
+            raise DataError("vLLM did not empty its prefix cache: a request is still running. This is a defect.")
+
+    def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
+        """As in Engine. Pairs of one prompt should stand together; equal pairs should be asked once."""
+        outputs = self._ask(pairs, read_cache=True)
+        wasted = [_computed(output) for output in outputs]
+        # Valid only if the prompt's last token was computed in this very request (see the module's docstring).
+        again = [
+            row
+            for row, (output, (prompt_ids, _)) in enumerate(zip(outputs, pairs, strict=True))
+            if (output.num_cached_tokens or 0) > len(prompt_ids) - 1
+        ]
+        for row, output in zip(again, self._ask([pairs[row] for row in again], read_cache=False), strict=True):
+            outputs[row] = output
+            wasted[row] += _computed(output)
+        return [
+            Scored(logprobs=_tail(output, target_ids), num_computed_tokens=count)
+            for output, (_, target_ids), count in zip(outputs, pairs, wasted, strict=True)
+        ]
+
+    def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
+        """As in Engine: each output is a request with its own seed; they share the prompt through the cache."""
+        prompts, params = [], []
+        for job in jobs:
+            for number in range(job.num_samples):
+                prompts.append(self._prompt(prompt_token_ids=list(job.prompt_ids)))
+                params.append(
+                    self._params(
+                        max_tokens=job.max_new_tokens,
+                        temperature=job.temperature,
+                        seed=seed_of(job.seed, "output", number),
+                        stop=list(job.stop),
+                        skip_special_tokens=True,
+                    )
+                )
+        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False) if prompts else [])
+        results = []
+        for job in jobs:
+            mine = [next(outputs) for _ in range(job.num_samples)]
+            computed = sum(_computed(output) + len(output.outputs[0].token_ids) for output in mine)
+            texts = tuple(output.outputs[0].text for output in mine)
+            results.append(Sampled(texts=texts, num_computed_tokens=computed))
+        return results
+
+    def _ask(self, pairs: Sequence[tuple[Ids, Ids]], *, read_cache: bool) -> list[Any]:
+        if not pairs:
+            return []
+        params = self._params(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            skip_reading_prefix_cache=not read_cache,
+        )
+        prompts = [self._prompt(prompt_token_ids=[*prompt_ids, *target_ids]) for prompt_ids, target_ids in pairs]
+        return list(self._llm.generate(prompts, params, use_tqdm=False))
+
+
+def _prepare_environment(settings: EngineSettings, on_cpu: bool) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if on_cpu:
+        # 'auto' would pin every engine to the same core; without a size the cache takes most of the memory; dynamo
+        # would compile a C++ kernel at the first request for log-probabilities.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(settings.kv_cache_gb)))  # whole GiB
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def _computed(output: Any) -> int:
+    return len(output.prompt_token_ids) - int(output.num_cached_tokens or 0)
+
+
+def _tail(output: Any, target_ids: Ids) -> tuple[float, ...]:
+    # Aligned at the end: with cache reads some vLLM runners return only the computed positions.
+    entries = output.prompt_logprobs[-len(target_ids) :]
+    return tuple(float(entry[token].logprob) for entry, token in zip(entries, target_ids, strict=True))

@@ -1,0 +1,95 @@
+"""From log-probabilities to rewards: likelihood and rank-aware reward (methods.md A.4). Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmr_ray.artifacts import Counts
+from llmr_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Distinct sampled outputs and how often each was drawn."""
+
+    texts: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+def likelihood(token_logprobs: Sequence[float], normalization: str) -> float:
+    """The generation likelihood of an output from its tokens' log-probabilities.
+
+    "mean" is what all released code computes (LLM-Embedder, LLM-R, Atlas); "sum" is the product that the papers print,
+    which favours short outputs.
+    """
+    if not token_logprobs:
+        raise DataError("an output without tokens has no likelihood.")
+    total = float(sum(token_logprobs))
+    return total if normalization == "sum" else total / len(token_logprobs)
+
+
+def distinct_draws(samples: Sequence[str], target: str) -> Draws:
+    """Sampled outputs to compare the desired output with, in order of first appearance.
+
+    White space around an output does not count. Empty outputs are dropped; so are those equal to the desired output,
+    which must not beat itself. Equal ones are scored once but keep their count: each is a draw (methods.md A.4.1).
+    """
+    counts: dict[str, int] = {}
+    for sample in (sample.strip() for sample in samples):
+        if sample and sample != target.strip():
+            counts[sample] = counts.get(sample, 0) + 1
+    return Draws(tuple(counts), tuple(counts.values()))
+
+
+def rank_of(target_likelihood: float, sample_likelihoods: Sequence[float], counts: Sequence[int] | None = None) -> int:
+    """1 + the number of sampled outputs with a strictly higher likelihood than the desired one; 1 is best.
+
+    The paper leaves ties and origin open; ties go to the desired output here. With N samples the rank is in [1, N + 1].
+    """
+    weights = [1] * len(sample_likelihoods) if counts is None else counts
+    return 1 + sum(
+        count for sampled, count in zip(sample_likelihoods, weights, strict=True) if sampled > target_likelihood
+    )
+
+
+def rank_reward(rank_without: int, rank_with: int) -> int:
+    """R(C) = r^a - r^b: by how many places the candidate lifts the desired output (LLM-Embedder, ACL version)."""
+    return rank_without - rank_with
+
+
+def reward_rows(
+    score_rows: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]
+) -> tuple[list[dict[str, object]], Counts]:
+    """The rewards rows of llm_scores rows: the llm_score of the kind that the query's task uses.
+
+    Rows of another kind, failed rows and queries with fewer than two rewarded documents (there is nothing to compare)
+    are left out, each with its reason.
+
+    Args:
+        score_rows: rows of llm_scores, all of a query's among them.
+        kind_of: query_id to "likelihood" or "rank".
+    """
+    counts = Counts(rows_in=len(score_rows))
+    rewarded: dict[str, list[dict[str, object]]] = {}
+    for row in score_rows:
+        if row["kind"] != kind_of[row["query_id"]]:
+            counts.skipped["a kind the task does not use"] += 1
+        elif row["error"] is not None:
+            counts.skipped["the LLM request failed"] += 1
+        else:
+            rewarded.setdefault(row["query_id"], []).append(
+                {
+                    "query_id": row["query_id"],
+                    "doc_id": row["doc_id"],
+                    "reward": row["llm_score"],
+                    "reward_source": "llm",
+                }
+            )
+    rows: list[dict[str, object]] = []
+    for of_query in rewarded.values():
+        if len(of_query) < 2:
+            counts.skipped["the query has fewer than 2 rewarded documents"] += len(of_query)
+        else:
+            rows.extend(of_query)
+    counts.ok = len(rows)
+    return rows, counts

@@ -1,0 +1,229 @@
+"""Which questions LLM feedback asks, and the llm_scores rows their answers make. Pure functions on rows and results.
+
+Likelihood (methods.md A.4.2): one scoring per candidate. Rank (A.4.1): outputs are sampled without retrieval and scored
+together with the desired output; then, per candidate, the same outputs (`shared`) or new ones (`fresh`) are scored
+under the prompt with it. So rank feedback takes two rounds of requests: sampling, then scoring.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmr_ray.artifacts import Counts, canonical_json, seed_of
+from llmr_ray.config import TaskScore
+from llmr_ray.feedback import prompts
+from llmr_ray.feedback.requests import LLMRequest, LLMResult
+from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward
+
+Row = Mapping[str, Any]
+
+_CHARS_PER_TOKEN = 4
+
+NO_TARGET = "the query has no desired output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One query whose candidates are to be judged. `target` is None when the query has no desired output."""
+
+    query: Row
+    documents: tuple[Row, ...]
+    settings: TaskScore
+    target: str | None
+    max_candidate_tokens: int
+    seed: int
+
+    @property
+    def query_id(self) -> str:
+        """The query's id, which is also the unit of its requests."""
+        return str(self.query["query_id"])
+
+    @property
+    def task(self) -> str:
+        """The query's task."""
+        return str(self.query["task"])
+
+
+def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_candidate_tokens: int, seed: int) -> Job:
+    """A job. Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2)."""
+    targets = list(query["targets"])
+    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    return Job(
+        query=query,
+        documents=tuple(documents),
+        settings=settings,
+        target=targets[int(rng.integers(len(targets)))] if targets else None,
+        max_candidate_tokens=max_candidate_tokens,
+        seed=seed,
+    )
+
+
+def sampling_requests(job: Job) -> list[LLMRequest]:
+    """The first round of rank feedback: N outputs without retrieval, and N per candidate when samples are fresh."""
+    if job.settings.feedback != "rank" or job.target is None:
+        return []
+    documents: list[Row | None] = [None]
+    if job.settings.samples == "fresh":
+        documents += job.documents
+    return [
+        LLMRequest(
+            request_id=_request_id("sample", job, document),
+            unit=job.query_id,
+            segments=_segments(job, document),
+            num_samples=job.settings.num_samples,
+            max_new_tokens=job.settings.max_new_tokens,
+            temperature=job.settings.sample_temperature,
+            seed=seed_of(job.seed, "sample", job.query_id, *([] if document is None else [document["doc_id"]])),
+            stop=prompts.stop_strings(job.task),
+        )
+        for document in documents
+    ]
+
+
+def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequest]:
+    """The second round (the only one of likelihood feedback): the desired output and the draws after each prompt.
+
+    Args:
+        job: the query.
+        samples: the job's results of the first round, by request id; where one failed, what needs it is not asked.
+    """
+    if job.target is None:
+        return []
+    documents: list[Row | None] = [None, *job.documents] if job.settings.feedback == "rank" else [*job.documents]
+    requests = []
+    for document in documents:
+        draws = _draws(job, document, samples)
+        if document is None and isinstance(draws, str):
+            continue
+        texts = () if isinstance(draws, str) else draws.texts
+        requests.append(
+            LLMRequest(
+                request_id=_request_id("score", job, document),
+                unit=job.query_id,
+                segments=_segments(job, document),
+                targets=tuple(prompts.target_text(job.task, text) for text in (job.target, *texts)),
+                max_new_tokens=job.settings.max_new_tokens,
+            )
+        )
+    return requests
+
+
+def score_rows(
+    job: Job, scorer_id: str, samples: Mapping[str, LLMResult], scores: Mapping[str, LLMResult]
+) -> tuple[list[dict[str, Any]], Counts]:
+    """The llm_scores rows of a query, and the accounting of its pairs (a pair fares as the kind that its task uses).
+
+    A rank task gives both kinds, rank and likelihood, because the second comes for free.
+
+    Args:
+        job: the query.
+        scorer_id: what answered.
+        samples, scores: the job's own results of both rounds, by request id.
+    """
+    rows: list[dict[str, Any]] = []
+    counts = Counts(rows_in=len(job.documents))
+    counts.llm_tokens = sum(result.num_computed_tokens for of in (samples, scores) for result in of.values())
+    for document in job.documents:
+        result = scores.get(_request_id("score", job, document))
+        kinds = [_likelihood_row(job, result)]
+        if job.settings.feedback == "rank":
+            kinds.append(_rank_row(job, document, samples, scores))
+        used = kinds[-1]
+        if used.get("error") is not None:
+            counts.quarantined[str(used["error"])] += 1
+        elif result is not None and result.cached:
+            counts.cached += 1
+        else:
+            counts.ok += 1
+        known = result is not None and result.error is None
+        about = {
+            "query_id": job.query_id,
+            "doc_id": document["doc_id"],
+            "scorer_id": scorer_id,
+            "num_prompt_tokens": result.num_prompt_tokens if known and result else 0,
+            "num_target_tokens": len(result.token_logprobs[0]) if known and result else 0,
+            "truncated": result.truncated if known and result else False,
+            "prompt_sha": result.prompt_sha if known and result else "",
+        }
+        rows += [about | kind for kind in kinds]
+    return rows, counts
+
+
+def to_pay(job: Job, stored: Callable[[Sequence[LLMRequest]], list[LLMResult | None]]) -> tuple[int, int]:
+    """(pairs that still need the LLM, estimated LLM tokens), given what the store holds.
+
+    Tokens are estimated from characters, with the prompt read once per request. Rank feedback whose samples are not
+    there yet is taken as N distinct outputs of half the allowed length.
+    """
+    sampling = sampling_requests(job)
+    known = dict(zip((request.request_id for request in sampling), stored(sampling), strict=True))
+    open_sampling = [request for request in sampling if known[request.request_id] is None]
+    samples = {name: result for name, result in known.items() if result is not None}
+    tokens = sum(_prompt_tokens(request) + request.num_samples * _output_tokens(job) for request in open_sampling)
+    if job.target is not None and open_sampling:
+        guessed = _prompt_tokens(open_sampling[0]) + job.settings.num_samples * _output_tokens(job)
+        candidates = sum(len(str(document["text"])) // _CHARS_PER_TOKEN for document in job.documents)
+        return len(job.documents), tokens + candidates + guessed * (1 + len(job.documents))
+    scoring = scoring_requests(job, samples)
+    missing = [request for request, result in zip(scoring, stored(scoring), strict=True) if result is None]
+    for request in missing:
+        tokens += _prompt_tokens(request) + sum(len(target) // _CHARS_PER_TOKEN + 1 for target in request.targets)
+    return min(len(missing), len(job.documents)), tokens
+
+
+def _prompt_tokens(request: LLMRequest) -> int:
+    return sum(len(segment.text) for segment in request.segments) // _CHARS_PER_TOKEN + 1
+
+
+def _output_tokens(job: Job) -> int:
+    return job.settings.max_new_tokens // 2 + 1
+
+
+def _likelihood_row(job: Job, result: LLMResult | None) -> dict[str, Any]:
+    if result is None:
+        return {"kind": "likelihood", "error": NO_TARGET}
+    if result.error is not None:
+        return {"kind": "likelihood", "error": result.error}
+    return {"kind": "likelihood", "llm_score": likelihood(result.token_logprobs[0], job.settings.normalization)}
+
+
+def _rank_row(
+    job: Job, document: Row, samples: Mapping[str, LLMResult], scores: Mapping[str, LLMResult]
+) -> dict[str, Any]:
+    if job.target is None:
+        return {"kind": "rank", "error": NO_TARGET}
+    ranks = []
+    for shown in (None, document):
+        draws = _draws(job, shown, samples)
+        if isinstance(draws, str):
+            return {"kind": "rank", "error": draws}
+        result = scores[_request_id("score", job, shown)]
+        if result.error is not None:
+            return {"kind": "rank", "error": result.error}
+        target, *sampled = (likelihood(logprobs, job.settings.normalization) for logprobs in result.token_logprobs)
+        ranks.append(rank_of(target, sampled, draws.counts))
+    rank_without, rank_with = ranks
+    return {
+        "kind": "rank",
+        "llm_score": float(rank_reward(rank_without, rank_with)),
+        "rank_without": rank_without,
+        "rank_with": rank_with,
+    }
+
+
+def _draws(job: Job, document: Row | None, samples: Mapping[str, LLMResult]) -> Draws | str:
+    """What the desired output is compared with under a prompt, or why there is nothing: the error of the sampling."""
+    if job.settings.feedback != "rank" or job.target is None:
+        return Draws((), ())
+    result = samples[_request_id("sample", job, document if job.settings.samples == "fresh" else None)]
+    return distinct_draws(result.texts, job.target) if result.error is None else result.error
+
+
+def _segments(job: Job, document: Row | None) -> tuple[Any, ...]:
+    return prompts.feedback_segments(job.task, job.query, document, max_candidate_tokens=job.max_candidate_tokens)
+
+
+def _request_id(what: str, job: Job, document: Row | None) -> str:
+    return canonical_json([what, job.query_id, None if document is None else document["doc_id"]])

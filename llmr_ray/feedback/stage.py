@@ -1,0 +1,229 @@
+"""The stages score (LLM feedback on candidates) and reward, and the pool of Ray actors that answers LLM requests."""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, identity
+from llmr_ray.errors import ResourceError
+from llmr_ray.feedback.client import LocalClient, StoreClient, Unit
+from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
+from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
+from llmr_ray.feedback.prompts import PROMPTS_VERSION
+from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
+from llmr_ray.feedback.rewards import reward_rows
+from llmr_ray.feedback.scoring import sampling_requests, score_rows, scoring_requests, to_pay
+from llmr_ray.feedback.store import Answer, LLMStore
+from llmr_ray.schemas import table_of
+
+SCORE_VERSION = 1
+REWARD_VERSION = 1
+
+_UNITS_PER_SHARD = 4
+_IN_FLIGHT = 2
+"""Shards sent to an actor at a time: the next one waits there while the answers of the last travel."""
+
+
+class _EngineActor:
+    """One engine in a process of its own. What it computes it stores itself, before it answers."""
+
+    def __init__(
+        self, settings: EngineSettings, name: str, folder: Path, commit_rows: int, commit_seconds: float
+    ) -> None:
+        self.client = LocalClient(
+            name, LLMStore(folder), open_engine(settings), commit_rows=commit_rows, commit_seconds=commit_seconds
+        )
+
+    def compute(self, units: Sequence[Unit]) -> list[Answer]:
+        return self.client.compute(units)
+
+
+class RayClient(StoreClient):
+    """Answers with a pool of engine actors, which start when something must be computed and live until `close`.
+
+    A killed actor is started again by Ray and its shard of work asked again; what it had committed is in the store.
+
+    Args:
+        config: the run's configuration.
+        llm: the language model.
+    """
+
+    def __init__(self, config: Config, llm: Asset) -> None:
+        name = scorer_id(llm.fingerprint, config.llm)
+        super().__init__(name, LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name))
+        self.runtime = config.runtime
+        self.settings = EngineSettings.of(config, llm.path)
+        self._actors: list[Any] = []
+
+    def close(self) -> None:
+        """Ends the actors; the next question starts new ones."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+        self._actors = []
+
+    def _compute(self, units: Sequence[Unit]) -> Iterator[list[Answer]]:
+        size = max(1, min(_UNITS_PER_SHARD, len(units) // (_IN_FLIGHT * max(1, self.runtime.llm_actors))))
+        shards = deque(units[start : start + size] for start in range(0, len(units), size))
+        self._start(min(max(1, self.runtime.llm_actors), len(shards)))
+        running: dict[ray.ObjectRef, Any] = {}
+        for actor in self._actors * _IN_FLIGHT:
+            if shards:
+                running[actor.compute.remote(shards.popleft())] = actor
+        last = time.monotonic()
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            if not done:
+                if time.monotonic() - last > self.runtime.stall_timeout_s:
+                    raise ResourceError(
+                        f"no LLM answer in {self.runtime.stall_timeout_s:g} s: waiting for {len(running)} shards of "
+                        f"work on {len(self._actors)} actors ({self.settings.engine}, {self.settings.path}), "
+                        f"{len(shards)} more queued. Either the engine cannot start (memory, GPU), or it is slower "
+                        "than this: then raise runtime.stall_timeout_s. What was answered is kept."
+                    )
+                continue
+            last = time.monotonic()
+            actor = running.pop(done[0])
+            try:
+                answers = ray.get(done[0])
+            except ActorDiedError as error:
+                self.close()
+                raise ResourceError(f"an LLM actor could not be started: {error}") from error
+            if shards:
+                running[actor.compute.remote(shards.popleft())] = actor
+            yield answers
+
+    def _start(self, count: int) -> None:
+        cluster.start(self.runtime)
+        new = count - len(self._actors)
+        if new <= 0:
+            return
+        cluster.require(count, count * self.runtime.llm_gpus, "the pool of LLM actors")
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": self.runtime.llm_gpus,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "runtime_env": {"env_vars": environment(self.settings)},
+        }
+        self._actors += [
+            ray.remote(_EngineActor)
+            .options(**options)
+            .remote(
+                self.settings,
+                self.scorer_id,
+                self.store.folder,
+                self.runtime.commit_rows,
+                self.runtime.commit_seconds,
+            )
+            for _ in range(new)
+        ]
+
+
+# --- score -----------------------------------------------------------------------------------------------------------
+
+
+def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifact) -> ArtifactSpec:
+    """What determines llm_scores: the LLM and how it reads, the prompts, the tasks' feedback, data and seed."""
+    return ArtifactSpec(
+        stage="score",
+        name=config.name,
+        version=SCORE_VERSION,
+        config={
+            "scorer": scorer_id(llm.fingerprint, config.llm),
+            "max_candidate_tokens": config.llm.max_candidate_tokens,
+            "tasks": {task: identity(settings) for task, settings in feedback_tasks(config).items()},
+            "prompts_version": PROMPTS_VERSION,
+            "seed": config.seed,
+            "shard_queries": SHARD_QUERIES,
+        },
+        inputs={"llm": llm.fingerprint, "prepare": prepare.id, "candidates": candidates.id},
+    )
+
+
+def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Artifact, candidates: Artifact) -> None:
+    """Asks the LLM about every candidate of the tasks with feedback, and writes llm_scores.
+
+    One row per (query, document, kind), failed ones with their error. rows_in counts pairs. A finished shard is not
+    asked again, and of an unfinished one only what the store lacks.
+    """
+    started = time.monotonic()
+    work = _jobs(config, prepare, candidates)
+    for shard in artifact.pending(work.num_shards):
+        label = f"score {shard + 1}/{work.num_shards}"
+        jobs = work.of_shard(shard)
+        samples = _ask(client, [request for job in jobs for request in sampling_requests(job)], f"{label} samples")
+        asked = [request for job in jobs for request in scoring_requests(job, samples[job.query_id])]
+        scores = _ask(client, asked, label)
+        rows: list[dict[str, object]] = []
+        counts = Counts()
+        for job in jobs:
+            of_job, fate = score_rows(job, client.scorer_id, samples[job.query_id], scores[job.query_id])
+            rows.extend(of_job)
+            counts += fate
+        artifact.write_shard(shard, {"llm_scores": table_of("llm_scores", rows)}, counts)
+    artifact.commit(work.num_shards, seconds=time.monotonic() - started, extra={"scorer_id": client.scorer_id})
+
+
+def pairs_to_pay(config: Config, client: StoreClient, prepare: Artifact, candidates: Artifact) -> tuple[int, int, int]:
+    """(pairs to judge, pairs that still need the LLM, estimated LLM tokens for them). Starts no engine."""
+    work = _jobs(config, prepare, candidates)
+    pairs = missing = tokens = 0
+    for shard in range(work.num_shards):
+        for job in work.of_shard(shard):
+            pairs += len(job.documents)
+            needs, cost = to_pay(job, client.stored)
+            missing, tokens = missing + needs, tokens + cost
+    return pairs, missing, tokens
+
+
+def _jobs(config: Config, prepare: Artifact, candidates: Artifact) -> ScoreJobs:
+    return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read("candidates"))
+
+
+def _ask(client: LLMClient, requests: Sequence[LLMRequest], label: str) -> dict[str, dict[str, LLMResult]]:
+    """Results by unit (the query) and request id."""
+    results: dict[str, dict[str, LLMResult]] = defaultdict(dict)
+    if requests:
+        for request, result in zip(requests, client.answer(requests, label=label), strict=True):
+            results[request.unit][request.request_id] = result
+    return results
+
+
+# --- reward ----------------------------------------------------------------------------------------------------------
+
+
+def reward_spec(config: Config, prepare: Artifact, llm_scores: Artifact) -> ArtifactSpec:
+    """What determines rewards: the scores, and which kind of them each task uses."""
+    return ArtifactSpec(
+        stage="reward",
+        name=config.name,
+        version=REWARD_VERSION,
+        config={"kinds": {task: settings.feedback for task, settings in feedback_tasks(config).items()}},
+        inputs={"prepare": prepare.id, "llm_scores": llm_scores.id},
+    )
+
+
+def run_reward(config: Config, artifact: Artifact, prepare: Artifact, llm_scores: Artifact) -> None:
+    """Writes rewards, shard by shard of llm_scores (a query's rows are all in one). rows_in counts llm_scores rows."""
+    started = time.monotonic()
+    kinds = {task: settings.feedback for task, settings in feedback_tasks(config).items()}
+    queries = prepare.read("queries")
+    kind_of = {
+        query_id: kinds[task]
+        for query_id, task in zip(queries["query_id"].to_pylist(), queries["task"].to_pylist(), strict=True)
+        if task in kinds
+    }
+    num_shards = llm_scores.require()["num_shards"]
+    for shard in artifact.pending(num_shards):
+        rows, counts = reward_rows(llm_scores.read("llm_scores", shard).to_pylist(), kind_of)
+        artifact.write_shard(shard, {"rewards": table_of("rewards", rows)}, counts)
+    artifact.commit(num_shards, seconds=time.monotonic() - started)

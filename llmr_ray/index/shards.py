@@ -1,0 +1,210 @@
+"""FAISS shards: contiguous blocks of the corpus as IndexFlatIP files, searched exactly inside ranges of rows.
+
+FAISS finds candidates fast, but breaks ties in the order of its heap, sums in float32 and checks no file. So shards
+are checked when built (finite, unit norm) and when opened (sha256), and a search fetches a few more than k, scores
+them again as `topk` defines, and widens until no document left out could belong to the result. The result is that of
+`topk.exact_topk`, whatever the number of shards, threads or duplicates.
+
+A range is a contiguous slice of the flat vectors, which FAISS searches in place: no selector, no copy.
+
+Shape suffixes: Q queries of a call, M of one range, N documents of the shard, D embedding, K results, F fetched.
+"""
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from llmr_ray.artifacts import Artifact, commit_rename, sha256_file
+from llmr_ray.errors import DataError
+from llmr_ray.index.topk import (
+    MISSING,
+    block_topk,
+    by_range,
+    check_finite,
+    check_queries,
+    pair_scores,
+    select_topk,
+)
+
+NORM_TOLERANCE = 1e-3
+"""Embeddings must have unit norm within this; the error bound of a search relies on it."""
+
+SPARE = 32
+"""Documents fetched beyond k before the exact comparison."""
+
+DIRECT_ROWS = 256
+"""Ranges up to this long are compared with NumPy. At thousands of ranges of 10 to 250 rows all ways cost under 0.1 ms
+each (benchmarks/search.py); this one needs no second look."""
+
+GPU_MIN_ROWS = 65_536
+"""Shorter ranges are not worth the way to a GPU."""
+
+GPU_MAX_FETCH = 2048
+"""The most results a FAISS GPU index returns."""
+
+
+def set_threads(num_threads: int) -> None:
+    """Threads that FAISS uses in this process."""
+    faiss.omp_set_num_threads(num_threads)
+
+
+def write_shard(vector_ND: np.ndarray, path: Path) -> None:
+    """Writes a block of embeddings as an IndexFlatIP file, atomically.
+
+    Raises:
+        DataError: no rows, NaN or infinite values, or rows that do not have unit norm.
+    """
+    if vector_ND.ndim != 2 or not len(vector_ND):
+        raise DataError(f"an index shard needs rows, but the embeddings have the shape {vector_ND.shape}.")
+    check_finite(vector_ND, "embeddings")
+    norms = np.linalg.norm(vector_ND, axis=1)
+    bad = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} embeddings do not have unit norm; row {bad[0]} has {norms[bad[0]]:.4f}. Scores would favour "
+            "long vectors; embed again."
+        )
+    index = faiss.IndexFlatIP(vector_ND.shape[1])
+    index.add(np.ascontiguousarray(vector_ND, np.float32))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    faiss.write_index(index, str(temporary))
+    with temporary.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    commit_rename(temporary, path)
+
+
+def file_name(shard: int) -> str:
+    """The name of a shard's file in an index artifact."""
+    return f"shard-{shard:05d}.faiss"
+
+
+def open_shards(index: Artifact, numbers: Iterable[int]) -> list["Shard"]:
+    """Opens some shards of a finished index artifact.
+
+    Raises:
+        DataError: the index is not finished, or a file's bytes changed.
+    """
+    manifest = index.require()
+    return [
+        Shard(
+            index.file(file_name(number)),
+            first_row=manifest["extra"]["cuts"][number],
+            sha256=manifest["files"][f"files/{file_name(number)}"]["sha256"],
+        )
+        for number in numbers
+    ]
+
+
+class Shard:
+    """An opened shard. The file is mapped into memory: processes of one machine share its pages.
+
+    Args:
+        path: the file.
+        first_row: corpus row of its first document.
+        sha256: what the manifest says of the file. FAISS itself loads a file with flipped bits without complaint.
+
+    Raises:
+        DataError: the bytes are not those that were committed.
+    """
+
+    def __init__(self, path: Path, first_row: int, sha256: str) -> None:
+        if not path.exists() or sha256_file(path) != sha256:
+            raise DataError(f"{path} is missing or its bytes changed since it was committed. Build the index again.")
+        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        self._index = index
+        self.first_row = first_row
+        self.num_rows = int(self._index.ntotal)
+        self.dimension = int(self._index.d)
+        flat = faiss.rev_swig_ptr(index.get_xb(), self.num_rows * self.dimension)
+        self.vector_ND = flat.reshape(self.num_rows, self.dimension)
+        self._gpu: _GpuRange | None = _GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
+
+    def search(self, query_QD: np.ndarray, scopes_Q2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents of this shard inside each query's range of corpus rows.
+
+        Args:
+            query_QD: float32 [Q, D], finite.
+            scopes_Q2: int64 [Q, 2] start and end (exclusive), in rows of the whole corpus.
+            k: results per query.
+
+        Returns:
+            corpus rows int64 [Q, k] and scores float32 [Q, k]; MISSING and -inf where the range has no more.
+        """
+        local_Q2 = np.clip(scopes_Q2 - self.first_row, 0, self.num_rows)
+        check_queries(query_QD, local_Q2, self.dimension, self.num_rows)
+        rows_QK = np.full((len(query_QD), k), MISSING, np.int64)
+        scores_QK = np.full((len(query_QD), k), -np.inf, np.float32)
+        for start, end, members in by_range(local_Q2):
+            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k)
+            # The offset belongs to documents only: a filler plus an offset would be a real, wrong document.
+            rows_QK[members] = np.where(rows_MK == MISSING, MISSING, rows_MK + self.first_row)
+            scores_QK[members] = scores_MK
+        return rows_QK, scores_QK
+
+    def _search_range(self, query_MD: np.ndarray, start: int, end: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Searches the shard's rows [start, end) whole; rows are the shard's."""
+        rows_MK = np.full((len(query_MD), k), MISSING, np.int64)
+        scores_MK = np.full((len(query_MD), k), -np.inf, np.float32)
+        todo, fetch = np.arange(len(query_MD)), k + SPARE
+        while len(todo):
+            if end - start <= max(fetch, DIRECT_ROWS):
+                rows_MK[todo], scores_MK[todo] = block_topk(query_MD[todo], self.vector_ND[start:end], k, start)
+                break
+            scan_MF, found_MF, error = self._scan(query_MD[todo], start, end, fetch)
+            exact_MF = np.stack(
+                [pair_scores(query_MD[m], self.vector_ND[found_F]) for m, found_F in zip(todo, found_MF, strict=True)]
+            )
+            rows_MK[todo], scores_MK[todo] = select_topk(found_MF, exact_MF, k)
+            # No document left out scanned above the last fetched one; if the k-th result is safely above that, the
+            # result is settled. Else (near ties, duplicates) look wider.
+            margin_M = error * np.linalg.norm(query_MD[todo], axis=1)
+            todo = todo[scores_MK[todo, -1] <= scan_MF[:, -1] + margin_M]
+            fetch *= 4
+        return rows_MK, scores_MK
+
+    def _scan(self, query_MD: np.ndarray, start: int, end: int, fetch: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """FAISS's own top `fetch` of rows [start, end): scores, rows, and the largest error of a score.
+
+        The error is that of a unit document with a unit query: float32 sums of D products are off by less than
+        D * 2**-24 in any order, twice that with the rounding of the exact score.
+        """
+        if self._gpu is not None and end - start >= GPU_MIN_ROWS and fetch <= GPU_MAX_FETCH:
+            scores_MF, found_MF = self._gpu.search(query_MD, start, end, fetch)
+            # Tensor cores may round the factors to TF32: 10 bits of mantissa each.
+            error = 2.0**-9
+        else:
+            scores_MF, found_MF = faiss.knn(
+                query_MD, self.vector_ND[start:end], fetch, metric=faiss.METRIC_INNER_PRODUCT
+            )
+            error = self.dimension * 2.0**-23
+        return scores_MF, found_MF + start, error
+
+
+class _GpuRange:
+    """A float32 copy of one range of a shard on the first GPU; another range replaces it.
+
+    `index_cpu_to_all_gpus` is avoided: without a GPU it returns an empty index and no error; and FAISS's default of
+    fp16 storage on some paths would change the numbers.
+    """
+
+    def __init__(self, vector_ND: np.ndarray) -> None:
+        self._vector_ND = vector_ND
+        self._resources = faiss.StandardGpuResources()
+        self._range = (0, 0)
+
+    def search(self, query_MD: np.ndarray, start: int, end: int, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's top `fetch` of rows [start, end), numbered from `start`."""
+        if self._range != (start, end):
+            config = faiss.GpuIndexFlatConfig()
+            config.useFloat16 = False
+            self._index = faiss.GpuIndexFlatIP(self._resources, self._vector_ND.shape[1], config)
+            self._index.add(self._vector_ND[start:end])
+            self._range = (start, end)
+        found: tuple[np.ndarray, np.ndarray] = self._index.search(query_MD, fetch)
+        return found

@@ -1,0 +1,226 @@
+"""The stages embed and index.
+
+embed: shards of corpus rows, then shards of query rows, encoded by a pool of actors. index: contiguous blocks of the
+embeddings as FAISS files. How many index shards there are is runtime and recorded with the index; no search result
+depends on it (index/searcher.py).
+"""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json, write_atomic
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, TaskConfig
+from llmr_ray.data.text import document_text
+from llmr_ray.errors import DataError
+from llmr_ray.index import shards
+from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
+
+EMBED_VERSION = 1
+INDEX_VERSION = 1
+
+# --- embed -----------------------------------------------------------------------------------------------------------
+
+
+def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSpec:
+    """What determines embeddings: the weights, how texts are cut and pooled, the precision, the instructions."""
+    from llmr_ray.modeling.embedder import resolve_precision
+
+    tasks = sorted({dataset.task for dataset in config.datasets.values()})
+    return ArtifactSpec(
+        stage="embed",
+        name=config.name,
+        version=EMBED_VERSION,
+        config={
+            "pooling": config.embedder.pooling,
+            "max_query_tokens": config.embedder.max_query_tokens,
+            "max_document_tokens": config.embedder.max_document_tokens,
+            "precision": resolve_precision(config.embedder.precision),
+            "instructions": {
+                task: [config.tasks[task].query_instruction, config.tasks[task].document_instruction] for task in tasks
+            },
+            "shard_rows": SHARD_ROWS,
+        },
+        inputs={"embedder": embedder.fingerprint, "prepare": prepare.id},
+    )
+
+
+def run_embed(config: Config, artifact: Artifact, embedder: Asset, prepare: Artifact) -> None:
+    """Embeds every document and every query: tables `document_embeddings` in corpus order and
+    `query_embeddings` in queries order.
+
+    Raises:
+        DataError: there are no documents or no queries.
+    """
+    started = time.monotonic()
+    rows = prepare.require()["rows"]
+    if not rows.get("corpus") or not rows.get("queries"):
+        raise DataError(f"{prepare.id} holds {rows}; embedding needs documents and queries. Look at its quarantine.")
+    num_document_shards, num_query_shards = _num_shards(rows["corpus"]), _num_shards(rows["queries"])
+    num_shards = num_document_shards + num_query_shards
+    cluster.map_shards(
+        artifact.pending(num_shards),
+        EmbedWorker,
+        {
+            "artifact": artifact,
+            "prepare": prepare,
+            "embedder_path": str(embedder.path),
+            "tasks": config.tasks,
+            "batch_tokens": config.runtime.encode_batch_tokens,
+            "num_document_shards": num_document_shards,
+        },
+        num_actors=config.runtime.encode_actors,
+        num_threads=config.runtime.encode_threads,
+        num_gpus=config.runtime.encode_gpus,
+        purpose="embed",
+    )
+    artifact.commit(num_shards, seconds=time.monotonic() - started, extra={"encoder": encoder_of(artifact)})
+
+
+class EmbedWorker:
+    """Embeds shards of documents (numbers below `num_document_shards`) and of queries."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        prepare: Artifact,
+        embedder_path: str,
+        tasks: dict[str, TaskConfig],
+        batch_tokens: int,
+        num_document_shards: int,
+    ) -> None:
+        from llmr_ray.modeling.embedder import Embedder
+
+        self.artifact, self.prepare, self.tasks = artifact, prepare, tasks
+        self.batch_tokens, self.num_document_shards = batch_tokens, num_document_shards
+        self.max_tokens = {
+            "document": int(artifact.spec.config["max_document_tokens"]),
+            "query": int(artifact.spec.config["max_query_tokens"]),
+        }
+        self.embedder = Embedder(
+            embedder_path,
+            pooling=artifact.spec.config["pooling"],
+            max_query_tokens=self.max_tokens["query"],
+            max_document_tokens=self.max_tokens["document"],
+            precision=artifact.spec.config["precision"],
+        )
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Embeds one shard and commits it; returns its ledger record."""
+        if shard < self.num_document_shards:
+            rows = read_rows(self.prepare, "corpus", shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)
+            columns = (rows["title"].to_pylist(), rows["text"].to_pylist())
+            texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
+            side, key = "document", "doc_id"
+        else:
+            first = (shard - self.num_document_shards) * SHARD_ROWS
+            rows = read_rows(self.prepare, "queries", first, first + SHARD_ROWS)
+            texts = rows["query"].to_pylist()
+            side, key = "query", "query_id"
+        vector_ND = self._encode(texts, rows["task"].to_pylist(), side)
+        table = to_table(key, rows[key], vector_ND)
+        return self.artifact.write_shard(
+            shard, {f"{side}_embeddings": table}, Counts(rows_in=rows.num_rows, ok=rows.num_rows)
+        )
+
+    def _encode(self, texts: list[str], tasks: list[str], side: str) -> np.ndarray:
+        """Encodes texts of several tasks, each under its own task's instruction: float32 [N, D]."""
+        parts, order = [], []
+        for task in sorted(set(tasks)):
+            members = [row for row, name in enumerate(tasks) if name == task]
+            settings = self.tasks[task]
+            parts.append(
+                self.embedder.encode(
+                    [texts[row] for row in members],
+                    instruction=settings.query_instruction if side == "query" else settings.document_instruction,
+                    max_tokens=self.max_tokens[side],
+                    batch_tokens=self.batch_tokens,
+                )
+            )
+            order += members
+        stacked_ND = np.concatenate(parts)
+        vector_ND = np.empty_like(stacked_ND)
+        vector_ND[order] = stacked_ND
+        return vector_ND
+
+
+# --- index -----------------------------------------------------------------------------------------------------------
+
+
+def index_spec(config: Config, embeddings: Artifact) -> ArtifactSpec:
+    """What determines an index: the embeddings. It is exact, so there is nothing else to set."""
+    return ArtifactSpec(
+        stage="index", name=config.name, version=INDEX_VERSION, config={}, inputs={"embeddings": embeddings.id}
+    )
+
+
+def run_index(config: Config, artifact: Artifact, embeddings: Artifact) -> None:
+    """Writes the documents' embeddings as FAISS shards, and the table `ids` (row, doc_id)."""
+    started = time.monotonic()
+    manifest = embeddings.require()
+    cuts = _cuts(artifact, manifest["rows"]["document_embeddings"], config.runtime.index_shards)
+    num_shards = len(cuts) - 1
+    cluster.map_shards(
+        artifact.pending(num_shards),
+        IndexWorker,
+        {"artifact": artifact, "embeddings": embeddings, "cuts": cuts},
+        num_actors=config.runtime.index_actors,
+        num_threads=config.runtime.index_threads,
+        purpose="index",
+    )
+    extra = {"encoder": manifest["extra"]["encoder"], "cuts": cuts}
+    artifact.commit(num_shards, seconds=time.monotonic() - started, extra=extra)
+
+
+def _cuts(artifact: Artifact, num_rows: int, num_shards: int) -> list[int]:
+    """First row of each shard, and the number of rows at the end. A resumed build keeps the cuts it began with."""
+    path = artifact.path / "cuts.json"
+    if not path.exists():
+        num_shards = max(1, min(num_shards, num_rows))
+        cuts = [num_rows * shard // num_shards for shard in range(num_shards + 1)]
+        write_atomic(path, canonical_json(cuts).encode())
+    kept: list[int] = json.loads(path.read_text())
+    return kept
+
+
+class IndexWorker:
+    """Builds index shards: corpus rows [cuts[shard], cuts[shard + 1])."""
+
+    def __init__(self, artifact: Artifact, embeddings: Artifact, cuts: list[int]) -> None:
+        self.artifact, self.embeddings, self.cuts = artifact, embeddings, cuts
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Builds one shard and commits it; returns its ledger record."""
+        start, end = self.cuts[shard], self.cuts[shard + 1]
+        table = read_rows(self.embeddings, "document_embeddings", start, end)
+        path = self.artifact.file(shards.file_name(shard))
+        shards.write_shard(to_matrix(table), path)
+        ids = pa.table({"row": pa.array(range(start, end), pa.int64()), "doc_id": table["doc_id"]})
+        counts = Counts(rows_in=end - start, ok=end - start)
+        return self.artifact.write_shard(shard, {"ids": ids}, counts, files=(f"files/{path.name}",))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(artifact: Artifact, table: str, start: int, end: int) -> pa.Table:
+    """Rows [start, end) of a table, reading only the parts that hold them (fewer rows at the table's end)."""
+    first, pieces = 0, []
+    for shard, record in sorted(artifact.ledger().items()):
+        num_rows = record["rows"].get(table, 0)
+        if num_rows and first < end and first + num_rows > start:
+            offset = max(0, start - first)
+            pieces.append(artifact.read(table, shard).slice(offset, min(end, first + num_rows) - first - offset))
+        first += num_rows
+    if not pieces:
+        raise DataError(f"{artifact.id} has {first} rows of '{table}', none of them in [{start}, {end}).")
+    return pa.concat_tables(pieces)
+
+
+def _num_shards(num_rows: int) -> int:
+    return -(-num_rows // SHARD_ROWS)

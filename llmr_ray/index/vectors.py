@@ -1,0 +1,60 @@
+"""Embeddings as Arrow tables (plain fixed_size_list<float32>, so that any tool reads them), and who made them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from llmr_ray.artifacts import Artifact, canonical_json
+from llmr_ray.errors import DataError
+
+
+def to_table(key: str, ids: Sequence[str] | pa.ChunkedArray, vector_ND: np.ndarray) -> pa.Table:
+    """A table of two columns: the ids under the name `key`, and `embedding`.
+
+    Args:
+        key: "doc_id" or "query_id".
+        ids: N ids.
+        vector_ND: float32 [N, D].
+    """
+    values = pa.array(np.ascontiguousarray(vector_ND, np.float32).reshape(-1))
+    kind = pa.list_(pa.field("element", pa.float32(), nullable=False), vector_ND.shape[1])
+    return pa.table({key: ids, "embedding": pa.FixedSizeListArray.from_arrays(values, type=kind)})
+
+
+def to_matrix(table: pa.Table) -> np.ndarray:
+    """The `embedding` column as float32 [N, D].
+
+    Raises:
+        DataError: the column is no fixed_size_list<float32>, or holds nulls.
+    """
+    column = table["embedding"]
+    if not pa.types.is_fixed_size_list(column.type) or not pa.types.is_float32(column.type.value_type):
+        raise DataError(f"column 'embedding' is {column.type}, but must be fixed_size_list<float32>. Embed again.")
+    if column.null_count:
+        raise DataError(f"column 'embedding' holds {column.null_count} nulls; rows would shift. Embed again.")
+    parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return values.reshape(-1, column.type.list_size)
+
+
+def encoder_of(embeddings: Artifact) -> str:
+    """Names the encoder of an `embed` artifact: vectors of equal names may be compared, others may not."""
+    settings = embeddings.spec.config
+    return canonical_json(
+        {"embedder": embeddings.spec.inputs["embedder"]} | {key: settings[key] for key in ("pooling", "precision")}
+    )
+
+
+def query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
+    """The embeddings of some queries, joined on the id: float32 [Q, D].
+
+    Raises:
+        DataError: a query was not embedded.
+    """
+    table = embeddings.read("query_embeddings")
+    row_of = {query_id: row for row, query_id in enumerate(table["query_id"].to_pylist())}
+    missing = [query_id for query_id in query_ids if query_id not in row_of]
+    if missing:
+        raise DataError(f"{embeddings.id} lacks {len(missing)} queries, the first is '{missing[0]}'. Embed again.")
+    return to_matrix(table)[[row_of[query_id] for query_id in query_ids]]

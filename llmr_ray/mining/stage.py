@@ -1,0 +1,213 @@
+"""The stage mine: candidates of every training query, from gold, dense search, BM25 and chance.
+
+A worker opens all index shards itself (their files are mapped, so workers of one machine share them) and mines shards
+of training queries; nothing travels between workers, and the result is the same however many there are.
+"""
+
+import json
+import time
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.config import BM25Config, Config, TaskMine, identity
+from llmr_ray.data.scope import scopes
+from llmr_ray.data.text import document_text
+from llmr_ray.errors import DataError
+from llmr_ray.index import shards
+from llmr_ray.index.topk import merge_topk
+from llmr_ray.index.vectors import query_vectors
+from llmr_ray.mining.candidates import Found, draw_random, text_key, union
+from llmr_ray.schemas import table_of
+
+MINE_VERSION = 1
+
+MINE_QUERIES = 256
+"""Training queries in one shard."""
+
+MIN_CANDIDATES = 2
+"""A query with fewer has nothing to prefer over anything."""
+
+_EXCLUSIONS = pa.schema([("query_id", pa.string()), ("reason", pa.string()), ("num_documents", pa.int32())])
+
+
+def mine_spec(config: Config, prepare: Artifact, embeddings: Artifact, index: Artifact) -> ArtifactSpec:
+    """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner."""
+    tasks = sorted({dataset.task for dataset in config.datasets.values()})
+    return ArtifactSpec(
+        stage="mine",
+        name=config.name,
+        version=MINE_VERSION,
+        config={
+            "bm25": identity(config.bm25),
+            "tasks": {task: identity(config.tasks[task].mine) for task in tasks},
+            "seed": config.seed,
+            "shard_queries": MINE_QUERIES,
+        },
+        inputs={"prepare": prepare.id, "embeddings": embeddings.id, "index": index.id},
+    )
+
+
+def run_mine(config: Config, artifact: Artifact, prepare: Artifact, embeddings: Artifact, index: Artifact) -> None:
+    """Mines every query of the split "train": table `candidates`, and `exclusions` (query_id, reason, num_documents).
+
+    A query left with fewer than two candidates is skipped, with its reason counted, and has no rows.
+
+    Raises:
+        DataError: there are no training queries, embeddings are missing, or the index belongs to other embeddings.
+    """
+    started = time.monotonic()
+    num_queries = int(pc.sum(pc.equal(prepare.read("queries")["split"], "train")).as_py() or 0)
+    if not num_queries:
+        raise DataError(f"{prepare.id} holds no training queries. Raise datasets.*.num_train.")
+    if index.spec.inputs["embeddings"] != embeddings.id:
+        raise DataError(f"{index.id} indexes other embeddings than {embeddings.id}; their scores mean nothing.")
+    num_shards = -(-num_queries // MINE_QUERIES)
+    cluster.map_shards(
+        artifact.pending(num_shards),
+        MineWorker,
+        {
+            "artifact": artifact,
+            "prepare": prepare,
+            "embeddings": embeddings,
+            "index": index,
+            "tasks": {name: task.mine for name, task in config.tasks.items()},
+            "bm25": config.bm25,
+            "seed": config.seed,
+            "num_threads": config.runtime.index_threads,
+        },
+        num_actors=config.runtime.mine_actors,
+        num_threads=config.runtime.index_threads,
+        num_gpus=config.runtime.index_gpus,
+        purpose="mine",
+    )
+    artifact.commit(num_shards, seconds=time.monotonic() - started)
+
+
+class MineWorker:
+    """Mines shards of training queries: queries [shard * MINE_QUERIES, (shard + 1) * MINE_QUERIES) of the split."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        prepare: Artifact,
+        embeddings: Artifact,
+        index: Artifact,
+        tasks: dict[str, TaskMine],
+        bm25: BM25Config,
+        seed: int,
+        num_threads: int,
+    ) -> None:
+        from llmr_ray.mining.bm25 import BM25
+
+        self.artifact, self.tasks, self.seed = artifact, tasks, seed
+        corpus, queries = prepare.read("corpus"), prepare.read("queries")
+        self.queries = queries.filter(pc.equal(queries["split"], "train"))
+        self.doc_ids: list[str] = corpus["doc_id"].to_pylist()
+        self.row_of = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
+        columns = (corpus["title"].to_pylist(), corpus["text"].to_pylist())
+        self.texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
+        self.text_key = cache(lambda row: text_key(self.texts[row]))
+        self.scopes_Q2 = scopes(self.queries, corpus)
+        self.query_QD = query_vectors(embeddings, self.queries["query_id"].to_pylist())
+        self.gold_rows = _gold_rows(prepare.read("qrels"), self.row_of)
+        shards.set_threads(num_threads)
+        self.shards = shards.open_shards(index, range(index.require()["num_shards"]))
+        if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
+            raise DataError(f"{index.id} holds another number of documents than the corpus. Build the index again.")
+        self.bm25 = BM25(self.texts, bm25.k1, bm25.b)
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Mines one shard and commits it; returns its ledger record."""
+        first = shard * MINE_QUERIES
+        queries = self.queries.slice(first, MINE_QUERIES).to_pylist()
+        found = self._retrieve(queries, first)
+        counts = Counts(rows_in=len(queries))
+        candidates, exclusions = [], []
+        for query, offered, (start, end) in zip(queries, found, self.scopes_Q2[first:].tolist(), strict=False):
+            query_id = query["query_id"]
+            gold = self.gold_rows.get(query_id, [])
+            in_range = [row for row in gold if start <= row < end]
+            chosen, excluded = union(
+                gold_rows=in_range,
+                self_row=self._self_row(query),
+                query=query["query"],
+                found=offered,
+                key_of=self.text_key,
+            )
+            excluded["gold_out_of_range"] += len(gold) - len(in_range)
+            exclusions += [
+                {"query_id": query_id, "reason": reason, "num_documents": number}
+                for reason, number in sorted(excluded.items())
+                if number
+            ]
+            if len(chosen) < MIN_CANDIDATES:
+                counts.skipped["one_candidate" if chosen else "no_candidate"] += 1
+                continue
+            counts.ok += 1
+            candidates += [
+                {
+                    "query_id": query_id,
+                    "doc_id": self.doc_ids[candidate.row],
+                    "source": candidate.source,
+                    "rank": candidate.rank,
+                    "retrieval_score": candidate.retrieval_score,
+                }
+                for candidate in chosen
+            ]
+        tables = {
+            "candidates": table_of("candidates", candidates),
+            "exclusions": pa.Table.from_pylist(exclusions, schema=_EXCLUSIONS),
+        }
+        return self.artifact.write_shard(shard, tables, counts)
+
+    def _retrieve(self, queries: list[dict[str, Any]], first: int) -> list[list[Found]]:
+        """What each source offers each query, in the order dense, bm25, random."""
+        found: list[list[Found]] = [[] for _ in queries]
+        for task in sorted({query["task"] for query in queries}):
+            settings = self.tasks[task]
+            members = np.asarray([row for row, query in enumerate(queries) if query["task"] == task])
+            scopes_Q2 = self.scopes_Q2[first + members]
+            ranked = []
+            if settings.num_dense:
+                vectors = self.query_QD[first + members]
+                parts = [shard.search(vectors, scopes_Q2, settings.depth) for shard in self.shards]
+                ranked.append(("dense", settings.num_dense, *merge_topk(parts, settings.depth)))
+            if settings.num_bm25:
+                texts = [queries[member]["query"] for member in members]
+                ranked.append(("bm25", settings.num_bm25, *self.bm25.topk(texts, scopes_Q2, settings.depth)))
+            for position, member in enumerate(members):
+                found[member] = [
+                    Found(
+                        source=source,
+                        num=num,
+                        rows=rows_QK[position],
+                        scores=scores_QK[position],
+                        skip_top=settings.skip_top,
+                    )
+                    for source, num, rows_QK, scores_QK in ranked
+                ]
+                start, end = scopes_Q2[position].tolist()
+                query_id = queries[member]["query_id"]
+                found[member].append(draw_random(start, end, settings.num_random, self.seed, query_id))
+        return found
+
+    def _self_row(self, query: dict[str, Any]) -> int | None:
+        """The row of the document made from the query's own example (meta key "self_doc_id"), if it has one."""
+        doc_id = json.loads(query["meta"]).get("self_doc_id") if query["meta"] else None
+        return None if doc_id is None else self.row_of.get(doc_id)
+
+
+def _gold_rows(qrels: pa.Table, row_of: dict[str, int]) -> dict[str, list[int]]:
+    """Corpus rows of each query's relevant documents, most relevant first, then by row."""
+    gold: dict[str, list[tuple[int, int]]] = {}
+    for entry in qrels.filter(pc.greater(qrels["relevance"], 0)).to_pylist():
+        if entry["doc_id"] not in row_of:
+            raise DataError(f"qrels name document '{entry['doc_id']}', which the corpus lacks. Prepare the data again.")
+        gold.setdefault(entry["query_id"], []).append((-entry["relevance"], row_of[entry["doc_id"]]))
+    return {query_id: [row for _, row in sorted(rows)] for query_id, rows in gold.items()}

@@ -1,0 +1,147 @@
+"""Training checkpoints that survive what storage does to them.
+
+``ckpt-{step:08d}/`` holds the embedder (a sentence-transformers folder), ``optimizer.safetensors``, ``state.json`` and
+``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. The newest checkpoint
+that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery reads the
+newest checkpoint and never an older one). Nothing here is pickled.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmr_ray.artifacts import canonical_json, commit_rename, sha256_file, write_atomic
+from llmr_ray.errors import DataError
+from llmr_ray.modeling.embedder import Embedder
+
+log = logging.getLogger(__name__)
+
+KEEP = 2
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was verified. `step` is the number of steps taken: the next step to run."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    @property
+    def embedder(self) -> Path:
+        """The sentence-transformers folder."""
+        return self.folder / "embedder"
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter]) -> None:
+        """Puts the saved moments back, by parameter name; DataError when they belong to another model."""
+        tensors = load_file(self.folder / "optimizer.safetensors")
+        saved = {key.rpartition("/")[0] for key in tensors}
+        if saved != set(names):
+            odd = sorted(saved ^ set(names))[:3]
+            raise DataError(f"{self.folder} holds the optimizer state of another model: {odd}. Move it away.")
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("/")
+            parameter = names[name]
+            # AdamW keeps its step counter on the CPU unless it is fused.
+            device = parameter.device if entry != "step" or optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.state[parameter][entry] = value.to(device)
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    embedder: Embedder,
+    prompts: dict[str, str],
+    optimizer: torch.optim.Optimizer,
+    names: dict[str, torch.nn.Parameter],
+    state: dict[str, Any],
+) -> Path:
+    """Writes the checkpoint after `step` steps and deletes all but the newest KEEP. Returns its folder.
+
+    Args:
+        root: holds the checkpoints of one run.
+        step: steps taken.
+        embedder: its weights are saved.
+        prompts: stored in the embedder's folder.
+        optimizer: its per-parameter tensors are saved.
+        names: the trained parameters by name.
+        state: what else resuming needs, as JSON values.
+    """
+    folder = root / f"ckpt-{step:08d}"
+    staging = root / f"{folder.name}.tmp-writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    embedder.save(staging / "embedder", prompts)
+    tensors = {
+        f"{name}/{entry}": value.detach().cpu().contiguous()
+        for name, parameter in names.items()
+        for entry, value in optimizer.state[parameter].items()
+    }
+    save_file(tensors, staging / "optimizer.safetensors")
+    write_atomic(staging / "state.json", (canonical_json({"step": step, **state}) + "\n").encode())
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    manifest = {str(path.relative_to(staging)): sha256_file(path) for path in files}
+    write_atomic(staging / MANIFEST, (canonical_json(manifest) + "\n").encode())
+    if folder.exists():
+        shutil.rmtree(folder)
+    commit_rename(staging, folder)
+    for old in _folders(root)[:-KEEP]:
+        shutil.rmtree(old)
+    return folder
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; invalid ones met on the way are moved to ``quarantine/``. One caller only."""
+    for folder in reversed(_folders(root)):
+        fault = fault_of(folder)
+        if fault is None:
+            return read(folder)
+        log.warning("checkpoint %s is not valid (%s): moved to quarantine, an older one is used", folder, fault)
+        target = root / "quarantine" / folder.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Opens a checkpoint that `newest` verified (on every rank, once rank 0 has chosen)."""
+    state = json.loads((folder / "state.json").read_text())
+    return Checkpoint(folder=folder, step=int(state["step"]), state=state)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if sha256_file(path) != digest:
+            return f"the bytes of {name} changed"
+    return None
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("ckpt-*") if path.is_dir() and path.name[5:].isdigit())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,127 @@
+"""Groups: which queries can train, and which documents of a query's pool one step uses.
+
+The groups table holds a query's whole pool. What a step uses is sampled when the batch is made, from a generator that
+depends on (seed, epoch, query_id) alone: the released code samples once and freezes it for all epochs (methods.md
+A.5.1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmr_ray.errors import DataError
+
+POSITIVES_OF_GOLD = ("first", "random", "teacher_gold")
+"""Positive policies that need a gold document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The candidate documents of one query, M of them.
+
+    keys: int64 [M], equal exactly for equal texts. is_gold: bool [M]. rewards: float32 [M], or None for tasks trained
+    on labels.
+    """
+
+    keys: np.ndarray
+    is_gold: np.ndarray
+    rewards: np.ndarray | None
+
+
+def reject_reason(pool: Pool, *, positive: str, min_reward: float | None, min_margin: float) -> str | None:
+    """Why a query cannot train, or None.
+
+    "below_min_reward" and "below_min_margin" are the filters of methods.md A.5.1 (best reward < min_reward; best -
+    worst <= min_margin, so that a pool without any preference is left out at 0); "no_gold_document" and "no_negative"
+    say that no group can be made under the positive policy.
+    """
+    if pool.rewards is not None and len(pool.rewards):
+        if min_reward is not None and pool.rewards.max() < min_reward:
+            return "below_min_reward"
+        if pool.rewards.max() - pool.rewards.min() <= min_margin:
+            return "below_min_margin"
+    if positive in POSITIVES_OF_GOLD and not pool.is_gold.any():
+        return "no_gold_document"
+    if not len(pool.keys):
+        return "no_negative"
+    # The positive of `teacher` may be any document: without gold ones it takes one text, and another must remain.
+    taken = np.unique(pool.keys[pool.is_gold])
+    others = np.setdiff1d(pool.keys, taken)
+    spare = 1 if positive == "teacher" and _teacher_is_not_gold(pool) else 0
+    return "no_negative" if len(others) <= spare else None
+
+
+def _teacher_is_not_gold(pool: Pool) -> bool:
+    return pool.rewards is not None and pool.keys[_best(pool.rewards)] not in pool.keys[pool.is_gold]
+
+
+def _best(rewards: np.ndarray) -> int:
+    return int(np.argmax(rewards))
+
+
+def sample(pool: Pool, *, size: int, positive: str, negatives: str, rng: np.random.Generator) -> np.ndarray:
+    """Positions in the pool of one positive and size - 1 negatives: int64 [G], the positive first.
+
+    Negatives never are gold documents of the query, nor texts equal to one or to the positive, nor one text twice
+    unless there are too few: then the chosen ones repeat cyclically, and the losses mask equal texts (in the released
+    code a repeated document is its own negative).
+
+    Args:
+        pool: the query's documents.
+        size: G.
+        positive: first or random (of the gold documents), teacher (best reward of all), teacher_gold (best of the gold
+            ones). Ties go to the first.
+        negatives: random (without replacement), first (pool order), lowest or highest (by reward, ties in pool order).
+        rng: the only source of randomness.
+
+    Raises:
+        DataError: the pool admits no positive or no negative; `reject_reason` tells beforehand.
+    """
+    chosen = _positive(pool, positive, rng)
+    barred = np.append(pool.keys[pool.is_gold], pool.keys[chosen])
+    distinct = np.sort(np.unique(pool.keys, return_index=True)[1])
+    eligible = distinct[~np.isin(pool.keys[distinct], barred)]
+    if not len(eligible):
+        raise DataError("a training pool has no document that may be a negative. Make the groups again.")
+    if negatives == "random":
+        eligible = rng.permutation(eligible)
+    elif negatives != "first":
+        rewards = _rewards(pool, f"negatives: {negatives}")[eligible]
+        eligible = eligible[np.argsort(rewards if negatives == "lowest" else -rewards, kind="stable")]
+    return np.concatenate([[chosen], np.resize(eligible[: size - 1], size - 1)]).astype(np.int64)
+
+
+def _positive(pool: Pool, policy: str, rng: np.random.Generator) -> int:
+    if policy == "teacher":
+        return _best(_rewards(pool, "positive: teacher"))
+    gold = np.flatnonzero(pool.is_gold)
+    if not len(gold):
+        raise DataError(f"a training pool has no gold document, which the positive policy '{policy}' needs.")
+    if policy == "random":
+        return int(rng.choice(gold))
+    if policy == "teacher_gold":
+        return int(gold[_best(_rewards(pool, "positive: teacher_gold")[gold])])
+    return int(gold[0])
+
+
+def _rewards(pool: Pool, setting: str) -> np.ndarray:
+    if pool.rewards is None:
+        raise DataError(f"`{setting}` needs rewards, but the pool has none. Set the task's score.feedback.")
+    return pool.rewards
+
+
+def in_batch_negatives(keys_NG: np.ndarray, gold_keys: Sequence[np.ndarray], rows: range) -> np.ndarray:
+    """Which documents of the global batch are in-batch negatives of which query: bool [B, N * G].
+
+    Left out are a query's own group (the losses treat it by position), every text of it, and every gold document of
+    the query, wherever in the batch it stands (methods.md I.7).
+
+    Args:
+        keys_NG: text keys of the groups of all N queries.
+        gold_keys: text keys of the gold documents, for each of the B queries.
+        rows: the B consecutive queries of this rank.
+    """
+    keys_C = keys_NG.reshape(-1)
+    barred = [np.append(gold, keys_NG[row]) for row, gold in zip(rows, gold_keys, strict=True)]
+    return np.stack([~np.isin(keys_C, own) for own in barred])

@@ -1,0 +1,68 @@
+"""Runs of the real command in processes of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+@dataclass
+class Runner:
+    """`llmr run tests/e2e/tiny.yaml` with artifacts and runs in `folder`."""
+
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+    def command(self, *extra: str) -> list[str]:
+        places = [f"runtime.artifact_root={self.folder / 'artifacts'}", f"runtime.run_root={self.folder / 'runs'}"]
+        return [sys.executable, "-m", "llmr_ray", "run", str(TINY), *places, *extra]
+
+    def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*extra), capture_output=True, text=True, timeout=900, env=environment())
+
+    def run_and_kill(self, when: Callable[["Runner"], bool], victim: Callable[[psutil.Process], psutil.Process]) -> int:
+        """Starts a run, kills -9 one of its processes once `when` holds, and returns the driver's exit code."""
+        log = (self.folder / "killed.log").open("w")
+        driver = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment())
+        family = psutil.Process(driver.pid)
+        deadline = time.monotonic() + 600
+        while not when(self):
+            assert driver.poll() is None, (self.folder / "killed.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = family.children(recursive=True)
+        victim(family).send_signal(signal.SIGKILL)
+        code = driver.wait(timeout=900)
+        # A killed driver leaves its Ray behind, which ends by itself; the next run must not meet it half dead.
+        psutil.wait_procs(children, timeout=60)
+        return code
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """An undisturbed run; the other tests compare with it."""
+    runner = Runner(tmp_path_factory.mktemp("finished"))
+    done = runner.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runner
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)

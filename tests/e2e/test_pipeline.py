@@ -1,0 +1,99 @@
+"""The main job in small, all parts real: Ray, vLLM, the sample models and data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.conftest import Runner, environment
+
+pytestmark = pytest.mark.ray
+
+SCENARIOS = {"knowledge", "memory", "examples", "tools"}
+
+
+def manifests(runner: Runner) -> dict[str, dict]:
+    return {
+        str(path.parent.relative_to(runner.folder / "artifacts")): json.loads(path.read_text())
+        for path in (runner.folder / "artifacts").glob("*/*/manifest.json")
+    }
+
+
+def test_results_hold_every_scenario_and_method(finished: Runner) -> None:
+    """A table that silently lacks a method or an interval would still look like a result."""
+    results = json.loads((finished.run_dir / "results.json").read_text())
+    rows = results["rows"]
+    assert {row["scenario"] for row in rows} == SCENARIOS
+    for scenario in SCENARIOS:
+        methods = {row["method"] for row in rows if row["scenario"] == scenario}
+        assert {"random", "bm25", "base", "trained"} <= methods
+    assert {"none", "recency"} <= {row["method"] for row in rows if row["scenario"] == "memory"}
+    for row in rows:
+        assert row["n"] > 0
+        assert row["ci95"][0] <= row["mean"] <= row["ci95"][1]
+    assert any(row["delta_vs_base"] for row in rows if row["method"] == "trained")
+
+
+def test_every_stage_accounts_for_its_rows(finished: Runner) -> None:
+    """Rows that vanish between stages are the failure that no table shows."""
+    stages = json.loads((finished.run_dir / "results.json").read_text())["stages"]
+    assert len(stages) == 12
+    for stage in stages:
+        dropped = sum(stage["quarantined"].values()) + sum(stage["skipped"].values())
+        assert stage["rows_in"] == stage["ok"] + stage["cached"] + dropped, stage
+    assert next(stage for stage in stages if stage["stage"] == "score")["llm_tokens"] > 0
+
+
+def test_no_test_text_in_training(finished: Runner) -> None:
+    """A test query that is trained on, or stands in the pool of examples, makes every figure worthless."""
+    root = finished.folder / "artifacts"
+    queries = [row for path in root.glob("prepare/*/parts/queries-*.parquet") for row in pq.read_table(path).to_pylist()]
+    corpus = [row for path in root.glob("prepare/*/parts/corpus-*.parquet") for row in pq.read_table(path).to_pylist()]
+    groups = [row for path in root.glob("group/*/parts/groups-*.parquet") for row in pq.read_table(path).to_pylist()]
+    held_out = {" ".join(row["query"].lower().split()) for row in queries if row["split"] != "train"}
+    assert groups
+    assert not held_out & {" ".join(row["query"].lower().split()) for row in groups}
+    examples = [row["text"].lower() for row in corpus if row["task"] == "icl"]
+    icl = {row["query"].lower() for row in queries if row["split"] != "train" and row["task"] == "icl"}
+    assert not [text for text in examples if any(text.startswith(query + "\n") for query in icl)]
+
+
+def test_embedder_loads_without_this_package(finished: Runner, tmp_path: Path) -> None:
+    """Whoever gets the embedder has sentence-transformers and nothing of ours."""
+    code = (
+        "import sys; sys.modules['llmr_ray'] = None\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        f"m = SentenceTransformer({str(finished.run_dir / 'embedder')!r}, device='cpu')\n"
+        "assert {'qa-query', 'qa-document', 'tool-query'} <= set(m.prompts), m.prompts\n"
+        "v = m.encode(['hello'], prompt_name='qa-query')\n"
+        "assert v.shape == (1, 384) and abs(float((v ** 2).sum()) - 1) < 1e-4\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
+def test_rerun_does_no_work_and_a_change_redoes_what_depends_on_it(finished: Runner) -> None:
+    """Paying twice for the same LLM score, or keeping a result that its settings no longer describe."""
+    before = manifests(finished)
+    again = finished.run()
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("done already") == 12
+    assert manifests(finished) == before
+    plan = finished.run("--dry-run", "train.num_steps=13").stdout
+    states = {line.split()[0]: line.split()[1] for line in plan.splitlines() if "/" in line and len(line.split()) == 3}
+    redone = {"train", "embed_trained", "index_trained", "evaluate"}
+    assert {name for name, state in states.items() if state == "missing"} == redone
+    assert {name for name, state in states.items() if state == "done"} == set(states) - redone
+    assert "nothing to pay" in plan
+
+
+def test_report_is_one_self_contained_file(finished: Runner) -> None:
+    """A report that fetches scripts or fonts is blank where there is no network."""
+    html = (finished.run_dir / "report.html").read_text()
+    assert "<svg" in html
+    assert "src=\"http" not in html
+    assert "href=\"http" not in html
+    assert list(finished.run_dir.rglob("*.trec"))

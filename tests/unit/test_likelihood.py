@@ -1,0 +1,332 @@
+"""From request to log-probabilities: token spans, cutting, engines, and who pays for what."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_llm import TEXT, make_tokenizer, save_model
+from tokenizers.processors import TemplateProcessing
+
+from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.feedback.client import CHUNK_ROWS, LocalClient
+from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine
+from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
+from llmr_ray.feedback.requests import LLMRequest, Segment
+from llmr_ray.feedback.store import LLMStore
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def request(*texts, **fields):
+    segments = tuple(text if isinstance(text, Segment) else Segment(text=text) for text in texts)
+    return LLMRequest(**({"request_id": "r", "unit": "u", "segments": segments, "max_new_tokens": 1} | fields))
+
+
+def fit(tokenizer, asked, target, limit=200):
+    [fitted] = fit_targets(tokenizer, asked, [target], limit)
+    if isinstance(fitted, FitError):
+        raise fitted
+    return fitted
+
+
+# --- spans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [" Paris", " thank you very much.", " naïve 日本 👍🏽", "\nParis"])
+def test_target_tokens_are_those_of_the_joint_text(tokenizer, target):
+    """A token too many or too few in the span shifts every likelihood (methods.md I.16)."""
+    prompt = "Question: what is the capital of France?\n\nAnswer:"
+    fitted = fit(tokenizer, request(prompt), target)
+    assert list(fitted.prompt_ids + fitted.target_ids) == tokenizer(prompt + target)["input_ids"]
+    assert tokenizer.decode(fitted.prompt_ids) == prompt
+    assert tokenizer.decode(fitted.target_ids) == target
+    assert not fitted.truncated
+
+
+def test_token_across_the_border_belongs_to_the_prompt(tokenizer):
+    """Tokenising prompt and target apart would score tokens that the joint text does not have."""
+    whole = tokenizer(" capital")["input_ids"]
+    assert len(whole) == 1, "the test needs a merged word"
+    fitted = fit(tokenizer, request("The cap"), "ital of France")
+    assert tokenizer.decode(fitted.prompt_ids) == "The capital"
+    assert tokenizer.decode(fitted.target_ids) == " of France"
+
+
+def test_special_tokens_in_front_stay_and_those_behind_go():
+    """A BOS the model was trained with must be there; an EOS in the middle ends the text before the target."""
+    tokenizer = make_tokenizer(bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    fitted = fit(tokenizer, request("Question: what?"), " Paris")
+    ids = fitted.prompt_ids + fitted.target_ids
+    assert ids[0] == 0
+    assert 1 not in ids
+    assert tokenizer.decode(fitted.target_ids) == " Paris"
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def test_cutting_follows_the_order_and_the_side(tokenizer):
+    """The candidate goes first, the query's beginning next; instructions and the desired output never."""
+    candidate = Segment(text="The river runs through the old town. " * 3, trim_order=1)
+    query = Segment(text=" hello there, how are you doing today?", trim_order=2, trim_side="left")
+    asked = request("Knowledge:", candidate, " Question:", query, " Answer:")
+    full = len(fit(tokenizer, asked, " Paris").prompt_ids)
+
+    some = fit(tokenizer, asked, " Paris", limit=full - 5)
+    text = tokenizer.decode(some.prompt_ids)
+    assert some.truncated
+    assert len(some.prompt_ids + some.target_ids) <= full - 5
+    assert text.startswith("Knowledge:The river runs")
+    assert text.endswith(" Question: hello there, how are you doing today? Answer:")
+
+    least = fit(tokenizer, asked, " Paris", limit=24)
+    text = tokenizer.decode(least.prompt_ids)
+    assert text.startswith("Knowledge: Question:")
+    assert text.endswith(" today? Answer:")
+    assert tokenizer.decode(least.target_ids) == " Paris"
+    assert len(least.prompt_ids + least.target_ids) <= 24
+
+
+@pytest.mark.parametrize("limit", range(20, 60))
+def test_never_longer_than_allowed_nor_shorter_than_needed(tokenizer, limit):
+    """One token too long is an engine error; cutting far too much throws the candidate away."""
+    asked = request("Knowledge:", Segment(text=" 日本語 naïve the mill" * 8, trim_order=1), " Answer:")
+    fitted = fit(tokenizer, asked, " Paris", limit=limit)
+    assert limit - 4 <= len(fitted.prompt_ids + fitted.target_ids) <= limit
+
+
+def test_segments_own_limit(tokenizer):
+    """Candidates are cut to 512 tokens in any case (methods.md A.4.2), also when the prompt would fit."""
+    asked = request(Segment(text=TEXT, max_tokens=5, trim_order=1), "\nQ:")
+    fitted = fit(tokenizer, asked, " Paris")
+    assert fitted.truncated
+    kept = tokenizer.decode(fitted.prompt_ids).removesuffix("\nQ:")
+    assert TEXT.startswith(kept)
+    assert len(tokenizer(kept)["input_ids"]) == 5
+
+
+def test_prompt_of_a_target_does_not_depend_on_its_company(tokenizer):
+    """Answers are stored by (prompt, target): the same key must always mean the same tokens."""
+    asked = request(Segment(text=TEXT, trim_order=1), " Answer:", max_new_tokens=8)
+    alone = fit_targets(tokenizer, asked, [" Paris"], 40)
+    together = fit_targets(tokenizer, asked, [" thank you", " Paris", " the sea"], 40)
+    assert together[1] == alone[0]
+    assert len({fitted.prompt_ids for fitted in together}) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "why"),
+    [
+        (request("Answer:"), "  ", "empty"),
+        (request(""), "Paris", "nothing precedes"),
+        (request("Answer:"), " the sea" * 60, "llm.max_model_tokens"),
+        (request("Answer: \ud800"), " Paris", "Unicode"),
+        (request(" capita"), "l", "no token of its own"),
+    ],
+)
+def test_rows_that_cannot_be_asked_say_why(tokenizer, asked, target, why):
+    """A target cut or scored from nothing gives a number that looks like any other."""
+    with pytest.raises(FitError, match=why):
+        fit(tokenizer, asked, target, limit=40)
+
+
+def test_sampling_prompt_leaves_room(tokenizer):
+    """Without room the engine would end the output early, or refuse the prompt."""
+    asked = request(Segment(text=TEXT, trim_order=1), " Answer:", num_samples=1, max_new_tokens=16)
+    assert len(fit_prompt(tokenizer, asked, 40).prompt_ids) == 24
+    with pytest.raises(FitError, match="may not be cut"):
+        fit_prompt(tokenizer, request(TEXT, num_samples=1), 40)
+
+
+# --- the reference engine --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return open_engine(settings(save_model(tmp_path_factory.mktemp("llm"))))
+
+
+def settings(folder, **changes):
+    fields = {
+        "path": str(folder),
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_model_tokens": 128,
+        "num_threads": 1,
+        "kv_cache_gb": 1.0,
+        "max_batched_tokens": 512,
+        "max_sequences": 8,
+    }
+    return EngineSettings(**(fields | changes))
+
+
+def test_reference_engine_against_next_token_distributions(engine):
+    """Off by one row, each token gets the probability of its neighbour: sums look plausible and are wrong."""
+    ids = tuple(engine.tokenizer(TEXT)["input_ids"])[:40]
+    [scored] = engine.likelihood([(ids[:30], ids[30:])])
+    naive = []
+    for place in range(30, 40):
+        with torch.inference_mode():
+            logits = engine.model(input_ids=torch.tensor([ids[:place]])).logits[0, -1].double()
+        naive.append(float(logits[ids[place]] - torch.logsumexp(logits, 0)))
+    np.testing.assert_allclose(scored.logprobs, naive, atol=1e-5)
+
+
+def test_reference_engine_samples_the_model_s_distribution(engine):
+    """A sampler that is off draws outputs the LLM would not give, and ranks against them mean nothing."""
+    ids = tuple(engine.tokenizer("Question: what")["input_ids"])
+    job = Sampling(prompt_ids=ids, num_samples=400, max_new_tokens=1, temperature=1.0, seed=3)
+    [sampled] = engine.sample([job])
+    with torch.inference_mode():
+        best = engine.model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+    probability, token = best.max(-1)
+    share = np.mean([text == engine.tokenizer.decode([int(token)]) for text in sampled.texts])
+    assert abs(share - float(probability)) < 4 * np.sqrt(0.25 / 400)
+    assert engine.sample([job]) == [sampled]
+
+
+def test_greedy_output_stops_before_the_stop_string(engine):
+    """Text after the stop string is the next question, not the answer."""
+    ids = tuple(engine.tokenizer("Question: what")["input_ids"])
+    greedy = {"prompt_ids": ids, "num_samples": 1, "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
+    [free] = engine.sample([Sampling(**greedy)])
+    stop = free.texts[0][3:5]
+    [stopped] = engine.sample([Sampling(**greedy, stop=(stop,))])
+    assert stopped.texts[0] == free.texts[0][: free.texts[0].index(stop)]
+
+
+def test_model_window_is_checked_before_any_work(tmp_path):
+    """A prompt longer than the model's window gives garbage or a crash hours later."""
+    with pytest.raises(ConfigError, match="255"):
+        open_engine(settings(save_model(tmp_path), max_model_tokens=256))
+
+
+# --- who pays --------------------------------------------------------------------------------------------------------
+
+
+class CountingEngine:
+    """An engine whose answers are a function of the ids, and that remembers what it was asked."""
+
+    max_model_tokens = 128
+
+    def __init__(self, tokenizer, fail_after=10**9):
+        self.tokenizer, self.fail_after = tokenizer, fail_after
+        self.scored, self.begun, self.calls = [], 0, []
+
+    def begin(self):
+        self.begun += 1
+
+    def likelihood(self, pairs):
+        if len(self.scored) >= self.fail_after:
+            raise RuntimeError("the engine broke")
+        self.scored += pairs
+        self.calls.append(len(pairs))
+        return [Scored(logprobs=tuple(-0.1 * t for t in target), num_computed_tokens=5) for _, target in pairs]
+
+    def sample(self, jobs):
+        return [
+            Sampled(texts=tuple(f" {job.seed} {number}" for number in range(job.num_samples)), num_computed_tokens=3)
+            for job in jobs
+        ]
+
+
+def questions(count, targets=(" Paris", " the sea")):
+    return [
+        request(f"Question {number}:", request_id=f"r{number}", unit=f"u{number // 2}", targets=targets)
+        for number in range(count)
+    ]
+
+
+def test_nothing_is_paid_twice(tmp_path, tokenizer):
+    """The LLM is what costs: equal questions, later runs and other processes must find the answer in the store."""
+    engine = CountingEngine(tokenizer)
+    client = LocalClient("s", LLMStore(tmp_path), engine)
+    asked = questions(6) + questions(3)
+    first = client.answer(asked, label="test")
+    assert len(engine.scored) == len(set(engine.scored)) == 12
+    assert [r.request_id for r in first] == [r.request_id for r in asked]
+    assert sum(r.num_computed_tokens for r in first) == 60
+    assert not any(r.cached for r in first)
+
+    other = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer))
+    second = other.answer(asked, label="test")
+    assert other.engine.scored == []
+    assert all(r.cached and r.num_computed_tokens == 0 for r in second)
+    assert [r.token_logprobs for r in second] == [r.token_logprobs for r in first]
+    assert (other.missing(asked), other.missing(questions(7))) == (0, 2)
+    assert other.stored(questions(7))[-1] is None
+    assert other.stored(questions(7))[:6] == second[:6]
+
+
+def test_a_broken_engine_keeps_what_was_answered(tmp_path, tokenizer):
+    """An engine error must stop the run, and cost no more than the chunk it happened in."""
+    client = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer, fail_after=8))
+    with pytest.raises(RuntimeError, match="broke"):
+        client.answer(questions(6), label="test")
+    again = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer))
+    results = again.answer(questions(6), label="test")
+    assert len(again.engine.scored) == 4
+    assert all(r.error is None for r in results)
+    assert [r.cached for r in results] == [True] * 4 + [False] * 2
+
+
+def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer):
+    """A kill may cost at most commit_rows answers, not the whole call."""
+    engine = CountingEngine(tokenizer)
+    client = LocalClient("s", LLMStore(tmp_path), engine, commit_rows=4, commit_seconds=1e9)
+    units = client.answer  # a generator cannot be killed, so look from another process's view while it runs
+    seen = []
+    scored = engine.likelihood
+
+    def spying(pairs):
+        seen.append(len(LLMStore(tmp_path)))
+        return scored(pairs)
+
+    engine.likelihood = spying
+    units(questions(12), label="test")
+    assert seen == [0, 4, 8, 12, 16, 20]
+
+
+def test_large_units_are_asked_in_chunks_of_fixed_size(tmp_path, tokenizer):
+    """Chunks decide which floats are computed together, so they may not depend on what the store holds already."""
+    engine = CountingEngine(tokenizer)
+    client = LocalClient("s", LLMStore(tmp_path), engine)
+    asked = [request(f"Q {n}:", request_id=f"r{n}", targets=(" a", " b", " c")) for n in range(50)]
+    client.answer(asked[:1], label="test")
+    engine.calls.clear()
+    client.answer(asked, label="test")
+    per_chunk = CHUNK_ROWS // 3 * 3
+    assert engine.calls == [per_chunk - 3, per_chunk, 150 - 2 * per_chunk]
+    assert engine.begun == 4
+
+
+def test_a_failed_row_is_a_result_and_many_are_an_error(tmp_path, tokenizer):
+    """One bad row must not stop a run, a wrong setting must; neither may leave an error in the store."""
+    client = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer))
+    results = client.answer([*questions(3), request("Q:", request_id="bad", targets=("",))], label="test")
+    assert [r.error for r in results[:3]] == [None] * 3
+    assert "empty" in results[3].error
+    assert results[3].token_logprobs == ()
+    assert client.usage.errors == 1
+    with pytest.raises(DataError, match="bad0"):
+        client.answer([request(f"Q {n}:", request_id=f"bad{n}", targets=("",)) for n in range(3)], label="test")
+    assert client.missing([request("Q:", targets=("",))]) == 1
+
+
+def test_samples_and_targets_of_one_unit(tmp_path, tokenizer):
+    """Mixed units must give each request its own kind of answer."""
+    client = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer))
+    drawn, scored = client.answer(
+        [request("Q:", request_id="a", num_samples=2, seed=9), request("Q:", request_id="b", targets=(" x",))],
+        label="test",
+    )
+    assert drawn.texts == (" 9 0", " 9 1")
+    assert drawn.token_logprobs == ()
+    assert len(scored.token_logprobs) == 1
+    with pytest.raises(ValueError, match="targets or num_samples"):
+        client.answer([request("Q:")], label="test")

@@ -1,0 +1,242 @@
+"""The report: figures with intervals, a self-contained page, files for other tools."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import evaluation_world as world
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llmr_ray.artifacts import Artifact, Counts
+from llmr_ray.errors import DataError
+from llmr_ray.evaluation.report import print_table, write_report
+from llmr_ray.evaluation.results import result_rows
+from llmr_ray.evaluation.tables import effect, p_text, tables
+from llmr_ray.schemas import table_of
+
+
+def metrics_of(values, dataset="d", measure="nDCG@5", scenario="tools"):
+    return [
+        {
+            "scenario": scenario,
+            "dataset": dataset,
+            "method": method,
+            "measure": measure,
+            "query_id": f"{dataset}/{query_id}",
+            "value": value,
+        }
+        for method, by_query in values.items()
+        for query_id, value in by_query.items()
+    ]
+
+
+def rows_of(metrics, tasks):
+    methods = ["none", "base", "trained"]
+    return result_rows(
+        table_of("metrics", metrics),
+        tasks,
+        methods,
+        samples=500,
+        seed=1,
+        artifacts={method: {"evaluate": "e"} for method in methods},
+    )
+
+
+def test_difference_is_taken_over_the_queries_that_both_have():
+    """A query whose LLM row failed for one method would shift the difference by its own difficulty."""
+    metrics = metrics_of({"base": {"a": 0.0, "b": 1.0, "hard": 0.0}, "trained": {"b": 1.0, "a": 0.5, "new": 0.9}})
+    base, trained = rows_of(metrics, {"d": "tool"})
+    assert (base["n"], trained["n"]) == (3, 3)
+    assert base["delta_vs_base"] is None
+    assert trained["delta_vs_base"]["mean"] == pytest.approx(0.25)
+    assert trained["delta_vs_base"]["n"] == 2
+    assert trained["mean"] == pytest.approx(0.8)
+    assert trained["is_main"]
+
+
+def test_perplexity_is_exponentiated_and_lower_is_better():
+    """The sign of an improvement in perplexity is the other way round."""
+    values = {"base": {"a": 3.0, "b": 2.0}, "trained": {"a": 2.0, "b": 1.0}}
+    base, trained = rows_of(metrics_of(values, measure="perplexity", scenario="memory"), {"d": "chat"})
+    assert base["mean"] == pytest.approx(np.exp(2.5))
+    assert trained["delta_vs_base"]["mean"] == pytest.approx(np.exp(1.5) - np.exp(2.5))
+    assert trained["lower_is_better"]
+    assert effect(trained) == "better"
+    assert tables([base, trained])[0].columns[0].best == {"trained"}
+
+
+def test_average_of_examples_takes_each_data_set_once_by_its_main_measure():
+    """F1 next to EM would count a data set twice; a mean over queries would count it by its size."""
+    metrics = metrics_of({"base": {"a": 1.0}}, "piqa", "accuracy", "examples")
+    metrics += metrics_of({"base": {"a": 0.0, "b": 0.0, "c": 0.0}}, "nq_open", "EM", "examples")
+    metrics += metrics_of({"base": {"a": 0.9, "b": 0.9, "c": 0.9}}, "nq_open", "F1", "examples")
+    rows = rows_of(metrics, {"piqa": "icl", "nq_open": "icl"})
+    (average,) = [row for row in rows if row["dataset"] == "average"]
+    assert (average["mean"], average["n"], average["measure"]) == (0.5, 4, "score")
+    assert [row["dataset"] for row in rows if row["is_main"]] == ["average"]
+
+
+def test_p_is_never_printed_as_zero():
+    """A permutation test cannot show p = 0."""
+    assert p_text(0.0001) == "p<0.001"
+    assert p_text(0.0341) == "p=0.034"
+
+
+def write(run):
+    config, artifacts, stages, folder = run
+    return write_report(
+        run_dir=folder, config=config, artifacts=artifacts, stages=stages, command="llmr run x", commit="abc"
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run whose report is written; the tests only read it, or write the same again."""
+    root = tmp_path_factory.mktemp("report")
+    config, prepare = world.make_config(), world.make_prepare(root)
+    artifacts = {"prepare": prepare, **world.make_training(root)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmr_ray.evaluation.stage.search", world.brute_force_search)
+        artifacts["evaluate"] = world.make_evaluation(root, config, prepare, world.FakeClient())
+    counts = Counts(rows_in=10, ok=7, llm_tokens=1234)
+    counts.quarantined["text is <too> long"] = 2
+    counts.skipped["no margin"] = 1
+    stages = [{"stage": "prepare", "artifact": prepare.id, "seconds": 1.25, **counts.to_dict()}]
+    whole = config, artifacts, stages, root / "run"
+    write(whole)
+    return whole
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, and checks that tags nest."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "path", "use"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_results_have_every_figure_with_interval_n_and_artifacts(run):
+    """A figure without n, interval or provenance cannot be trusted or traced."""
+    written = write(run)
+    results = json.loads((run[3] / "results.json").read_text())
+    assert results == json.loads(json.dumps(written))
+    assert (results["command"], results["commit"], results["seed"]) == ("llmr run x", "abc", 42)
+    assert results["stages"][0]["quarantined"] == {"text is <too> long": 2}
+    for row in results["rows"]:
+        low, high = row["ci95"]
+        assert low <= row["mean"] <= high
+        assert row["n"] in (5, 8, 15)
+        assert row["artifacts"]["evaluate"] == run[1]["evaluate"].id
+        assert (row["delta_vs_base"] is None) == (row["method"] == "base")
+    trained = next(row for row in results["rows"] if row["method"] == "trained")
+    assert trained["artifacts"]["embeddings"] == "embed/trained"
+    assert {row["scenario"] for row in results["rows"] if row["is_main"]} == {
+        "knowledge",
+        "memory",
+        "examples",
+        "tools",
+    }
+
+
+def test_page_is_self_contained_and_escapes_the_data(run):
+    """A report that loads from elsewhere is blank offline; one that runs its data is a hole."""
+    text = (run[3] / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.loaded == []
+    assert "script" not in page.tags
+    assert not re.findall(r"url\((?!#)|@import", text)
+    assert set(re.findall(r"https?://[^\"' <]*", text)) <= {
+        "http://www.w3.org/1999/xlink",
+        "http://www.w3.org/2000/svg",
+    }
+    assert "<b>what</b>" not in text
+    assert "&lt;b&gt;what&lt;/b&gt; about hotpot" in text
+    assert "text is &lt;too&gt; long: 2" in text
+
+
+def test_page_shows_what_was_asked_for(run):
+    """Each part of the report that is missing is a question that nobody can answer later."""
+    text = (run[3] / "report.html").read_text()
+    for heading in (
+        "Table 1: knowledge",
+        "Table 2: memory",
+        "Table 3: examples and tools",
+        "What the language model rewarded",
+        "Retrieved before and after",
+        "Training",
+        "Rewards",
+    ):
+        assert f"<h2>{heading}</h2>" in text
+    assert text.count("<svg ") == 2
+    for scenario in ("knowledge", "memory", "examples", "tools"):
+        assert text.count(f'<span class="tag">{scenario}</span>') >= 3
+
+
+def test_files_for_other_tools_and_the_embedder_are_there(run):
+    """The trained model is what the user came for."""
+    write(run)
+    names = {path.name for path in (run[3] / "trec").iterdir()}
+    assert names >= {"hotpot.qrels.trec", "hotpot.trained.run.trec", "bfcl_memory.recency.run.trec"}
+    assert "hotpot.recency.run.trec" not in names
+    assert not any(name.startswith(("piqa", "chitchat")) for name in names)
+    assert (run[3] / "embedder" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert sorted(path.name for path in run[3].iterdir()) == ["embedder", "report.html", "results.json", "trec"]
+
+
+def test_same_run_gives_the_same_page(run):
+    """Dates and random ids inside figures make every report differ from the last."""
+    first = (run[3] / "report.html").read_bytes()
+    write(run)
+    assert (run[3] / "report.html").read_bytes() == first
+
+
+def test_report_of_an_evaluation_alone(run, tmp_path):
+    """Evaluating without training must not need its artifacts."""
+    config, artifacts, stages, _ = run
+    config = replace(config, evaluate=replace(config.evaluate, methods=["none", "bm25"]))
+    evaluate = world.make_evaluation(tmp_path, config, artifacts["prepare"], world.FakeClient())
+    folder = tmp_path / "run"
+    results = write((config, {"prepare": artifacts["prepare"], "evaluate": evaluate}, stages, folder))
+    assert all(row["delta_vs_base"] is None for row in results["rows"])
+    assert not (folder / "embedder").exists()
+    print_table(results, Console(file=io.StringIO()))
+
+
+def test_unfinished_evaluation_is_no_report(run):
+    """Half an evaluation reported as a whole."""
+    config, artifacts, stages, folder = run
+    unfinished = Artifact(folder / "elsewhere", artifacts["evaluate"].spec)
+    with pytest.raises(DataError, match="not finished"):
+        write((config, artifacts | {"evaluate": unfinished}, stages, folder))
+
+
+def test_terminal_table_shows_every_column(run):
+    """Figures only in a file are figures not seen."""
+    console = Console(file=io.StringIO(), width=200)
+    print_table(write(run), console)
+    text = console.file.getvalue()
+    for word in ("hotpot", "nDCG@10", "perplexity ↓", "average", "Trained", "BM25"):
+        assert word in text
