@@ -31,7 +31,7 @@ PROGRESS_SECONDS = 10.0
 
 STDLIB_MIN_BYTES = 20_000
 """Source files of the standard library below this size are too short for long-range modelling."""
-_STDLIB_SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3", "ensurepip"}
+_STDLIB_SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ def fetch(names: Iterable[str], cache_root: str = "") -> list[Asset]:
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """The standard library's own ASCII sources of at least STDLIB_MIN_BYTES, tests and bundled tools left out."""
+    """The standard library's own ASCII sources of at least STDLIB_MIN_BYTES.
+
+    Tests, bundled tools and character tables are left out.
+    """
     chosen = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts[:-1]

@@ -165,8 +165,8 @@ def read_json(path: Path) -> Any:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}. It may have been cut short; "
-            "fetch or export it again."
+            f"{path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}. It may have been cut "
+            "short; fetch or export it again."
         ) from error
 
 

@@ -17,7 +17,7 @@ def unit_hash(*parts: str) -> float:
 
 
 def split_of(dataset: str, key: str, *, test_fraction: float, dev_fraction: float) -> str:
-    """The split of all rows with this key: below `test_fraction` test, below that plus `dev_fraction` dev, else train."""
+    """The split of all rows with this key: test, then dev, then train along the unit interval."""
     value = unit_hash("split", dataset, key)
     if value < test_fraction:
         return "test"

@@ -1,7 +1,9 @@
 """Knowledge: a question is answered with the retrieved passages before it (methods.md A.4.2 template, A.7).
 
-Zero-shot, greedy, up to the first line break. The paper puts 15 demonstrations of PopQA's own test file before the
-question; a reader that has seen other test questions says less about what was retrieved.
+Greedy, up to the first line break, after a few fixed demonstrations of the form: without them a small LLM ends at once
+or repeats the question (seen on development questions). The paper demonstrates with 15 questions of PopQA's own test
+file, put between the passages and the question; ours are made up, and stand first, so that passages and question stay
+together as in the feedback's template and the demonstrations are computed once.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,20 @@ from llmr_ray.evaluation.protocols import Judgement, Row, behind
 from llmr_ray.feedback.prompts import candidate_text, feedback_segments, stop_strings
 from llmr_ray.feedback.requests import LLMRequest, LLMResult, Segment
 
+DEMONSTRATIONS = (
+    ("What is the capital of France?", "Paris"),
+    ("Who wrote the play Hamlet?", "William Shakespeare"),
+    ("Are the Nile and the Amazon both rivers?", "yes"),
+    ("In what year did the Second World War end?", "1945"),
+    ("Which metal has the chemical symbol Fe?", "iron"),
+)
+"""Questions with short answers, the same for every query and method."""
+
 
 def request(
     request_id: str, query: Row, passages: Sequence[Row], *, passage_tokens: int, max_new_tokens: int
 ) -> LLMRequest:
-    """``Knowledge: p1⏎p2⏎p3``, blank line, ``Question: q``, blank line, ``Answer:``; no passages, no first part.
+    """Demonstrations, ``Knowledge: p1⏎p2⏎p3``, ``Question: q``, ``Answer:``, blank lines between; passages may lack.
 
     Args:
         request_id: names the request.
@@ -24,7 +35,8 @@ def request(
         passage_tokens: a passage is cut to this many tokens in any case.
         max_new_tokens: of the answer.
     """
-    segments: list[Segment] = []
+    shown = "".join(f"Question: {question}\n\nAnswer: {answer}\n\n" for question, answer in DEMONSTRATIONS)
+    segments = [Segment(text=shown)]
     for rank, passage in enumerate(passages):
         segments += [
             Segment(text="\n" if rank else "Knowledge: "),

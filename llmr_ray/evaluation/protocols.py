@@ -6,11 +6,10 @@ for as many queries of a data set as the configuration says.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmr_ray.artifacts import sha256_text
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.metrics import retrieval_values
 from llmr_ray.feedback.requests import LLMRequest, LLMResult, Segment
@@ -82,11 +81,6 @@ class Ask:
 def applies(method: str, task: str) -> bool:
     """Whether a method has a row in a task's table: recency is a baseline of memory alone (methods.md G)."""
     return method != "recency" or SCENARIOS[task] == "memory"
-
-
-def lowest_by_hash(ids: Iterable[str], count: int) -> set[str]:
-    """`count` ids at the most, the lowest by a hash of the id: the same whatever else the data set holds."""
-    return set(sorted(ids, key=lambda item: (sha256_text(item), item))[:count])
 
 
 def asks(

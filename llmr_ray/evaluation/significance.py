@@ -89,7 +89,7 @@ def _resampled_means(strata: Sequence[np.ndarray], samples: int, seed: int) -> n
         block = max(1, _BLOCK // values.size)
         for start in range(0, samples, block):
             stop = min(samples, start + block)
-            chosen = generator.integers(len(values), size=(stop - start, len(values)))
+            chosen = generator.integers(len(values), size=(stop - start, len(values)), dtype=np.int32)
             total[start:stop] += values[chosen].mean(axis=1)
     return total / len(strata)
 

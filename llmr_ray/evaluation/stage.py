@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,8 +18,9 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
 from llmr_ray.data.scope import scopes
+from llmr_ray.data.splits import lowest
 from llmr_ray.data.text import document_text
-from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import examples, knowledge, memory
 from llmr_ray.evaluation.baselines import eligible, random_topk, recency_topk
 from llmr_ray.evaluation.protocols import (
@@ -31,13 +31,13 @@ from llmr_ray.evaluation.protocols import (
     Ranking,
     Row,
     asks,
-    lowest_by_hash,
     measured_rankings,
 )
+from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMResult
 from llmr_ray.index.searcher import search
-from llmr_ray.index.vectors import encoder_of, to_matrix
+from llmr_ray.index.vectors import encoder_of, query_vectors
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import table_of
 
@@ -105,6 +105,7 @@ def evaluate_spec(
             "evaluate": evaluate,
             "bm25": identity(config.bm25),
             "llm": identity(config.llm),
+            "scorer": scorer_id(llm.fingerprint, config.llm),
             "prompts": PROMPTS_VERSION,
             "seed": config.seed,
         },
@@ -168,7 +169,7 @@ def _select(
     llm_ids = {
         query_id
         for dataset, ids in by_dataset.items()
-        for query_id in lowest_by_hash(ids, num_llm_queries.get(dataset, 0))
+        for query_id in lowest(dataset, ids, num_llm_queries.get(dataset, 0))
     }
     wanted = [query_id in llm_ids or query_id in qrels for query_id in queries["query_id"].to_pylist()]
     return queries.filter(pa.array(wanted, pa.bool_())), llm_ids
@@ -200,7 +201,7 @@ def _found(
             texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
             found = bm25_topk(queries["query"].to_pylist(), texts, ranges, k, config.bm25.k1, config.bm25.b)
         else:
-            vectors = _query_vectors(embeddings[method], query_ids)
+            vectors = query_vectors(embeddings[method], query_ids)
             found = search(config, indexes[method], vectors, ranges, k, encoder=encoder_of(embeddings[method]))
         log.info("ranked %d queries by %s in %.1f s", len(query_ids), method, time.monotonic() - started)
         result[method] = {
@@ -208,17 +209,6 @@ def _found(
             for query_id, rows, scores in zip(query_ids, *found, strict=True)
         }
     return result
-
-
-def _query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
-    """float32 [Q, D], joined on the query id."""
-    table = embeddings.read("queries")
-    where = {query_id: row for row, query_id in enumerate(table["query_id"].to_pylist())}
-    missing = [query_id for query_id in query_ids if query_id not in where]
-    if missing:
-        raise DataError(f"{embeddings.id} lacks {len(missing)} queries, first {missing[:3]}; embed them again.")
-    rows = [where[query_id] for query_id in query_ids]
-    return np.ascontiguousarray(to_matrix(table)[rows])
 
 
 # --- what the LLM makes of it ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ on the way.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -104,17 +103,14 @@ class _ShardGroup:
     def __init__(self, root: str, spec: ArtifactSpec, numbers: Sequence[int], num_threads: int) -> None:
         shards.set_threads(num_threads)
         self._index, self._numbers = Artifact(root, spec), numbers
-
-    @cached_property
-    def shards(self) -> list[shards.Shard]:
-        """Opened at the first search: what is raised then reaches the caller as it is; from the constructor, only
-        that the actor died would.
-        """
-        return shards.open_shards(self._index, self._numbers)
+        self._shards: list[shards.Shard] = []
 
     def search(self, batch: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best of this group's shards."""
-        return merge_topk([shard.search(*batch, k) for shard in self.shards], k)
+        if not self._shards:
+            # Not in the constructor: of an error there, the caller learns only that the actor died.
+            self._shards = shards.open_shards(self._index, self._numbers)
+        return merge_topk([shard.search(*batch, k) for shard in self._shards], k)
 
 
 def _get(results: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:

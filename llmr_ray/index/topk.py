@@ -17,7 +17,7 @@ MISSING = -1
 """The row of a result that does not exist (a range of fewer than k documents); its score is -inf."""
 
 _BLOCK = 1 << 20
-"""Products held at once in `pair_scores`."""
+"""Numbers held in double precision at once in `pair_scores`."""
 
 
 def pair_scores(query_D: np.ndarray, doc_ND: np.ndarray) -> np.ndarray:
@@ -26,8 +26,8 @@ def pair_scores(query_D: np.ndarray, doc_ND: np.ndarray) -> np.ndarray:
     step = max(1, _BLOCK // max(1, len(query)))
     result = np.empty(len(doc_ND), np.float32)
     for start in range(0, len(doc_ND), step):
-        # Not a matrix product: BLAS sums a row in an order that depends on where in the block it stands.
-        result[start : start + step] = (doc_ND[start : start + step].astype(np.float64) * query).sum(-1)
+        # Not a matrix product: BLAS sums a row of one in an order that depends on where in the block it stands.
+        result[start : start + step] = np.vecdot(doc_ND[start : start + step].astype(np.float64), query)
     return result
 
 

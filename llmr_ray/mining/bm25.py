@@ -1,8 +1,9 @@
-"""BM25 inside row ranges, on bm25s (Lucene's variant), with English stop words and Snowball stemming.
+"""BM25 inside row ranges: Lucene's variant in NumPy, with the tokenizer of bm25s (stop words, Snowball stemming).
 
 Scores are those of Lucene's BM25 without its constant factor: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), term weight
 tf / (tf + k1 * (1 - b + b * length / mean length)), summed over the query's tokens with their multiplicity. Each range
-is an index of its own: N, df and the mean length of a dialogue's earlier turns must not see its later ones.
+is an index of its own: N, df and the mean length of a dialogue's earlier turns must not see its later ones. bm25s
+builds an index in Python loops, 3 ms for a hundred documents; with a range per query that is most of mining.
 
 The defaults of the configuration, k1 0.82 and b 0.68, are those the released evaluator runs with; its class would say
 0.9 and 0.4 (methods.md A.3, trap 30). It searches with Anserini; the tokenizer differs in details.
@@ -16,9 +17,6 @@ import numpy as np
 import Stemmer
 
 from llmr_ray.index.topk import MISSING, by_range
-
-NUMBA_ROWS = 200_000
-"""Ranges this long score with numba: same numbers, but compiling takes over a second (benchmarks/search.py)."""
 
 KEPT_ROWS = 1024
 """Indexes of ranges this long are kept for the next call: shared pools, searched by shard after shard of queries."""
@@ -41,7 +39,9 @@ class BM25:
         self._stemmer = Stemmer.Stemmer("english")
         tokens = bm25s.tokenize(list(documents), stopwords="en", stemmer=self._stemmer, show_progress=False)
         self._vocabulary: dict[str, int] = tokens.vocab
-        self._document_ids: list[list[int]] = tokens.ids
+        self._lengths_N = np.asarray([len(ids) for ids in tokens.ids], np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self._lengths_N)])
+        self._words_T = np.fromiter((word for ids in tokens.ids for word in ids), np.int64, self._offsets[-1])
         self._kept: OrderedDict[tuple[int, int], _RangeIndex] = OrderedDict()
 
     def topk(self, queries: Sequence[str], scopes_Q2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +64,8 @@ class BM25:
         for start, end, members in by_range(scopes_Q2):
             index = self._index(start, end)
             for member in members:
-                ids = [self._vocabulary[word] for word in words[member] if word in self._vocabulary]
-                scores_N = index.scores(ids)
+                known = [self._vocabulary[word] for word in words[member] if word in self._vocabulary]
+                scores_N = index.scores(np.asarray(known, np.int64))
                 rows = _best(scores_N, k)
                 rows_QK[member, : len(rows)] = rows + start
                 scores_QK[member, : len(rows)] = scores_N[rows]
@@ -75,7 +75,8 @@ class BM25:
         if (start, end) in self._kept:
             self._kept.move_to_end((start, end))
             return self._kept[start, end]
-        index = _RangeIndex(self._document_ids[start:end], self._k1, self._b)
+        tokens = slice(self._offsets[start], self._offsets[end])
+        index = _RangeIndex(self._words_T[tokens], self._lengths_N[start:end], self._k1, self._b)
         if end - start >= KEPT_ROWS:
             self._kept[start, end] = index
             if len(self._kept) > KEPT_INDEXES:
@@ -91,28 +92,38 @@ def bm25_topk(
 
 
 class _RangeIndex:
-    """A bm25s index of one range, with the range's own small vocabulary (bm25s walks all of it)."""
+    """The weight of every (word, document) pair of one range, by word.
 
-    def __init__(self, document_ids: list[list[int]], k1: float, b: float) -> None:
-        self._num_documents = len(document_ids)
-        words = sorted({word for ids in document_ids for word in ids})
-        self._local = {word: local for local, word in enumerate(words)}
-        self._bm25 = bm25s.BM25(k1=k1, b=b, method="lucene")
-        if not words:
-            return
-        local_ids = [[self._local[word] for word in ids] for ids in document_ids]
-        vocabulary = {str(word): local for word, local in self._local.items()}
-        self._bm25.index((local_ids, vocabulary), create_empty_token=False, show_progress=False)
-        if self._num_documents >= NUMBA_ROWS:
-            self._bm25.activate_numba_scorer()
+    Args:
+        words_T: word number of each token of the range, document after document.
+        lengths_N: tokens of each document.
+    """
 
-    def scores(self, word_ids: list[int]) -> np.ndarray:
+    def __init__(self, words_T: np.ndarray, lengths_N: np.ndarray, k1: float, b: float) -> None:
+        self._num_documents = len(lengths_N)
+        # Only the range's own words, so that a range of 50 documents costs what 50 documents cost.
+        self._words, word_T = np.unique(words_T, return_inverse=True)
+        document_T = np.repeat(np.arange(len(lengths_N)), lengths_N)
+        pair_P, tf_P = np.unique(word_T * len(lengths_N) + document_T, return_counts=True)
+        word_P, self._documents = np.divmod(pair_P, max(1, len(lengths_N)))
+        df = np.bincount(word_P, minlength=len(self._words))
+        idf = np.log1p((len(lengths_N) - df + 0.5) / (df + 0.5))
+        # Without any word there is no pair to weigh, and no mean length to divide by.
+        mean_length = float(lengths_N.mean()) or 1.0
+        saturation_N = k1 * (1 - b + b * lengths_N / mean_length)
+        weight_P = idf[word_P] * tf_P / (tf_P + saturation_N[self._documents])
+        self._weights = weight_P.astype(np.float32)
+        self._starts = np.concatenate([[0], np.cumsum(df)])
+
+    def scores(self, words: np.ndarray) -> np.ndarray:
         """float32 [N]: the score of each document of the range."""
-        known = [self._local[word] for word in word_ids if word in self._local]
-        if not known:
-            return np.zeros(self._num_documents, np.float32)
-        scores: np.ndarray = self._bm25.get_scores_from_ids(known)
-        return scores
+        scores_N = np.zeros(self._num_documents, np.float32)
+        places = np.searchsorted(self._words, words)
+        for word, place in zip(words.tolist(), places.tolist(), strict=True):
+            if place < len(self._words) and self._words[place] == word:
+                pairs = slice(self._starts[place], self._starts[place + 1])
+                scores_N[self._documents[pairs]] += self._weights[pairs]
+        return scores_N
 
 
 def _best(scores_N: np.ndarray, k: int) -> np.ndarray:

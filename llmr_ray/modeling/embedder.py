@@ -5,6 +5,7 @@ Tensor legend: B texts of a batch, L tokens of its longest text, D embedding siz
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -216,6 +217,26 @@ class Embedder:
             path.chmod(0o644)  # transformers leaves weights readable by their owner only
 
 
+class _LoadReport(logging.Filter):
+    """Reads which weights were missing out of transformers' report, which it keeps from the log.
+
+    A folder without some of its weights loads with random ones and a warning; a missing pooler does not matter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Takes load reports in, lets everything else pass."""
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return True
+        names = re.findall(r"^(\S+)\s*\|[^|]*MISSING", message, flags=re.MULTILINE)
+        self.missing += [name for name in names if not name.startswith("pooler.")]
+        return False
+
+
 def _load(path: Path, device: "torch.device") -> "SentenceTransformer":
     import torch
     import transformers
@@ -228,6 +249,9 @@ def _load(path: Path, device: "torch.device") -> "SentenceTransformer":
     os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    report = _LoadReport()
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(report)
     try:
         module = SentenceTransformer(
             str(path), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
@@ -237,10 +261,20 @@ def _load(path: Path, device: "torch.device") -> "SentenceTransformer":
             f"{path} cannot be loaded as an embedder: {str(error).splitlines()[0]} It must hold config.json, a "
             "tokenizer and weights in safetensors; pickled weights (pytorch_model.bin) are refused: convert them first."
         ) from error
+    finally:
+        loader.removeFilter(report)
+    if report.missing:
+        raise ResourceError(
+            f"{path} lacks weights of the model that its config.json describes: {report.missing[:5]}. They would be "
+            "random, and so the embeddings. Get the complete model."
+        )
     if not isinstance(module[0], Transformer) or not getattr(module.tokenizer, "is_fast", False):
         raise ResourceError(f"{path} is not a transformer with a fast tokenizer, which this embedder needs.")
     if not isinstance(module[-1], Normalize):
         module.append(Normalize())
+    # No embedding uses BERT's pooler; where a folder lacks it, it would be random weights in every saved model.
+    if getattr(module[0].model, "pooler", None) is not None:
+        module[0].model.pooler = None
     return module.float()
 
 

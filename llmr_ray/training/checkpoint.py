@@ -1,15 +1,17 @@
 """Training checkpoints that survive what storage does to them.
 
 ``ckpt-{step:08d}/`` holds the embedder (a sentence-transformers folder), ``optimizer.safetensors``, ``state.json`` and
-``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. The newest checkpoint
-that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery reads the
-newest checkpoint and never an older one). Nothing here is pickled.
+``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. The newest
+checkpoint that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery
+reads the newest checkpoint and never an older one). Nothing here is pickled. ``steps.jsonl`` beside the checkpoints
+holds one record per step.
 """
 
 import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
+STEPS_FILE = "steps.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,10 @@ def save(
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; invalid ones met on the way are moved to ``quarantine/``. One caller only."""
+    """The newest checkpoint that verifies, or None. Invalid ones on the way are moved to ``quarantine/``.
+
+    Only one process may call it.
+    """
     for folder in reversed(_folders(root)):
         fault = fault_of(folder)
         if fault is None:
@@ -136,6 +142,26 @@ def fault_of(folder: Path) -> str | None:
         if sha256_file(path) != digest:
             return f"the bytes of {name} changed"
     return None
+
+
+def append_step(root: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line to the step records."""
+    with (root / STEPS_FILE).open("a") as handle:
+        handle.write(json.dumps(record) + "\n")
+
+
+def keep_steps(root: Path, step: int) -> None:
+    """Cuts the records back to the steps before `step`, so that a step done again stands once; a torn line goes too."""
+    kept = [record for record in read_steps(root) if record["step"] < step]
+    write_atomic(root / STEPS_FILE, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def read_steps(root: Path) -> list[dict[str, Any]]:
+    """The records of the steps done, in order; a last line without its end is not one."""
+    path = root / STEPS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _folders(root: Path) -> list[Path]:

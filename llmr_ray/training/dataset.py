@@ -113,7 +113,8 @@ def write_training_data(
     if folder.exists():
         return
     texts, keys = _Numbers(), _Numbers()
-    query_text, pool_text, pool_key, pool_gold, pool_reward, has_rewards, sizes = [], [], [], [], [], [], [0]
+    query_text, pool_text, pool_key, sizes = list[int](), list[int](), list[int](), [0]
+    pool_gold, pool_reward, has_rewards = list[bool](), list[float](), list[bool]()
     for batch in groups.to_batches(max_chunksize=_CHUNK):
         for row in batch.to_pylist():
             query_text.append(texts("query", row["task"], row["query"]))

@@ -50,9 +50,10 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def agree(value: int, device: torch.device) -> int:
-    """Rank 0's value, on every rank; also a barrier."""
-    shared = torch.tensor([value], dtype=torch.int64, device=device)
-    if is_distributed():
-        dist.broadcast(shared, src=0)
+def agree(value: int) -> int:
+    """Rank 0's value, on every rank; nobody returns before rank 0 has come here."""
+    if not is_distributed():
+        return value
+    shared = torch.tensor([value], dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(shared, src=0)
     return int(shared.item())

@@ -1,8 +1,8 @@
 """The training losses, as pure functions of similarities: contrastive, group KL and graded distillation.
 
 Tensor legend: B queries of this rank, G documents of a query's group (position 0 is the chosen positive), C documents
-of all ranks. `sim` is cosine / temperature in float32. Every function returns one loss per query; the batch's loss is
-their mean over all queries of all ranks.
+of all ranks. `sim` is cosine / temperature; half types are widened to float32. Every function returns one loss per
+query; the batch's loss is their mean over all queries of all ranks.
 
 What may serve as a negative is decided once for all losses (methods.md I.7):
   own_BG     the columns of the query's own group in `sim_BC`;
@@ -38,8 +38,8 @@ def group_kl(sim_BG: torch.Tensor, rewards_BG: torch.Tensor, *, reward_temperatu
     Returns:
         float32 [B].
     """
-    teacher_BG = F.softmax(rewards_BG.float() / reward_temperature, dim=1)
-    student_BG = F.log_softmax(sim_BG.float(), dim=1)
+    teacher_BG = F.softmax(_wide(rewards_BG) / reward_temperature, dim=1)
+    student_BG = F.log_softmax(_wide(sim_BG), dim=1)
     return F.kl_div(student_BG, teacher_BG, reduction="none").sum(dim=1)
 
 
@@ -69,7 +69,7 @@ def graded_distillation(
     Returns:
         float32 [B].
     """
-    rewards_BG = rewards_BG.float()
+    rewards_BG = _wide(rewards_BG)
     weights_BG = F.softmax(rewards_BG / reward_temperature, dim=1)
     negative_BGG = worse(rewards_BG, tie_policy=tie_policy, position0=position0) & ~same_BGG
     return (weights_BG * _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC)).sum(dim=1)
@@ -97,13 +97,18 @@ def _cross_entropies(
     sim_BC: torch.Tensor, own_BG: torch.Tensor, negative_BIG: torch.Tensor, others_BC: torch.Tensor
 ) -> torch.Tensor:
     """-log softmax of own documents 0..I-1, each against itself, its own negatives and the in-batch ones: [B, I]."""
-    sim_BC = sim_BC.float()
+    sim_BC = _wide(sim_BC)
     own_sim_BG = sim_BC.gather(1, own_BG)
     in_batch_B = _logsumexp(sim_BC, others_BC)
     num_items = negative_BIG.shape[1]
     itself_IG = torch.eye(num_items, own_BG.shape[1], dtype=torch.bool, device=sim_BC.device)
     own_BI = _logsumexp(own_sim_BG[:, None, :].expand_as(negative_BIG), negative_BIG | itself_IG)
     return torch.logaddexp(own_BI, in_batch_B[:, None]) - own_sim_BG[:, :num_items]
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """At least float32: cos / 0.01 spans +-100, too much for the softmax of a half type."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _logsumexp(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

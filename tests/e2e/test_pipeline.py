@@ -40,7 +40,7 @@ def test_results_hold_every_scenario_and_method(finished: Runner) -> None:
 def test_every_stage_accounts_for_its_rows(finished: Runner) -> None:
     """Rows that vanish between stages are the failure that no table shows."""
     stages = json.loads((finished.run_dir / "results.json").read_text())["stages"]
-    assert len(stages) == 12
+    assert len(stages) == 11
     for stage in stages:
         dropped = sum(stage["quarantined"].values()) + sum(stage["skipped"].values())
         assert stage["rows_in"] == stage["ok"] + stage["cached"] + dropped, stage
@@ -80,7 +80,7 @@ def test_rerun_does_no_work_and_a_change_redoes_what_depends_on_it(finished: Run
     before = manifests(finished)
     again = finished.run()
     assert again.returncode == 0, again.stdout
-    assert again.stdout.count("done already") == 12
+    assert again.stdout.count("done already") == 11
     assert manifests(finished) == before
     plan = finished.run("--dry-run", "train.num_steps=13").stdout
     states = {line.split()[0]: line.split()[1] for line in plan.splitlines() if "/" in line and len(line.split()) == 3}

@@ -145,7 +145,7 @@ def make_training(root: Path) -> dict[str, Artifact]:
 
 
 class Embeddings:
-    """The embeddings of queries, of which the evaluation reads the table `queries` alone; in an order of its own."""
+    """The embeddings of queries, of which the evaluation reads `query_embeddings` alone; in an order of its own."""
 
     def __init__(self, name: str, prepare: Artifact) -> None:
         self.id = f"embed/{name}"
@@ -161,7 +161,7 @@ class Embeddings:
         self.queries = to_table("query_id", ids, np.asarray(vectors, np.float32))
 
     def read(self, table: str) -> pa.Table:
-        assert table == "queries"
+        assert table == "query_embeddings"
         return self.queries
 
 

@@ -103,6 +103,23 @@ def test_errors_say_what_to_do(folder, tmp_path):
     assert resolve_precision("auto") in ("float32", "bfloat16")
 
 
+def test_a_folder_without_some_weights_is_refused(folder, tmp_path):
+    """Prevents embeddings from random weights: transformers fills what is missing and only warns."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "layer.1.output" not in name},
+        copy / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ResourceError, match="lacks weights"):
+        load(copy)
+
+
 def test_pack_covers_every_text_once_within_budget_and_with_little_padding():
     """Prevents lost or doubled texts, batches above the budget, and a padded share that wastes the machine."""
     lengths = np.clip(np.random.default_rng(0).lognormal(3.2, 0.7, 2000).astype(int), 3, 256)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny_llm import TEXT, make_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
 
 from llmr_ray.errors import ConfigError, DataError
@@ -12,6 +11,7 @@ from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, 
 from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
 from llmr_ray.feedback.requests import LLMRequest, Segment
 from llmr_ray.feedback.store import LLMStore
+from tests.tiny_llm import TEXT, make_tokenizer, save_model
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_cutting_follows_the_order_and_the_side(tokenizer):
     assert text.startswith("Knowledge:The river runs")
     assert text.endswith(" Question: hello there, how are you doing today? Answer:")
 
-    least = fit(tokenizer, asked, " Paris", limit=24)
+    least = fit(tokenizer, asked, " Paris", limit=18)
     text = tokenizer.decode(least.prompt_ids)
     assert text.startswith("Knowledge: Question:")
     assert text.endswith(" today? Answer:")
     assert tokenizer.decode(least.target_ids) == " Paris"
-    assert len(least.prompt_ids + least.target_ids) <= 24
+    assert len(least.prompt_ids + least.target_ids) <= 18
 
 
 @pytest.mark.parametrize("limit", range(20, 60))
@@ -279,8 +279,7 @@ def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer):
     """A kill may cost at most commit_rows answers, not the whole call."""
     engine = CountingEngine(tokenizer)
     client = LocalClient("s", LLMStore(tmp_path), engine, commit_rows=4, commit_seconds=1e9)
-    units = client.answer  # a generator cannot be killed, so look from another process's view while it runs
-    seen = []
+    seen = []  # what another process would find in the store at each question to the engine
     scored = engine.likelihood
 
     def spying(pairs):
@@ -288,7 +287,7 @@ def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer):
         return scored(pairs)
 
     engine.likelihood = spying
-    units(questions(12), label="test")
+    client.answer(questions(12), label="test")
     assert seen == [0, 4, 8, 12, 16, 20]
 
 

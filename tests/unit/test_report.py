@@ -60,12 +60,14 @@ def test_difference_is_taken_over_the_queries_that_both_have():
 
 def test_perplexity_is_exponentiated_and_lower_is_better():
     """The sign of an improvement in perplexity is the other way round."""
-    values = {"base": {"a": 3.0, "b": 2.0}, "trained": {"a": 2.0, "b": 1.0}}
+    ids = "abcdefgh"
+    values = {"base": dict.fromkeys(ids, 2.5), "trained": dict.fromkeys(ids, 1.5)}
     base, trained = rows_of(metrics_of(values, measure="perplexity", scenario="memory"), {"d": "chat"})
     assert base["mean"] == pytest.approx(np.exp(2.5))
     assert trained["delta_vs_base"]["mean"] == pytest.approx(np.exp(1.5) - np.exp(2.5))
     assert trained["lower_is_better"]
     assert effect(trained) == "better"
+    assert effect(rows_of(metrics_of(values), {"d": "tool"})[1]) == "worse"
     assert tables([base, trained])[0].columns[0].best == {"trained"}
 
 

@@ -1,0 +1,124 @@
+"""The stage prepare: from sources to `queries`, `corpus`, `qrels` and `quarantine`.
+
+A shard is a task: all its data sets are read together, because a training query may not be the test query of another
+data set of the task, and because examples of all data sets share one pool. Shards are in the order of task names, and
+inside a shard the corpus is sorted by (pool, position), so every pool is one range of rows of the whole corpus.
+"""
+
+import logging
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, DatasetConfig, PrepareConfig, identity
+from llmr_ray.data.examples import POOL
+from llmr_ray.data.records import Source
+from llmr_ray.data.selection import collect, held_out_texts, in_order, select
+from llmr_ray.data.sources import TOKENIZED, reader
+from llmr_ray.errors import ConfigError
+from llmr_ray.schemas import table_of
+
+log = logging.getLogger(__name__)
+
+PREPARE_VERSION = 1
+
+
+def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
+    """What determines prepared data: the data sets' settings and content (their place does not count), and the LLM's
+    tokenizer where a source cuts text by tokens.
+
+    Args:
+        config: the run's configuration.
+        assets: by DatasetConfig.path; the LLM's under config.llm.model.
+    """
+    if not config.datasets:
+        raise ConfigError("`datasets` is empty: there is nothing to prepare. Take the blocks of conf/datasets.yaml.")
+    for name, dataset in config.datasets.items():
+        reader(dataset.source)
+        if not re.fullmatch(r"[\w.-]+", name) or name == POOL:
+            raise ConfigError(
+                f"'{name}' cannot be a data set's name: names begin ids and pools, so they are letters, digits, "
+                f"'_', '.' and '-', and '{POOL}' is the pool of examples. Rename it."
+            )
+    inputs = {f"dataset:{name}": assets[dataset.path].fingerprint for name, dataset in config.datasets.items()}
+    if any(dataset.source in TOKENIZED for dataset in config.datasets.values()):
+        inputs["tokenizer"] = assets[config.llm.model].fingerprint
+    settings = {name: identity(dataset) for name, dataset in config.datasets.items()}
+    for entry in settings.values():
+        del entry["path"]
+    return ArtifactSpec(
+        stage="prepare",
+        name=config.name,
+        version=PREPARE_VERSION,
+        config={"datasets": settings, "prepare": identity(config.prepare)},
+        inputs=inputs,
+    )
+
+
+def run_prepare(config: Config, artifact: Artifact, assets: dict[str, Asset]) -> None:
+    """Reads every data set and commits the four tables.
+
+    Raises:
+        DataError: a source cannot be read, or too many of its rows are bad.
+    """
+    started = time.monotonic()
+    tasks = sorted({dataset.task for dataset in config.datasets.values()})
+    cluster.map_shards(
+        artifact.pending(len(tasks)),
+        PrepareWorker,
+        {
+            "artifact": artifact,
+            "tasks": tasks,
+            "datasets": config.datasets,
+            "prepare": config.prepare,
+            "paths": {name: assets[dataset.path].path for name, dataset in config.datasets.items()},
+            "tokenizer": assets[config.llm.model].path,
+        },
+        num_actors=config.runtime.mine_actors,
+        purpose="prepare",
+    )
+    artifact.commit(len(tasks), seconds=time.monotonic() - started)
+    queries = artifact.read("queries")
+    rows = Counter(zip(queries["dataset"].to_pylist(), queries["split"].to_pylist(), strict=True))
+    for (name, split), number in sorted(rows.items()):
+        log.info("%s: %d %s queries", name, number, split)
+
+
+class PrepareWorker:
+    """Prepares shards: shard n is the n-th task with all its data sets."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        tasks: list[str],
+        datasets: dict[str, DatasetConfig],
+        prepare: PrepareConfig,
+        paths: dict[str, Path],
+        tokenizer: Path,
+    ) -> None:
+        self.artifact, self.tasks, self.datasets = artifact, tasks, datasets
+        self.prepare, self.paths, self.tokenizer = prepare, paths, tokenizer
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Reads, selects and writes one task; returns the ledger record."""
+        names = sorted(name for name, dataset in self.datasets.items() if dataset.task == self.tasks[shard])
+        collected = []
+        for name in names:
+            dataset = self.datasets[name]
+            source = Source(name=name, config=dataset, path=self.paths[name], tokenizer=self.tokenizer)
+            collected.append(collect(name, dataset, self.prepare, reader(dataset.source)(source)))
+        held_out = held_out_texts(collected)
+        selected = [select(data, held_out) for data in collected]
+        rows: dict[str, list[dict[str, Any]]] = {
+            "queries": [row for part in selected for row in part.queries],
+            "corpus": in_order([row for part in selected for row in part.corpus]),
+            "qrels": [row for part in selected for row in part.qrels],
+            "quarantine": [row for part in selected for row in part.quarantine],
+        }
+        tables = {name: table_of(name, table) for name, table in rows.items()}
+        return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))

@@ -1,0 +1,108 @@
+"""The gradient on two workers against that on one: norm and direction, for every loss.
+
+The norm alone does not tell: documents gathered without gradient give nearly the right norm in a wrong direction.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from llmr_ray.training import checkpoint, objective
+from llmr_ray.training.gather import agree, gather_with_gradient, place, total
+from tests.tiny import tiny_bert
+from tests.training_setup import TASKS, groups_table, make_data, make_trainer
+
+CASES = {task: (task,) for task in TASKS} | {"mixed": tuple(TASKS)}
+"""qa: graded strict; icl: graded sorted and contrastive; tool: contrastive; chat: group KL; mixed: all in one batch."""
+
+
+def gradient(trainer):
+    """The gradient of the first step, all parameters in one vector."""
+    trainer.train_step()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.names.values()]).numpy()
+
+
+def make(root, name, where, **changes):
+    batching = "mixed" if name == "mixed" else "homogeneous"
+    settings = {"max_grad_norm": 0.0, "batching": batching} | changes
+    return make_trainer(where, root / "base", root / "data" / name, **settings)
+
+
+def gathered_without_gradient(rows):
+    """The ablation: what `all_gather` alone does."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows
+    return torch.cat(parts)
+
+
+def worker(rank, world_size, root):
+    """Everything that needs a process group, in one start of it."""
+    dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=world_size)
+    assert place() == (rank, world_size)
+    assert agree(rank + 7) == 7
+    assert total(torch.tensor([rank + 1.0])).tolist() == [3.0]
+    found = {name: gradient(make(root, name, root / "two" / name)) for name in CASES}
+    objective.gather_with_gradient = gathered_without_gradient
+    found["ablation"] = gradient(make(root, "qa", root / "two" / "ablation"))
+    objective.gather_with_gradient = gather_with_gradient
+    make(root, "mixed", root / "two" / "run").run()
+    if rank == 0:
+        np.savez(root / "two.npz", **found)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradient")
+    base = tiny_bert(folder / "base")
+    for name, tasks in CASES.items():
+        make_data(folder / "data" / name, base, groups_table(tasks=tasks))
+    mp.spawn(worker, args=(2, folder), nprocs=2)
+    return folder
+
+
+def compare(one, two):
+    """Norm ratio and cosine, in double precision."""
+    one, two = one.astype(np.float64), two.astype(np.float64)
+    lengths = np.linalg.norm(one), np.linalg.norm(two)
+    return lengths[1] / lengths[0], one @ two / (lengths[0] * lengths[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_have_the_gradient_of_one(root, tmp_path, name):
+    """Prevents a factor of W or 1/W, which would make the mix of tasks depend on the number of workers."""
+    one = gradient(make(root, name, tmp_path))
+    ratio, cosine = compare(one, np.load(root / "two.npz")[name])
+    assert ratio == pytest.approx(1, abs=1e-5)
+    assert cosine > 1 - 1e-6
+
+
+def test_ablation_is_seen_in_the_direction(root, tmp_path):
+    """Prevents this file from passing whatever the gather does: without gradient the direction is visibly wrong."""
+    ratio, cosine = compare(gradient(make(root, "qa", tmp_path)), np.load(root / "two.npz")["ablation"])
+    assert cosine < 0.999
+    assert 0.5 < ratio < 2
+
+
+def test_two_workers_train_like_one(root, tmp_path):
+    """Prevents batches, pacing or records that depend on the number of workers, over a whole run."""
+    make(root, "mixed", tmp_path).run()
+    one, two = checkpoint.read_steps(tmp_path), checkpoint.read_steps(root / "two" / "run")
+    assert [step["step"] for step in two] == list(range(8))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+        assert b["learning_rate"] == pytest.approx(a["learning_rate"], rel=2e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
+        assert b["reward_margin"] == pytest.approx(a["reward_margin"])
+        assert b["dataset"] == a["dataset"]
+
+
+def test_alone_the_gather_is_the_identity():
+    """Prevents a copy, and a process group being needed, with one worker."""
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert gather_with_gradient(rows) is rows
+    assert place() == (0, 1)
+    assert agree(5) == 5

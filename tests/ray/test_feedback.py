@@ -1,0 +1,152 @@
+"""The pool of engine actors under Ray, and vLLM against the reference engine on a real LLM."""
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from llmr_ray.artifacts import Artifact
+from llmr_ray.assets import Asset, resolve
+from llmr_ray.config import Config, LLMConfig, RuntimeConfig
+from llmr_ray.errors import ResourceError
+from llmr_ray.feedback.engine import EngineSettings, Sampling, open_engine
+from llmr_ray.feedback.requests import LLMRequest, Segment
+from llmr_ray.feedback.stage import RayClient, run_score, score_spec
+from llmr_ray.feedback.store import LLMStore
+from tests.feedback_world import make_config, make_world
+from tests.tiny_llm import save_model
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return Asset("tiny", "model", save_model(tmp_path_factory.mktemp("llm")), "f")
+
+
+def scored(root, llm, num_queries, **runtime):
+    config = make_config(root, commit_rows=8, **runtime)
+    prepare, candidates = make_world(root, num_queries)
+    artifact = Artifact(root, score_spec(config, llm, prepare, candidates))
+    artifact.begin()
+    client = RayClient(config, llm)
+    try:
+        run_score(config, artifact, client, prepare, candidates)
+    finally:
+        client.close()
+    return artifact, client
+
+
+def kill_an_actor_when(store, num_answers, killed):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not killed:
+        if len(LLMStore(store)) >= num_answers:
+            for process in psutil.Process().children(recursive=True):  # our own Ray's, not a neighbour's
+                if "_EngineActor.compute" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_killed_actor_costs_nothing_committed_and_changes_no_byte(local_ray, tmp_path, llm):
+    """Labelling runs for days on machines that go away: a kill may cost seconds, never answers or numbers."""
+    whole, _ = scored(tmp_path / "whole", llm, 24)
+    config = make_config(tmp_path / "hurt")
+    killed = []
+    store = RayClient(config, llm).store.folder
+    killer = threading.Thread(target=kill_an_actor_when, args=(store, 40, killed), daemon=True)
+    killer.start()
+    hurt, _ = scored(tmp_path / "hurt", llm, 24)
+    killer.join()
+    assert killed, "the work was over before the actor could be killed"
+    part = "parts/llm_scores-00000.parquet"
+    assert (hurt.path / part).read_bytes() == (whole.path / part).read_bytes()
+    keys = [key for segment in store.glob("seg-*.parquet") for key in pq.read_table(segment)["key"].to_pylist()]
+    assert len(keys) == len(set(keys))
+
+
+def test_actor_count_does_not_change_a_byte(local_ray, tmp_path, llm):
+    """Order of completion and number of actors are speed, not science."""
+    one, _ = scored(tmp_path / "one", llm, 10)
+    two, _ = scored(tmp_path / "two", llm, 10, llm_actors=2)
+    part = "parts/llm_scores-00000.parquet"
+    assert (one.path / part).read_bytes() == (two.path / part).read_bytes()
+
+
+def test_engine_that_cannot_start_is_an_error_at_once(local_ray, tmp_path, llm):
+    """With endless restarts a missing model would otherwise look like slow progress for ever."""
+    client = RayClient(make_config(tmp_path), Asset("none", "model", tmp_path / "nothing", "f"))
+    with pytest.raises(ResourceError, match=r"config\.json"):
+        client.answer([question()], label="test")
+
+
+def test_stall_is_an_error_that_says_what_was_waited_for(local_ray, tmp_path, llm):
+    """A hang must never be silent."""
+    client = RayClient(make_config(tmp_path, stall_timeout_s=0.1), llm)
+    with pytest.raises(ResourceError, match="stall_timeout_s"):
+        client.answer([question()], label="test")
+    client.close()
+
+
+def question(**fields):
+    return LLMRequest(
+        **({"request_id": "r", "unit": "u", "segments": (Segment(text="Q:"),), "targets": (" Paris",)} | fields)
+    )
+
+
+@pytest.fixture(scope="module")
+def engines():
+    path = resolve("smollm2-135m-instruct").path
+    config = Config(llm=LLMConfig(max_model_tokens=512), runtime=RuntimeConfig(llm_threads=1))
+    vllm = open_engine(EngineSettings.of(config, path))
+    config = Config(llm=LLMConfig(max_model_tokens=512, engine="transformers"), runtime=RuntimeConfig(llm_threads=1))
+    return vllm, open_engine(EngineSettings.of(config, path))
+
+
+def some_pairs(tokenizer):
+    text = "\n".join(f"{n}. {passage}" for n, passage in enumerate(Path(__file__).read_text().split("\n")))
+    ids = tuple(tokenizer(text)["input_ids"])
+    # Prompts around and at whole cache blocks, where the cache holds the row that predicts the first target token.
+    pairs = [
+        (ids[:length], ids[500 + 9 * number : 504 + 10 * number])
+        for length in (1, 31, 32, 33, 64, 100, 128)
+        for number in range(4)
+    ]
+    return [*pairs, (ids[:64], ids[64:130]), (ids[:40], ids[40:104])]
+
+
+def test_vllm_gives_the_reference_s_log_probabilities(engines):
+    """Read from the prefix cache, log-probabilities of cached positions are stale memory (the guard of engine_vllm)."""
+    vllm, reference = engines
+    pairs = some_pairs(vllm.tokenizer)
+    expected = reference.likelihood(pairs)
+    vllm.begin()
+    first = vllm.likelihood(pairs)
+    again = vllm.likelihood(pairs)
+    vllm.begin()
+    afresh = vllm.likelihood(pairs)
+    for results in (first, again, afresh):
+        for result, oracle in zip(results, expected, strict=True):
+            assert result.logprobs == pytest.approx(oracle.logprobs, abs=1e-2)
+    assert [result.logprobs for result in afresh] == [result.logprobs for result in first]
+    computed = sum(result.num_computed_tokens for result in first)
+    assert computed < 0.9 * sum(result.num_computed_tokens for result in expected)
+
+
+def test_vllm_samples_by_seed_and_agrees_when_greedy(engines):
+    """A draw that cannot be repeated makes a rank reward that cannot be checked."""
+    vllm, reference = engines
+    ids = tuple(vllm.tokenizer("Question: What is the capital of France?\n\nAnswer:")["input_ids"])
+    greedy = Sampling(prompt_ids=ids, num_samples=1, max_new_tokens=8, temperature=0.0, seed=0, stop=("\n",))
+    vllm.begin()
+    assert vllm.sample([greedy])[0].texts == reference.sample([greedy])[0].texts
+    drawn = Sampling(prompt_ids=ids, num_samples=4, max_new_tokens=8, temperature=1.0, seed=2**62 + 5)
+    vllm.begin()
+    [first] = vllm.sample([drawn])
+    vllm.begin()
+    assert vllm.sample([drawn]) == [first]
+    assert len(set(first.texts)) > 1

@@ -1,0 +1,130 @@
+"""Training under Ray Train with real worker processes: it learns, survives a kill, and says why it cannot go on."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig, TaskScore, TrainConfig
+from llmr_ray.errors import DataError
+from llmr_ray.modeling.embedder import Embedder, fingerprint_of
+from llmr_ray.training.checkpoint import read_steps
+from llmr_ray.training.stage import run_train, train_spec
+from tests.tiny import tiny_bert
+from tests.training_setup import TASKS, groups_table
+
+pytestmark = pytest.mark.ray
+
+NUM_STEPS = 80
+
+
+@pytest.fixture
+def problem(tmp_path):
+    """A configuration with two workers, a groups artifact and a base model."""
+    config = Config(
+        name="test",
+        seed=11,
+        datasets={f"{task}-set": DatasetConfig(task=task, num_train=24) for task in TASKS},
+        tasks={
+            task: TaskConfig(
+                query_instruction="query: ",
+                document_instruction="document: ",
+                score=TaskScore(feedback="none" if task == "tool" else "likelihood"),
+                train=train,
+            )
+            for task, train in TASKS.items()
+        },
+        embedder=EmbedderConfig(max_query_tokens=12, max_document_tokens=16, precision="float32"),
+        train=TrainConfig(
+            num_steps=NUM_STEPS,
+            global_batch_size=8,
+            learning_rate=2e-3,
+            temperature=0.1,
+            checkpoint_interval=5,
+            self_paced_interval=10,
+            dropout=False,
+        ),
+        runtime=RuntimeConfig(train_workers=2),
+    )
+    spec = ArtifactSpec(stage="group", name="test", version=1, config={}, inputs={})
+    groups = Artifact(tmp_path, spec)
+    table = groups_table()
+    groups.begin()
+    groups.write_shard(0, {"groups": table}, Counts(rows_in=table.num_rows, ok=table.num_rows))
+    groups.commit(1, seconds=0)
+    folder = tiny_bert(tmp_path / "base")
+    base = Asset("tiny", "local", folder, fingerprint_of(folder))
+    return config, groups, base, tmp_path
+
+
+def kill_one_worker(work, killed):
+    """Waits for a few steps, then ends one training worker as the kernel would."""
+    while not killed.wait(0.02):
+        if len(read_steps(work)) >= 12:
+            workers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if any("RayTrainWorker" in part for part in process.cmdline())
+            ]
+            os.kill(workers[-1].pid, signal.SIGKILL)
+            killed.set()
+
+
+def test_a_killed_worker_is_replaced_and_each_step_stands_once(local_ray, problem):
+    """Prevents a dead worker from ending the run, from hanging it, and from leaving steps twice or not at all."""
+    config, groups, base, root = problem
+    artifact = Artifact(root, train_spec(config, groups, base))
+    artifact.begin()
+    killed = threading.Event()
+    thread = threading.Thread(target=kill_one_worker, args=((artifact.path / "work").resolve(), killed), daemon=True)
+    thread.start()
+    started = time.monotonic()
+    run_train(config, artifact, groups, base)
+    assert time.monotonic() - started < 300
+    assert killed.is_set()
+    artifact.verify()
+    steps = artifact.read("steps").to_pylist()
+    assert [step["step"] for step in steps] == list(range(NUM_STEPS))
+    for task in TASKS:
+        losses = [step["loss"] for step in steps if step["task"] == task]
+        assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), (task, losses)
+    assert not (artifact.path / "work").exists()
+    embedder = Embedder(artifact.file("embedder"), pooling="auto", max_query_tokens=12, max_document_tokens=16)
+    assert embedder.module.prompts["tool-document"] == "document: "
+    assert embedder.fingerprint != base.fingerprint
+
+
+def test_divergence_is_said_and_not_tried_again(local_ray, problem):
+    """Prevents restarts that repeat what no restart can cure, and a message that stays in a worker's log."""
+    config, groups, base, root = problem
+    wild = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e30))
+    artifact = Artifact(root, train_spec(wild, groups, base))
+    artifact.begin()
+    with pytest.raises(DataError, match="diverged"):
+        run_train(wild, artifact, groups, base)
+    assert not artifact.is_done
+
+
+def test_a_finished_shard_is_not_trained_again(local_ray, problem):
+    """Prevents hours of training from being repeated when only the commit was lost. One worker."""
+    config, groups, base, root = problem
+    short = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, num_steps=2),
+        runtime=dataclasses.replace(config.runtime, train_workers=1),
+    )
+    artifact = Artifact(root, train_spec(short, groups, base))
+    artifact.begin()
+    run_train(short, artifact, groups, base)
+    before = artifact.read("steps")
+    (artifact.path / "manifest.json").unlink()
+    started = time.monotonic()
+    run_train(short, artifact, groups, base)
+    assert time.monotonic() - started < 5
+    assert artifact.read("steps").equals(before)

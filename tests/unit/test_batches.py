@@ -1,0 +1,73 @@
+"""The plan of batches: pure, complete, the same whatever the number of workers."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from llmr_ray.errors import DataError
+from llmr_ray.training.batches import MIXED, Plan
+
+ROWS = {"big": np.arange(0, 50), "small": np.arange(50, 53), "twice": np.arange(53, 69)}
+
+
+def plan(**changes):
+    settings = {"repeats": {"twice": 2}, "batch_size": 8, "batching": "homogeneous", "seed": 5} | changes
+    return Plan(settings.pop("rows", ROWS), **settings)
+
+
+def test_blocks_are_homogeneous_and_counted():
+    """Prevents mixed tasks in a batch, a lost small data set (trap 12) and a repeat that is not one."""
+    made = plan()
+    assert made.blocks_per_epoch == 6 + 1 + 2 * 2
+    blocks = [made.block(step) for step in range(made.blocks_per_epoch)]
+    assert Counter(block.dataset for block in blocks) == {"big": 6, "small": 1, "twice": 4}
+    for block in blocks:
+        assert set(block.rows) <= set(ROWS[block.dataset])
+        assert len(block.rows) == 8
+        assert block.epoch == 0
+    used = Counter(int(row) for block in blocks for row in block.rows)
+    assert max(used[row] for row in ROWS["big"]) == 1
+    assert {used[row] for row in ROWS["twice"]} == {2}
+    assert sorted(used[row] for row in ROWS["small"]) == [2, 3, 3]
+
+
+def test_plan_is_the_same_for_1_2_and_8_workers():
+    """Prevents a run whose batches depend on how many workers it has."""
+    for step in (0, 7, 40):
+        block = plan().block(step)
+        for world_size in (1, 2, 8):
+            parts = [block.of_rank(rank, world_size) for rank in range(world_size)]
+            assert np.concatenate([block.rows[list(part)] for part in parts]).tolist() == block.rows.tolist()
+
+
+def test_any_step_can_be_asked_for_first():
+    """Prevents a resumed run from seeing other batches than an uninterrupted one."""
+    steady = plan()
+    run = [steady.block(step).rows.tolist() for step in range(40)]
+    assert [plan().block(step).rows.tolist() for step in reversed(range(40))] == run[::-1]
+
+
+def test_epochs_differ_and_the_remainder_gets_its_turn():
+    """Prevents the same rows from being dropped for ever."""
+    made = plan()
+    seen = {int(row) for step in range(made.blocks_per_epoch * 12) for row in made.block(step).rows}
+    assert seen == set(range(69))
+    per = made.blocks_per_epoch
+    assert [b.dataset for b in map(made.block, range(per))] != [b.dataset for b in map(made.block, range(per, 2 * per))]
+    assert made.block(per).epoch == 1
+    assert plan(seed=6).block(0).rows.tolist() != made.block(0).rows.tolist()
+
+
+def test_mixed_draws_from_all_data_sets():
+    """Prevents `mixed` from being homogeneous under another name."""
+    made = plan(batching=MIXED)
+    assert made.blocks_per_epoch == (50 + 3 + 32) // 8
+    assert {made.block(0).dataset} == {MIXED}
+    assert any(len({row // 50 for row in made.block(step).rows}) == 2 for step in range(10))
+
+
+def test_nothing_to_train_on_is_said():
+    """Prevents a division by zero in place of a reason."""
+    with pytest.raises(DataError, match="no group"):
+        plan(rows={"empty": np.zeros(0, np.int64)})

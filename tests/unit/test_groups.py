@@ -1,0 +1,279 @@
+"""Sampling of groups, and the join that makes pools."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
+from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskScore, TaskTrain
+from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.schemas import table_of
+from llmr_ray.training.groups import Pool, in_batch_negatives, reject_reason, sample
+from llmr_ray.training.pools import group_row, join_pools
+from llmr_ray.training.stage import group_spec, run_group, training_tasks
+
+
+def pool(keys, gold=(), rewards=None):
+    return Pool(
+        keys=np.asarray(keys),
+        is_gold=np.isin(np.arange(len(keys)), gold),
+        rewards=None if rewards is None else np.asarray(rewards, np.float32),
+    )
+
+
+def draw(of, size=4, positive="first", negatives="random", seed=0):
+    return sample(of, size=size, positive=positive, negatives=negatives, rng=np.random.default_rng(seed))
+
+
+REWARDED = pool([10, 11, 12, 13, 14, 15], gold=[1, 3], rewards=[0.5, 0.1, 0.9, 0.4, -1.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("first", {1}), ("random", {1, 3}), ("teacher", {2}), ("teacher_gold", {3})]
+)
+def test_positive_policies(policy, expected):
+    """Prevents a policy from choosing among the wrong documents (methods.md A.5.1)."""
+    assert {int(draw(REWARDED, positive=policy, seed=seed)[0]) for seed in range(30)} == expected
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("first", [0, 2]), ("lowest", [4, 5]), ("highest", [2, 0])])
+def test_negative_policies(policy, expected):
+    """Prevents negatives by the wrong end of the rewards."""
+    assert draw(REWARDED, size=3, negatives=policy)[1:].tolist() == expected
+
+
+def test_gold_documents_and_their_texts_are_never_negatives():
+    """Prevents teaching that a correct passage is wrong, under its own id or as a copy under another."""
+    copies = pool([1, 2, 1, 3, 2, 4, 5], gold=[0, 1])
+    for seed in range(50):
+        chosen = draw(copies, size=4, positive="random", seed=seed)
+        assert set(copies.keys[chosen[1:]]) == {3, 4, 5}
+    teacher = pool([1, 2, 2, 3], gold=[0], rewards=[0, 9, 1, 0])
+    assert set(teacher.keys[draw(teacher, positive="teacher", size=5)[1:]]) == {3}
+
+
+def test_too_few_negatives_repeat_in_turn():
+    """Prevents short groups, and one text standing twice while others wait."""
+    small = pool([1, 2, 3, 3], gold=[0])
+    chosen = small.keys[draw(small, size=6)]
+    assert chosen[0] == 1
+    assert sorted(Counter(chosen[1:].tolist()).values()) == [2, 3]
+
+
+def test_sampling_depends_on_seed_epoch_and_query_alone_and_changes_by_epoch():
+    """Prevents negatives frozen for all epochs, as in the released code, and runs that do not repeat."""
+    big = pool(np.arange(40), gold=[0])
+
+    def at(epoch, query):
+        return draw(big, size=8, seed=seed_of(7, "group", epoch, query)).tolist()
+
+    assert at(0, "q") == at(0, "q")
+    assert len({tuple(at(epoch, "q")) for epoch in range(10)}) == 10
+    assert at(0, "q") != at(0, "p")
+
+
+def test_every_eligible_document_is_drawn_equally_often():
+    """Prevents a biased draw: 8 of 40 eligible negatives, each with probability 0.2."""
+    big = pool(np.arange(41), gold=[0])
+    counts = Counter(int(n) for seed in range(3000) for n in draw(big, size=9, seed=seed)[1:])
+    assert set(counts) == set(range(1, 41))
+    assert max(abs(count / 3000 - 0.2) for count in counts.values()) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "reason"),
+    [
+        (REWARDED, {}, None),
+        (REWARDED, {"min_reward": 0.95}, "below_min_reward"),
+        (REWARDED, {"min_reward": 0.9}, None),
+        (REWARDED, {"min_margin": 1.9}, "below_min_margin"),
+        (pool([1, 2], gold=[0], rewards=[1, 1]), {}, "below_min_margin"),
+        (pool([1, 2], rewards=[1, 2]), {}, "no_gold_document"),
+        (pool([1, 2], rewards=[1, 2]), {"positive": "teacher"}, None),
+        (pool([1, 1], rewards=[1, 2]), {"positive": "teacher"}, "no_negative"),
+        (pool([1, 2], gold=[0, 1]), {}, "no_negative"),
+        (pool([1, 1], gold=[0]), {}, "no_negative"),
+        (pool([1, 2], gold=[0], rewards=[1, 2]), {"positive": "teacher"}, "no_negative"),
+        (pool([1, 2], gold=[0], rewards=[2, 1]), {"positive": "teacher"}, None),
+        (pool([]), {"positive": "teacher"}, "no_negative"),
+    ],
+)
+def test_reject_reasons(of, changes, reason):
+    """Prevents a query without a group from reaching training, and a filter off by its boundary."""
+    settings = {"positive": "first", "min_reward": None, "min_margin": 0.0} | changes
+    assert reject_reason(of, **settings) == reason
+    if reason is None:
+        draw(of, positive=settings["positive"])
+    elif reason.startswith("no_"):
+        with pytest.raises(DataError):
+            draw(of, positive=settings["positive"])
+
+
+def test_rewards_are_asked_for_by_name():
+    """Prevents a labels-only pool from being sorted by rewards it does not have."""
+    with pytest.raises(DataError, match=r"score\.feedback"):
+        draw(pool([1, 2, 3], gold=[0]), negatives="lowest")
+
+
+def test_in_batch_negatives_against_a_loop():
+    """Prevents a document that is right for a query from being its in-batch negative, by id or by equal text."""
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 12, (6, 3))
+    gold = [rng.integers(0, 12, 2) for _ in range(6)]
+    found = in_batch_negatives(keys, gold[2:5], range(2, 5))
+    for place, row in enumerate(range(2, 5)):
+        for other in range(6):
+            for position in range(3):
+                key = keys[other, position]
+                expected = other != row and key not in keys[row] and key not in gold[row]
+                assert found[place, other * 3 + position] == expected
+
+
+# --- the join --------------------------------------------------------------------------------------------------------
+
+
+def tables():
+    corpus = table_of(
+        "corpus",
+        [
+            {
+                "doc_id": f"d{n}",
+                "pool": "p",
+                "position": n,
+                "task": "qa",
+                "title": "T" if n == 0 else None,
+                "text": text,
+            }
+            for n, text in enumerate(["zero", "one", "two", "three"])
+        ],
+    )
+    qrels = table_of(
+        "qrels",
+        [{"query_id": "a", "doc_id": "d3", "relevance": 1}, {"query_id": "a", "doc_id": "d2", "relevance": 0}],
+    )
+    mined = [("a", "d2", "bm25"), ("a", "d0", "dense"), ("b", "d1", "gold"), ("b", "d0", "random")]
+    candidates = table_of("candidates", [{"query_id": q, "doc_id": d, "source": s} for q, d, s in mined])
+    rewards = table_of(
+        "rewards",
+        [
+            {"query_id": q, "doc_id": d, "reward": r, "reward_source": "llm"}
+            for q, d, r in [("b", "d0", 0.25), ("a", "d3", 1.0), ("a", "d2", 0.5)]
+        ],
+    )
+    return qrels, candidates, rewards, corpus
+
+
+def trained(feedback):
+    return dataclasses.replace(task(feedback), train=TaskTrain(graded_weight=1.0))
+
+
+def task(feedback, positive="first", **group):
+    return TaskConfig(score=TaskScore(feedback=feedback), train=TaskTrain(positive=positive), group=TaskGroup(**group))
+
+
+def test_groups_are_joined_on_ids_with_gold_from_labels_and_candidates():
+    """Prevents scores that shift by a row, lost gold documents, and relevance 0 counted as gold."""
+    qrels, candidates, rewards, corpus = tables()
+    found = join_pools(qrels, candidates, rewards, corpus)
+    query = {"query_id": "a", "task": "qa", "dataset": "x", "query": "?", "split": "train"}
+    row, without = group_row(query, task("rank"), found["a"], corpus)
+    assert without == 1
+    assert row["doc_ids"] == ["d2", "d3"]
+    assert row["docs"] == ["two", "three"]
+    assert row["roles"] == ["candidate", "gold"]
+    assert row["rewards"] == [0.5, 1.0]
+    row, without = group_row(query, task("none"), found["a"], corpus)
+    assert (row["doc_ids"], row["docs"], row["rewards"]) == (["d2", "d0", "d3"], ["two", "T zero", "three"], None)
+    assert without == 0
+    table_of("groups", [row])
+
+
+@pytest.mark.parametrize(
+    ("of", "with_task", "reason"),
+    [
+        ("a", task("rank", min_reward=2.0), "below_min_reward"),
+        ("b", task("rank"), "below_min_margin"),
+        ("c", task("none"), "no_candidates"),
+        ("a", None, "task_does_not_train"),
+    ],
+)
+def test_every_query_left_out_has_a_reason(of, with_task, reason):
+    """Prevents rows that vanish: each drop is counted under a name."""
+    qrels, candidates, rewards, corpus = tables()
+    found = join_pools(qrels, candidates, rewards, corpus)
+    assert group_row({"query_id": of, "task": "qa"}, with_task, found.get(of), corpus)[0] == reason
+
+
+def test_a_query_without_any_reward_is_left_out():
+    """Prevents a task with feedback from training on labels in silence where scoring failed."""
+    qrels, candidates, _, corpus = tables()
+    none = table_of("rewards", [])
+    found = join_pools(qrels, candidates, none, corpus)
+    assert group_row({"query_id": "b", "task": "qa"}, task("rank"), found["b"], corpus) == ("no_rewards", 2)
+
+
+def test_the_stage_counts_every_training_query(tmp_path):
+    """Prevents queries of other splits from training, and rows that are lost between the tables."""
+    qrels, candidates, rewards, corpus = tables()
+    queries = table_of(
+        "queries",
+        [
+            {
+                "query_id": name,
+                "task": "qa",
+                "dataset": "x",
+                "split": split,
+                "query": "?",
+                "targets": ["t"],
+                "pool": "p",
+            }
+            for name, split in [("a", "train"), ("b", "train"), ("c", "train"), ("d", "test")]
+        ],
+    )
+
+    def made(stage, **content):
+        artifact = Artifact(tmp_path, ArtifactSpec(stage=stage, name="x", version=1, config={}, inputs={}))
+        artifact.begin()
+        artifact.write_shard(0, content, Counts(rows_in=1, ok=1))
+        artifact.commit(1, seconds=0)
+        return artifact
+
+    config = Config(datasets={"x": DatasetConfig(num_train=3)}, tasks={"qa": trained("rank")})
+    inputs = (
+        made("prepare", queries=queries, corpus=corpus, qrels=qrels),
+        made("mine", candidates=candidates),
+        made("reward", rewards=rewards),
+    )
+    artifact = Artifact(tmp_path, group_spec(config, *inputs))
+    artifact.begin()
+    run_group(config, artifact, *inputs)
+    counts = artifact.require()["counts"]
+    assert (counts["rows_in"], counts["ok"]) == (3, 1)
+    assert counts["skipped"] == {"below_min_margin": 1, "no_candidates": 1}
+    assert artifact.require()["extra"]["documents_without_reward"] == 2
+    assert artifact.read("groups")["query_id"].to_pylist() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (TaskConfig(), "no loss"),
+        (TaskConfig(train=TaskTrain(graded_weight=1.0)), "feedback is none"),
+        (TaskConfig(train=TaskTrain(contrastive_weight=1.0, positive="teacher")), "feedback is none"),
+        (TaskConfig(train=TaskTrain(contrastive_weight=1.0, negatives="lowest")), "feedback is none"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_before_anything_runs(task, message):
+    """Prevents hours of scoring before a task turns out to have no loss, or to lack the rewards it asks for."""
+    with pytest.raises(ConfigError, match=message):
+        training_tasks(Config(datasets={"x": DatasetConfig(num_train=1)}, tasks={"qa": task}))
+
+
+def test_documents_that_the_corpus_lacks_stop_the_join():
+    """Prevents training on a candidate file of another corpus."""
+    qrels, candidates, rewards, corpus = tables()
+    with pytest.raises(DataError, match="corpus lacks"):
+        join_pools(qrels, candidates, rewards, pa.table(corpus).slice(0, 2))

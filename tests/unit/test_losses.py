@@ -1,0 +1,195 @@
+"""The losses against the worked numbers of methods.md A.5.5 and against loops written from the papers."""
+
+import math
+
+import pytest
+import torch
+
+from llmr_ray.training import losses
+
+COSINES = torch.tensor(
+    [[0.80, 0.70, 0.60, 0.10, 0.20, 0.00], [0.05, 0.15, 0.10, 0.75, 0.65, 0.72]], dtype=torch.float64
+)
+REWARDS = torch.tensor([[3.0, 1.0, -1.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
+
+
+def layout(num_queries, group_size):
+    """Own columns, no equal texts, and all other queries' documents as in-batch negatives."""
+    own = torch.arange(num_queries * group_size).view(num_queries, group_size)
+    same = torch.eye(group_size, dtype=torch.bool).expand(num_queries, -1, -1).clone()
+    others = torch.ones(num_queries, num_queries * group_size, dtype=torch.bool).scatter(1, own, False)
+    return own, same, others
+
+
+def graded(sim, rewards, own, same, others, tie_policy="sorted", position0="gold_first", temperature=1.0):
+    return losses.graded_distillation(
+        sim, own, rewards, same, others, tie_policy=tie_policy, position0=position0, reward_temperature=temperature
+    )
+
+
+def naive_graded(sim, rewards, own, same, others, tie_policy, position0, temperature, include_self=True):
+    """Equation 4 of LLM-Embedder and the released code's loop, one query and document at a time."""
+    result = []
+    for b in range(len(sim)):
+        raw = rewards[b].tolist()
+        weights = [math.exp(r / temperature) for r in raw]
+        order = sorted(range(len(raw)), key=lambda i: (not (position0 == "gold_first" and i == 0), -raw[i], i))
+        if position0 == "by_reward":
+            order = sorted(range(len(raw)), key=lambda i: (-raw[i], i))
+        loss = 0.0
+        for i in range(len(raw)):
+            negatives = []
+            for j in range(len(raw)):
+                if j == i or same[b, i, j]:
+                    continue
+                if tie_policy == "sorted":
+                    worse = order.index(j) > order.index(i)
+                elif position0 == "gold_first" and i == 0:
+                    worse = raw[j] != raw[0]
+                elif position0 == "gold_first" and j == 0:
+                    worse = False
+                else:
+                    worse = raw[j] < raw[i]
+                if worse:
+                    negatives.append(int(own[b, j]))
+            columns = negatives + torch.nonzero(others[b]).flatten().tolist() + [int(own[b, i])] * include_self
+            denominator = sum(math.exp(float(sim[b, c])) for c in columns)
+            loss -= weights[i] / sum(weights) * (float(sim[b, own[b, i]]) - math.log(denominator))
+        result.append(loss)
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "tie_policy", "expected"),
+    [(0.1, "sorted", 0.6315509), (0.1, "strict", 0.5867743), (0.01, "sorted", 1.6507097), (0.01, "strict", 1.6506996)],
+)
+def test_graded_worked_numbers(temperature, tie_policy, expected):
+    """Prevents a wrong tie policy, a division by G, or weights from the wrong softmax."""
+    loss = graded(COSINES / temperature, REWARDS, *layout(2, 3), tie_policy=tie_policy)
+    assert float(loss.mean()) == pytest.approx(expected, abs=1e-6)
+    if (temperature, tie_policy) == (0.1, "strict"):
+        assert loss.tolist() == pytest.approx([0.3935097, 0.7800388], abs=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "printed"), [(0.1, -0.4423454), (0.01, -6.1075880)])
+def test_printed_equation_4_is_why_the_document_stands_in_its_own_denominator(temperature, printed):
+    """Prevents the form as printed, without the document itself: it is negative and unbounded below."""
+    sim, parts = COSINES / temperature, layout(2, 3)
+    loss = naive_graded(sim, REWARDS, *parts, "strict", "by_reward", 1.0, include_self=False)
+    assert float(loss.mean()) == pytest.approx(printed, abs=1e-5)
+    assert (graded(sim, REWARDS, *parts, tie_policy="strict") > 0).all()
+
+
+def test_contrastive_and_kl_worked_numbers():
+    """Prevents a wrong KL direction, a mean over documents, or a temperature on the wrong side."""
+    own, same, others = layout(2, 3)
+    sim = COSINES / 0.1
+    assert float(losses.contrastive(sim, own, same, others).mean()) == pytest.approx(0.5792352, abs=1e-6)
+    own_sim = sim.gather(1, own)
+    for temperature, expected in ((1.0, 0.2318123), (0.1, 0.4802646)):
+        loss = losses.group_kl(own_sim, REWARDS, reward_temperature=temperature)
+        assert float(loss.mean()) == pytest.approx(expected, abs=1e-6)
+    weights = torch.softmax(REWARDS, dim=1)
+    assert weights[0].tolist() == pytest.approx([0.866813, 0.117310, 0.015876], abs=1e-6)
+
+
+@pytest.mark.parametrize("tie_policy", ["strict", "sorted"])
+@pytest.mark.parametrize("position0", ["gold_first", "by_reward"])
+def test_one_pass_form_equals_the_loop(tie_policy, position0):
+    """Prevents the shared in-batch pass from drifting from the definition under ties, masks and equal texts."""
+    generator = torch.Generator().manual_seed(3)
+    own, same, others = layout(5, 4)
+    sim = torch.randn(5, 20, generator=generator) * 4
+    rewards = torch.randint(0, 3, (5, 4), generator=generator).float()
+    others &= torch.rand(5, 20, generator=generator) > 0.3
+    same[1, 2, 3] = same[1, 3, 2] = True
+    loss = graded(sim, rewards, own, same, others, tie_policy, position0, 0.7)
+    expected = naive_graded(sim, rewards, own, same, others, tie_policy, position0, 0.7)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_contrastive_is_cross_entropy_where_nothing_is_masked():
+    """Prevents losing or doubling a negative: the oracle is torch's cross-entropy over all columns."""
+    own, same, others = layout(4, 3)
+    sim = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 10
+    expected = torch.nn.functional.cross_entropy(sim, own[:, 0], reduction="none")
+    torch.testing.assert_close(losses.contrastive(sim, own, same, others), expected)
+
+
+def test_masked_documents_have_no_weight_and_no_gradient():
+    """Prevents false negatives from being pushed away, by however little."""
+    own, same, others = layout(2, 3)
+    others[0, 4] = False
+    same[0, 0, 2] = same[0, 2, 0] = True
+    sim = (COSINES / 0.1).requires_grad_()
+    losses.contrastive(sim, own, same, others)[0].backward()
+    assert sim.grad[0, 4] == 0
+    assert sim.grad[0, 2] == 0
+    assert (sim.grad[0, [1, 3, 5]] > 0).all()
+    assert sim.grad[0, 0] < 0
+
+
+def test_query_without_in_batch_negatives_has_finite_gradient():
+    """Prevents NaN from a logsumexp over nothing: one query alone, every in-batch document masked."""
+    own, same, others = layout(2, 3)
+    others[:] = False
+    sim = (COSINES / 0.01).requires_grad_()
+    loss = graded(sim, REWARDS, own, same, others).sum() + losses.contrastive(sim, own, same, others).sum()
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert torch.isfinite(sim.grad).all()
+
+
+def test_group_of_one():
+    """Prevents NaN or a gradient out of nothing: without a second document KL is 0, the contrastive loss in-batch."""
+    own, same, others = layout(2, 1)
+    sim = torch.tensor([[5.0, 1.0], [2.0, 3.0]], requires_grad=True)
+    kl = losses.group_kl(sim.gather(1, own), torch.tensor([[2.0], [-1.0]]), reward_temperature=0.1)
+    assert kl.tolist() == [0.0, 0.0]
+    kl.sum().backward()
+    assert (sim.grad == 0).all()
+    torch.testing.assert_close(
+        graded(sim, torch.zeros(2, 1), own, same, others), losses.contrastive(sim, own, same, others)
+    )
+
+
+def test_equal_rewards():
+    """Prevents order from deciding where the LLM has no preference: strict makes no own document a negative."""
+    own, same, others = layout(2, 3)
+    sim, rewards = COSINES / 0.1, torch.full((2, 3), 7.0).double()
+    worse = losses.worse(rewards, tie_policy="strict", position0="gold_first")
+    assert not worse.any()
+    uniform = torch.full((3,), 1 / 3).double()
+    expected = torch.nn.functional.kl_div(torch.log_softmax(sim[0, :3], 0), uniform, reduction="sum")
+    assert losses.group_kl(sim.gather(1, own), rewards, reward_temperature=1.0)[0] == pytest.approx(float(expected))
+    assert losses.worse(rewards, tie_policy="sorted", position0="by_reward")[0].int().tolist() == [
+        [0, 1, 1],
+        [0, 0, 1],
+        [0, 0, 0],
+    ]
+    assert torch.isfinite(graded(sim, rewards, own, same, others)).all()
+
+
+def test_a_better_candidate_never_pushes_the_positive_down_under_gold_first():
+    """Prevents a hard negative with a higher reward from taking the gold document as its negative."""
+    rewards = torch.tensor([[0.0, 5.0, -1.0]])
+    for tie_policy in ("strict", "sorted"):
+        worse = losses.worse(rewards, tie_policy=tie_policy, position0="gold_first")[0]
+        assert worse[0].tolist() == [False, True, True]
+        assert worse[1].tolist() == [False, False, True]
+        assert losses.worse(rewards, tie_policy=tie_policy, position0="by_reward")[0][1].tolist() == [True, False, True]
+
+
+def test_extreme_rewards_give_zero_times_log_zero_without_nan():
+    """Prevents 0 * log 0 = NaN when the teacher is certain, and overflow at cos / 0.01."""
+    sim = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
+    loss = losses.group_kl(sim, torch.tensor([[500.0, -500.0, 0.0]]), reward_temperature=0.1)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.isfinite(sim.grad).all()
+
+
+def test_unknown_tie_policy_is_refused():
+    """Prevents a typo from silently choosing the other policy."""
+    with pytest.raises(ValueError, match="tie_policy"):
+        losses.worse(REWARDS, tie_policy="loose", position0="gold_first")

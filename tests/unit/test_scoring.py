@@ -1,0 +1,152 @@
+"""The stages score and reward on a tiny LLM in this process, against a naive walk over every pair."""
+
+import pytest
+
+from llmr_ray.artifacts import Artifact
+from llmr_ray.assets import Asset
+from llmr_ray.config import TaskScore
+from llmr_ray.feedback.client import LocalClient
+from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
+from llmr_ray.feedback.stage import pairs_to_pay, reward_spec, run_reward, run_score, score_spec
+from llmr_ray.feedback.store import LLMStore
+from tests.feedback_world import PASSAGES, make_config, make_world
+from tests.tiny_llm import save_model
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return Asset("tiny", "model", save_model(tmp_path_factory.mktemp("llm")), "f")
+
+
+def make_client(config, llm, root):
+    name = scorer_id(llm.fingerprint, config.llm)
+    return LocalClient(name, LLMStore(root / "llm_store" / name), open_engine(EngineSettings.of(config, llm.path)))
+
+
+def scored(config, client, llm, prepare, candidates):
+    artifact = Artifact(config.runtime.artifact_root, score_spec(config, llm, prepare, candidates))
+    artifact.begin()
+    run_score(config, artifact, client, prepare, candidates)
+    return artifact
+
+
+def mean_likelihood(engine, prompt, output):
+    """Tokenises prompt and output apart, which is right for this tokenizer and outputs that begin with a space."""
+    ids = [tuple(engine.tokenizer(text)["input_ids"]) for text in (prompt, output)]
+    [result] = engine.likelihood([(ids[0], ids[1])])
+    return sum(result.logprobs) / len(result.logprobs)
+
+
+@pytest.mark.parametrize("samples", ["shared", "fresh"])
+def test_rank_scores_against_a_naive_walk(tmp_path, llm, samples):
+    """Samples joined to the wrong query or prompt give ranks in the right range that mean nothing."""
+    config = make_config(tmp_path, score=TaskScore(feedback="rank", samples=samples, num_samples=4, max_new_tokens=6))
+    prepare, candidates = make_world(tmp_path)
+    client = make_client(config, llm, tmp_path)
+    asked = []
+    answering = client.answer
+
+    def spying(requests, *, label):
+        results = answering(requests, label=label)
+        asked.extend(zip(requests, results, strict=True))
+        return results
+
+    client.answer = spying
+    artifact = scored(config, client, llm, prepare, candidates)
+    drawn = {
+        "".join(segment.text for segment in request.segments): [text.strip() for text in result.texts]
+        for request, result in asked
+        if request.num_samples
+    }
+    assert len(drawn) == (3 if samples == "shared" else 15)
+
+    def rank(prompt, draws, target):
+        own = mean_likelihood(client.engine, prompt, " " + target)
+        others = [mean_likelihood(client.engine, prompt, " " + text) for text in draws if text and text != target]
+        return 1 + sum(other > own for other in others)
+
+    rows = [row for row in artifact.read("llm_scores").to_pylist() if row["kind"] == "rank"]
+    assert len(rows) == 12
+    chosen = {request.unit: request.targets[0].strip() for request, _ in asked if request.targets}
+    for row in rows:
+        alone = f"Question: what is number {row['query_id'][1:]}?\n\nAnswer:"
+        shown = f"Knowledge: {PASSAGES[int(row['doc_id'][1:])]}\n\n{alone}"
+        target = chosen[row["query_id"]]
+        assert row["rank_without"] == rank(alone, drawn[alone], target)
+        assert row["rank_with"] == rank(shown, drawn[alone if samples == "shared" else shown], target)
+        assert row["llm_score"] == row["rank_without"] - row["rank_with"]
+
+
+def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
+    """Every pair must be answered once, by its own prompt, and counted."""
+    config = make_config(tmp_path, score=TaskScore(feedback="likelihood"))
+    prepare, candidates = make_world(tmp_path, targets=("Paris",))
+    client = make_client(config, llm, tmp_path)
+    pairs, missing, tokens = pairs_to_pay(config, client, prepare, candidates)
+    assert (pairs, missing) == (12, 12)
+    assert tokens > 12 * 10
+    artifact = scored(config, client, llm, prepare, candidates)
+    for row in artifact.read("llm_scores").to_pylist():
+        prompt = f"Knowledge: {PASSAGES[int(row['doc_id'][1:])]}\n\nQuestion: what is number {row['query_id'][1:]}?"
+        expected = mean_likelihood(client.engine, f"{prompt}\n\nAnswer:", " Paris")
+        assert row["llm_score"] == pytest.approx(expected, abs=1e-4)
+        assert row["scorer_id"] == client.scorer_id
+    counts = artifact.manifest["counts"]
+    assert (counts["rows_in"], counts["ok"], counts["llm_tokens"] > 0) == (12, 12, True)
+    assert pairs_to_pay(config, client, prepare, candidates) == (12, 0, 0)
+
+    rewards = Artifact(tmp_path, reward_spec(config, prepare, artifact))
+    rewards.begin()
+    run_reward(config, rewards, prepare, artifact)
+    table = rewards.read("rewards")
+    assert table["reward"].to_pylist() == artifact.read("llm_scores")["llm_score"].to_pylist()
+    assert set(table["reward_source"].to_pylist()) == {"llm"}
+
+
+def test_a_second_run_costs_nothing_and_gives_the_same_bytes(tmp_path, llm):
+    """Lost ledgers and other run names must not cost the LLM again, nor change a number."""
+    prepare, candidates = make_world(tmp_path)
+    config = make_config(tmp_path)
+    first = scored(config, make_client(config, llm, tmp_path), llm, prepare, candidates)
+    elsewhere = make_config(tmp_path / "other")
+    client = make_client(elsewhere, llm, tmp_path)
+    second = scored(elsewhere, client, llm, prepare, candidates)
+    assert client.usage.computed_tokens == 0
+    assert second.manifest["counts"]["cached"] == 12
+    part = "parts/llm_scores-00000.parquet"
+    assert (second.path / part).read_bytes() == (first.path / part).read_bytes()
+
+
+def test_one_target_of_several_is_drawn_for_all_candidates(tmp_path, llm):
+    """Candidates judged by different answers cannot be compared (methods.md A.4.2)."""
+    config = make_config(tmp_path, score=TaskScore(feedback="likelihood", max_new_tokens=4))
+    prepare, candidates = make_world(tmp_path, 8, targets=("Paris", "thank you very much, I am fine"))
+    rows = scored(config, make_client(config, llm, tmp_path), llm, prepare, candidates).read("llm_scores").to_pylist()
+    lengths = {}
+    for row in rows:
+        lengths.setdefault(row["query_id"], set()).add(row["num_target_tokens"])
+    assert all(len(of_query) == 1 for of_query in lengths.values())
+    assert len(set().union(*lengths.values())) == 2
+
+
+def test_queries_without_target_are_quarantined_rows(tmp_path, llm):
+    """A query that cannot be judged must stay visible, with its reason."""
+    config = make_config(tmp_path)
+    prepare, candidates = make_world(tmp_path, 1, targets=())
+    artifact = scored(config, make_client(config, llm, tmp_path), llm, prepare, candidates)
+    rows = artifact.read("llm_scores").to_pylist()
+    assert {row["error"] for row in rows} == {"the query has no desired output"}
+    assert artifact.manifest["counts"]["quarantined"] == {"the query has no desired output": 4}
+
+
+def test_identity_holds_what_changes_scores(tmp_path, llm):
+    """Scores served for other settings are stale; scores redone for another actor count are paid twice."""
+    prepare, candidates = make_world(tmp_path)
+
+    def made(llm=llm, **changes):
+        return score_spec(make_config(tmp_path, **changes), llm, prepare, candidates).id
+
+    assert made(score=TaskScore(feedback="likelihood")) != made()
+    assert made(engine="vllm") != made()
+    assert made(llm=Asset("tiny", "model", llm.path, "other")) != made()
+    assert made(llm_actors=7, commit_rows=3) == made()
