@@ -1,6 +1,6 @@
 """The artifact store: what a stage made, named by what determines it, and never half there.
 
-An artifact is a folder ``{root}/{stage}/{name}-{h12}`` where ``h12`` hashes the stage, its version, its identity config
+An artifact is a folder ``{root}/{stage}/{h12}`` where ``h12`` hashes the stage, its version, its identity config
 and the ids of its inputs. Inside:
 
     parts/{table}-{shard:05d}.parquet     one file per table and shard
@@ -153,7 +153,6 @@ class ArtifactSpec:
     """
 
     stage: str
-    name: str
     version: int
     config: dict[str, Any]
     inputs: dict[str, str]
@@ -165,8 +164,8 @@ class ArtifactSpec:
 
     @property
     def id(self) -> str:
-        """``stage/name-h12``."""
-        return f"{self.stage}/{self.name}-{sha256_text(canonical_json(self.identity))[:12]}"
+        """``stage/h12``; runs that agree on the identity share the artifact, whatever they are called."""
+        return f"{self.stage}/{sha256_text(canonical_json(self.identity))[:12]}"
 
 
 class Artifact:

@@ -27,6 +27,8 @@ def start(runtime: RuntimeConfig) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's C++ core calls it an error that an actor with constructor arguments may be restarted.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
     else:
@@ -40,7 +42,7 @@ def start(runtime: RuntimeConfig) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def stop() -> None:
@@ -93,9 +95,6 @@ def map_shards(
         return []
     actors = max(1, min(num_actors, len(shards)))
     require(actors + 2, actors * num_gpus, purpose)
-    environment = {
-        "env_vars": {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
-    }
     started = time.monotonic()
     dataset = ray.data.from_items([{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards))
     mapped = dataset.map_batches(
@@ -105,8 +104,6 @@ def map_shards(
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     records = []
     for row in mapped.iter_rows():

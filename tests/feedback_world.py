@@ -23,7 +23,7 @@ def make_config(root, *, queries_task="qa", engine="transformers", score=None, *
 
 
 def make_artifact(root, stage, tables):
-    artifact = Artifact(root, ArtifactSpec(stage=stage, name="t", version=1, config={}, inputs={}))
+    artifact = Artifact(root, ArtifactSpec(stage=stage, version=1, config={}, inputs={}))
     artifact.begin()
     num_rows = next(iter(tables.values())).num_rows
     artifact.write_shard(0, {name: table for name, table in tables.items()}, Counts(rows_in=num_rows, ok=num_rows))

@@ -53,7 +53,6 @@ def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
         del entry["path"]
     return ArtifactSpec(
         stage="prepare",
-        name=config.name,
         version=PREPARE_VERSION,
         config={"datasets": settings, "prepare": identity(config.prepare)},
         inputs=inputs,

@@ -99,7 +99,6 @@ def evaluate_spec(
         inputs |= {f"embeddings_{name}": embeddings[name].id, f"index_{name}": indexes[name].id}
     return ArtifactSpec(
         stage="evaluate",
-        name=config.name,
         version=VERSION,
         config={
             "evaluate": evaluate,

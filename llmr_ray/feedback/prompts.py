@@ -12,6 +12,7 @@ because tokenizers merge a space with the word after it and would split "Answer:
 from collections.abc import Mapping
 from typing import Any
 
+from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback.requests import Segment
 
@@ -24,8 +25,8 @@ _STOP = {"qa": ("\n",), "convsearch": ("\n",), "icl": ("\n",), "chat": ("\n",), 
 
 
 def candidate_text(task: str, document: Mapping[str, Any]) -> str:
-    """What the LLM reads of a document: text and continuation; stripped, except for lrlm where text is exact."""
-    text = str(document["text"]) + str(document["continuation"] or "")
+    """What the LLM reads of a document: title, text and continuation; stripped, except for lrlm where text is exact."""
+    text = document_text(document.get("title"), document["text"]) + (document["continuation"] or "")
     return text if task == "lrlm" else text.strip()
 
 

@@ -135,7 +135,6 @@ def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifa
     """What determines llm_scores: the LLM and how it reads, the prompts, the tasks' feedback, data and seed."""
     return ArtifactSpec(
         stage="score",
-        name=config.name,
         version=SCORE_VERSION,
         config={
             "scorer": scorer_id(llm.fingerprint, config.llm),
@@ -205,7 +204,6 @@ def reward_spec(config: Config, prepare: Artifact, llm_scores: Artifact) -> Arti
     """What determines rewards: the scores, and which kind of them each task uses."""
     return ArtifactSpec(
         stage="reward",
-        name=config.name,
         version=REWARD_VERSION,
         config={"kinds": {task: settings.feedback for task, settings in feedback_tasks(config).items()}},
         inputs={"prepare": prepare.id, "llm_scores": llm_scores.id},

@@ -34,7 +34,6 @@ def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSp
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
     return ArtifactSpec(
         stage="embed",
-        name=config.name,
         version=EMBED_VERSION,
         config={
             "pooling": config.embedder.pooling,
@@ -154,9 +153,7 @@ class EmbedWorker:
 
 def index_spec(config: Config, embeddings: Artifact) -> ArtifactSpec:
     """What determines an index: the embeddings. It is exact, so there is nothing else to set."""
-    return ArtifactSpec(
-        stage="index", name=config.name, version=INDEX_VERSION, config={}, inputs={"embeddings": embeddings.id}
-    )
+    return ArtifactSpec(stage="index", version=INDEX_VERSION, config={}, inputs={"embeddings": embeddings.id})
 
 
 def run_index(config: Config, artifact: Artifact, embeddings: Artifact) -> None:

@@ -41,7 +41,6 @@ def mine_spec(config: Config, prepare: Artifact, embeddings: Artifact, index: Ar
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
     return ArtifactSpec(
         stage="mine",
-        name=config.name,
         version=MINE_VERSION,
         config={
             "bm25": identity(config.bm25),

@@ -93,7 +93,6 @@ def group_spec(config: Config, prepare: Artifact, candidates: Artifact, rewards:
     }
     return ArtifactSpec(
         stage="group",
-        name=config.name,
         version=GROUP_VERSION,
         config={"tasks": tasks, "shard_rows": SHARD_ROWS},
         inputs={"prepare": prepare.id, "candidates": candidates.id, "rewards": rewards.id},
@@ -146,7 +145,6 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
     del train["checkpoint_interval"]
     return ArtifactSpec(
         stage="train",
-        name=config.name,
         version=TRAIN_VERSION,
         config={
             "seed": config.seed,

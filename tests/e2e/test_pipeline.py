@@ -50,9 +50,13 @@ def test_every_stage_accounts_for_its_rows(finished: Runner) -> None:
 def test_no_test_text_in_training(finished: Runner) -> None:
     """A test query that is trained on, or stands in the pool of examples, makes every figure worthless."""
     root = finished.folder / "artifacts"
-    queries = [row for path in root.glob("prepare/*/parts/queries-*.parquet") for row in pq.read_table(path).to_pylist()]
-    corpus = [row for path in root.glob("prepare/*/parts/corpus-*.parquet") for row in pq.read_table(path).to_pylist()]
-    groups = [row for path in root.glob("group/*/parts/groups-*.parquet") for row in pq.read_table(path).to_pylist()]
+
+    def rows(stage: str, table: str) -> list[dict]:
+        return [
+            row for path in root.glob(f"{stage}/*/parts/{table}-*.parquet") for row in pq.read_table(path).to_pylist()
+        ]
+
+    queries, corpus, groups = rows("prepare", "queries"), rows("prepare", "corpus"), rows("group", "groups")
     held_out = {" ".join(row["query"].lower().split()) for row in queries if row["split"] != "train"}
     assert groups
     assert not held_out & {" ".join(row["query"].lower().split()) for row in groups}
@@ -94,6 +98,6 @@ def test_report_is_one_self_contained_file(finished: Runner) -> None:
     """A report that fetches scripts or fonts is blank where there is no network."""
     html = (finished.run_dir / "report.html").read_text()
     assert "<svg" in html
-    assert "src=\"http" not in html
-    assert "href=\"http" not in html
+    assert 'src="http' not in html
+    assert 'href="http' not in html
     assert list(finished.run_dir.rglob("*.trec"))

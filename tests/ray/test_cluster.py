@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 # Ray's workers cannot import a test module by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-SPEC = ArtifactSpec(stage="demo", name="squares", version=1, config={}, inputs={})
+SPEC = ArtifactSpec(stage="demo", version=1, config={}, inputs={})
 
 
 class Squares:

@@ -66,7 +66,7 @@ def prepared(root: Path, num_documents: int, num_queries: int) -> Artifact:
         }
         for row in range(num_queries)
     ]
-    artifact = Artifact(root, ArtifactSpec(stage="prepare", name="t", version=1, config={}, inputs={}))
+    artifact = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={}, inputs={}))
     artifact.begin()
     # The parts of `prepare` do not end where those of `embed` do.
     half = len(documents) // 3
@@ -83,7 +83,6 @@ def embedded(root: Path, vector_ND: np.ndarray) -> Artifact:
     """Embeddings made here instead of by a model; every document also is a query."""
     spec = ArtifactSpec(
         stage="embed",
-        name="t",
         version=1,
         config={"pooling": "mean", "precision": "float32"},
         inputs={"embedder": "none"},
@@ -255,7 +254,7 @@ def test_damaged_index_is_not_searched(local_ray: RuntimeConfig, tmp_path: Path)
 
 def test_embeddings_without_documents_are_refused(local_ray: RuntimeConfig, tmp_path: Path) -> None:
     """An empty corpus should stop where it shows, not as missing files two stages later."""
-    prepare = Artifact(tmp_path, ArtifactSpec(stage="prepare", name="e", version=1, config={}, inputs={}))
+    prepare = Artifact(tmp_path, ArtifactSpec(stage="prepare", version=1, config={}, inputs={}))
     prepare.begin()
     prepare.write_shard(
         0, {"quarantine": pa.table({"dataset": ["x"], "row": ["0"], "reason": ["r"], "excerpt": ["e"]})}, Counts()

@@ -75,14 +75,14 @@ def inputs(root: Path, runtime: RuntimeConfig) -> dict[str, Artifact]:
                     "targets": ["x"],
                 }
             )
-    prepare = Artifact(root, ArtifactSpec(stage="prepare", name="t", version=1, config={}, inputs={}))
+    prepare = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={}, inputs={}))
     prepare.begin()
     tables = {name: table_of(name, rows) for name, rows in (("queries", queries), ("corpus", corpus), ("qrels", qrels))}
     prepare.write_shard(0, tables, Counts())
     prepare.commit(1, seconds=0)
 
     settings = {"pooling": "mean", "precision": "float32"}
-    spec = ArtifactSpec(stage="embed", name="t", version=1, config=settings, inputs={"embedder": "none"})
+    spec = ArtifactSpec(stage="embed", version=1, config=settings, inputs={"embedder": "none"})
     embeddings = Artifact(root, spec)
     embeddings.begin()
     documents, vectors = unit(rng, len(corpus), 16), unit(rng, len(queries), 16)

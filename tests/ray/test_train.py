@@ -52,7 +52,7 @@ def problem(tmp_path):
         ),
         runtime=RuntimeConfig(train_workers=2),
     )
-    spec = ArtifactSpec(stage="group", name="test", version=1, config={}, inputs={})
+    spec = ArtifactSpec(stage="group", version=1, config={}, inputs={})
     groups = Artifact(tmp_path, spec)
     table = groups_table()
     groups.begin()

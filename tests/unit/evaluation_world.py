@@ -41,7 +41,7 @@ def make_config() -> Config:
 
 
 def make_artifact(root: Path, stage: str, tables: dict[str, pa.Table], files: dict[str, str] | None = None) -> Artifact:
-    spec = ArtifactSpec(stage=stage, name="small", version=1, config={}, inputs={"of": stage})
+    spec = ArtifactSpec(stage=stage, version=1, config={}, inputs={"of": stage})
     artifact = Artifact(root, spec)
     artifact.begin()
     for name, content in (files or {}).items():

@@ -15,7 +15,7 @@ from llmr_ray import artifacts
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, locked, seed_of
 from llmr_ray.errors import DataError, LockedError
 
-SPEC = ArtifactSpec(stage="demo", name="x", version=1, config={"a": 1, "b": [1, 2]}, inputs={"data": "f00"})
+SPEC = ArtifactSpec(stage="demo", version=1, config={"a": 1, "b": [1, 2]}, inputs={"data": "f00"})
 
 
 def shard(artifact: Artifact, number: int, rows: int = 3) -> None:

@@ -235,7 +235,7 @@ def test_the_stage_counts_every_training_query(tmp_path):
     )
 
     def made(stage, **content):
-        artifact = Artifact(tmp_path, ArtifactSpec(stage=stage, name="x", version=1, config={}, inputs={}))
+        artifact = Artifact(tmp_path, ArtifactSpec(stage=stage, version=1, config={}, inputs={}))
         artifact.begin()
         artifact.write_shard(0, content, Counts(rows_in=1, ok=1))
         artifact.commit(1, seconds=0)
