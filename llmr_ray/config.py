@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llmr_ray.errors import ConfigError
 
@@ -347,7 +348,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
         raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
     try:
         layer: Any = OmegaConf.load(path)
-    except Exception as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []
     layers = []

@@ -81,6 +81,10 @@ def write_report(
     return results
 
 
+TABLE_WIDTH = 120
+"""Columns that the terminal's table needs."""
+
+
 def print_table(results: dict[str, Any], console: Console) -> None:
     """Prints every figure to the terminal: a row per data set and measure, a column per method."""
     arranged = tables(results["rows"])
@@ -110,7 +114,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             measure = f"{column.measure} {'↓' if column.lower_is_better else '↑'}"
             view.add_row(column.dataset, measure, str(column.n), *cells, difference, p)
         view.add_section()
-    console.print(view)
+    # Job logs and narrow terminals would cut figures off; a wrapped line loses none.
+    console.print(view, width=max(console.width, TABLE_WIDTH), crop=False)
 
 
 def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
