@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -68,7 +67,7 @@ def test_killed_driver(runner: Runner, finished: Runner, when: Callable[[Runner]
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("when", "victim"),
-    [(scoring_began, named("ScorerActor")), (training_began, named("RayTrainWorker"))],
+    [(scoring_began, named("_EngineActor")), (training_began, named("RayTrainWorker"))],
     ids=["scorer", "train worker"],
 )
 def test_killed_worker(
@@ -84,8 +83,9 @@ def test_killed_worker(
     assert files(runner) == files(finished)
 
 
-def test_truncated_score_segment(finished: Runner, tmp_path: Path) -> None:
-    """A segment that lost bytes costs its own rows, not the run."""
-    segments = sorted((finished.folder / "artifacts" / "llm_store").rglob("seg-*.parquet"))
+def test_segments_bound_what_a_kill_can_cost(finished: Runner) -> None:
+    """Answers that wait in memory for a full segment are lost when the process dies."""
+    segments = sorted((finished.folder / "artifacts" / "llm_store").rglob("*.parquet"))
     assert segments
-    assert all(pq.read_metadata(path).num_rows <= 64 for path in segments), "a kill would cost more than 64 rows"
+    # A chunk of 64 rows is stored whole, so a segment may hold what was pending plus one chunk.
+    assert all(pq.read_metadata(path).num_rows <= 128 for path in segments)

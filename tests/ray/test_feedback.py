@@ -1,5 +1,6 @@
 """The pool of engine actors under Ray, and vLLM against the reference engine on a real LLM."""
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray import cloudpickle
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset, resolve
@@ -18,6 +21,9 @@ from llmr_ray.feedback.stage import RayClient, run_score, score_spec
 from llmr_ray.feedback.store import LLMStore
 from tests.feedback_world import make_config, make_world
 from tests.tiny_llm import save_model
+
+# Ray's workers cannot import a test module by name.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = pytest.mark.ray
 
@@ -98,13 +104,37 @@ def question(**fields):
     )
 
 
+class EngineHost:
+    """An engine in an actor. vLLM cannot start where llvmlite is loaded (it walks over every loaded module), and numba,
+    which the tests of BM25 bring along, loads it.
+    """
+
+    def __init__(self, settings):
+        self.engine = open_engine(settings)
+
+    def ask(self, method, *args):
+        return getattr(self.engine, method)(*args)
+
+
+class RemoteEngine:
+    """The methods of an engine, asked of its host."""
+
+    def __init__(self, host, tokenizer):
+        self.host, self.tokenizer = host, tokenizer
+
+    def __getattr__(self, method):
+        return lambda *args: ray.get(self.host.ask.remote(method, *args))
+
+
 @pytest.fixture(scope="module")
-def engines():
+def engines(local_ray):
     path = resolve("smollm2-135m-instruct").path
-    config = Config(llm=LLMConfig(max_model_tokens=512), runtime=RuntimeConfig(llm_threads=1))
-    vllm = open_engine(EngineSettings.of(config, path))
     config = Config(llm=LLMConfig(max_model_tokens=512, engine="transformers"), runtime=RuntimeConfig(llm_threads=1))
-    return vllm, open_engine(EngineSettings.of(config, path))
+    reference = open_engine(EngineSettings.of(config, path))
+    config = Config(llm=LLMConfig(max_model_tokens=512), runtime=RuntimeConfig(llm_threads=1))
+    host = ray.remote(EngineHost).remote(EngineSettings.of(config, path))
+    yield RemoteEngine(host, reference.tokenizer), reference
+    ray.kill(host)
 
 
 def some_pairs(tokenizer):
