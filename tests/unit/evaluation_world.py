@@ -151,7 +151,6 @@ class Embeddings:
         self.id = f"embed/{name}"
         self.spec = ArtifactSpec(
             stage="embed",
-            name=name,
             version=1,
             config={"pooling": "mean", "precision": "float32"},
             inputs={"embedder": name},
