@@ -38,7 +38,7 @@ from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import TrainProgress
 
 GROUP_VERSION = 1
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600
 """Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""
@@ -56,9 +56,9 @@ STEPS_SCHEMA = pa.schema(
         ("num_tokens", pa.int64()),
         ("padding_fraction", pa.float64()),
         ("reward_margin", pa.float64()),
-        ("seconds", pa.float64()),
     ]
 )
+"""What the artifact keeps of each step: not how long it took, which no rerun could repeat."""
 
 
 def training_tasks(config: Config) -> dict[str, TaskConfig]:
