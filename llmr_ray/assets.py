@@ -32,6 +32,8 @@ PROGRESS_SECONDS = 10.0
 STDLIB_MIN_BYTES = 20_000
 """Source files of the standard library below this size are too short for long-range modelling."""
 _STDLIB_SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
+_BUILD_RECORD = "_sysconfigdata_"
+"""Files that differ between two builds of the same Python: they hold its compiler flags and paths."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ def fetch(names: Iterable[str], cache_root: str = "") -> list[Asset]:
 def stdlib_files(root: Path) -> list[Path]:
     """The standard library's own ASCII sources of at least STDLIB_MIN_BYTES.
 
-    Tests, bundled tools and character tables are left out.
+    Tests, bundled tools, character tables and what the build of Python wrote are left out.
     """
     chosen = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts[:-1]
         if (
             _STDLIB_SKIPPED.isdisjoint(parts)
+            and not path.name.startswith(_BUILD_RECORD)
             and path.stat().st_size >= STDLIB_MIN_BYTES
             and path.read_bytes().isascii()
         ):

@@ -168,4 +168,5 @@ def test_stdlib_files_are_source_and_long() -> None:
     names = {path.relative_to(asset.path).as_posix() for path in files}
     assert {"argparse.py", "asyncio/base_events.py"} <= names
     assert not [name for name in names if {"test", "tests", "encodings", "site-packages"} & set(name.split("/"))]
+    assert not [name for name in names if "_sysconfigdata" in name]
     assert all(path.stat().st_size >= 20_000 for path in files)
