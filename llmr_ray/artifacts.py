@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 import uuid
 from collections import Counter
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 
 from llmr_ray.errors import DataError, LockedError
 from llmr_ray.schemas import SCHEMAS, conform
+from llmr_ray.ticking import ticking
 
 LEASE_SECONDS = 60.0
 
@@ -332,19 +332,10 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / "LOCK"
     folder.mkdir(parents=True, exist_ok=True)
     _acquire(path)
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(LEASE_SECONDS / 6):
-            os.utime(path)
-
-    heart = threading.Thread(target=beat, daemon=True, name="folder-lock-heartbeat")
-    heart.start()
     try:
-        yield
+        with ticking(lambda: os.utime(path), LEASE_SECONDS / 6, "folder-lock-heartbeat"):
+            yield
     finally:
-        stop.set()
-        heart.join()
         path.unlink(missing_ok=True)
 
 

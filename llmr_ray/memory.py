@@ -1,42 +1,37 @@
 """Peak memory of a run on this machine: the driver and every process below it, Ray's included."""
 
-import threading
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
+from llmr_ray.ticking import ticking
+
 
 class MemoryMeter:
-    """Samples the resident memory of this process and its descendants while the `with` block runs.
+    """Samples the resident memory of this process and its descendants; `peak_bytes` holds the highest sample.
 
     Shared pages (Ray's object store, libraries) are divided among the processes that map them where the kernel tells
-    proportional sizes; elsewhere each counts them whole, an upper bound. `peak_bytes` holds the highest sample.
+    proportional sizes; elsewhere each counts them whole, an upper bound.
     """
 
-    def __init__(self, interval_seconds: float = 5.0) -> None:
+    def __init__(self) -> None:
         self.peak_bytes = 0
-        self._interval = interval_seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True, name="memory-meter")
 
-    def __enter__(self) -> "MemoryMeter":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Looks once."""
         me = psutil.Process()
-        while True:
-            self.peak_bytes = max(
-                self.peak_bytes, sum(_memory(process) for process in [me, *me.children(recursive=True)])
-            )
-            if self._stop.wait(self._interval):
-                return
+        used = sum(_memory(process) for process in [me, *me.children(recursive=True)])
+        self.peak_bytes = max(self.peak_bytes, used)
+
+
+@contextmanager
+def metered_memory(seconds: float = 5.0) -> Iterator[MemoryMeter]:
+    """A meter that samples at the start of the block and then every `seconds`."""
+    meter = MemoryMeter()
+    meter.sample()
+    with ticking(meter.sample, seconds, "memory-meter"):
+        yield meter
 
 
 def _memory(process: psutil.Process) -> int:

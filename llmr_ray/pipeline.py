@@ -30,7 +30,7 @@ from llmr_ray.evaluation import report
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.index import stage as index
-from llmr_ray.memory import MemoryMeter
+from llmr_ray.memory import metered_memory
 from llmr_ray.mining import stage as mining
 from llmr_ray.training import stage as training
 
@@ -157,7 +157,7 @@ class Pipeline:
         """
         if only is not None and only != "report" and only not in self.by_name:
             raise ConfigError(f"there is no stage '{only}'. Stages: {', '.join([*self.by_name, 'report'])}.")
-        with locked(self.run_dir), MemoryMeter() as memory:
+        with locked(self.run_dir), metered_memory() as memory:
             record = {"command": command, "commit": _commit(), "seed": self.config.seed, "versions": _versions()}
             self._record(record | {"status": "running"})
             self.console.print(f"run [bold]{self.config.name}[/bold]: resume with the same command: {command}")

@@ -29,6 +29,9 @@ KEEP = 2
 MANIFEST = "MANIFEST.json"
 STEPS_FILE = "steps.jsonl"
 
+MAX_RECORD_BYTES = 4096
+"""More than the line of any step takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -161,7 +164,24 @@ def read_steps(root: Path) -> list[dict[str, Any]]:
     path = root / STEPS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return _records(path.read_bytes())
+
+
+def last_steps(root: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` records or fewer, at a cost that does not grow with the file."""
+    path = root / STEPS_FILE
+    if not path.exists():
+        return []
+    with path.open("rb") as handle:
+        start = max(0, path.stat().st_size - count * MAX_RECORD_BYTES)
+        handle.seek(start)
+        if start:
+            handle.readline()
+        return _records(handle.read())[-count:]
+
+
+def _records(lines: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _folders(root: Path) -> list[Path]:
