@@ -34,7 +34,8 @@ class DatasetConfig:
     num_test: int = 0
     """Test queries at the most."""
     num_documents: int = 0
-    """Documents of the pool at the least (gold documents first, then fill). 0: all."""
+    """Documents of a shared pool at the least (gold documents first, then fill). Where every dialogue or text is a pool
+    of its own, queries that could see more than these are left out. 0: all."""
     max_text_chars: int = 20_000
     """Longer texts are quarantined, not cut: a 1 MB passage is a defect of the data."""
 

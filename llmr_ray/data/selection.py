@@ -88,8 +88,8 @@ def held_out_texts(datasets: Iterable[Collected]) -> dict[str, set[str]]:
 def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     """Chooses queries and documents.
 
-    Queries: those of training (development) whose text is also a held-out (test) query's are dropped, then each split
-    keeps its `num_*` lowest by hash. Documents: of an ordered pool, all that some chosen query may see; of a shared
+    Queries: those of training (development) whose text is also a held-out (test) query's are dropped, those whose
+    history is longer than `num_documents` too, then each split keeps its `num_*` lowest by hash. Documents: of an ordered pool, all that some chosen query may see; of a shared
     pool, those that belong to chosen queries, then the lowest by hash up to `num_documents`. A document made from a
     query is kept only if that query is for training and was not dropped.
 
@@ -104,6 +104,8 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
         split = data.split[query_id]
         if normalized(query.query) in forbidden[split]:
             skipped["duplicate_of_test"] += 1
+        elif 0 < data.config.num_documents < (query.history_end or 0):
+            skipped["history_too_long"] += 1
         else:
             usable[split].append(query_id)
     sizes = {"train": data.config.num_train, "dev": data.config.num_dev, "test": data.config.num_test}

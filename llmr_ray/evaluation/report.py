@@ -81,8 +81,8 @@ def write_report(
     return results
 
 
-TABLE_WIDTH = 120
-"""Columns that the terminal's table needs."""
+TABLE_WIDTH = 160
+"""Columns that the terminal's table may take, whatever the terminal's width."""
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
@@ -114,8 +114,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             measure = f"{column.measure} {'↓' if column.lower_is_better else '↑'}"
             view.add_row(column.dataset, measure, str(column.n), *cells, difference, p)
         view.add_section()
-    # Job logs and narrow terminals would cut figures off; a wrapped line loses none.
-    console.print(view, width=max(console.width, TABLE_WIDTH), crop=False)
+    # Job logs and narrow terminals would cut figures off; a line that the terminal wraps loses none.
+    view.width = console.measure(view, options=console.options.update(max_width=TABLE_WIDTH)).maximum
+    console.print(view, crop=False)
 
 
 def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:

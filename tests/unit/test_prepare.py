@@ -118,6 +118,10 @@ def test_memory_is_cut_after_the_last_query_and_unused_pools_go() -> None:
     result = run(records)
     assert [(row["doc_id"], row["position"]) for row in in_order(result.corpus)] == [(f"b{n}", n) for n in range(6)]
     assert result.counts.skipped == {"document_of_unused_pool": 9, "document_after_last_query": 3}
+    short = run(records, num_documents=5)
+    assert [row["query_id"] for row in short.queries] == ["q"]
+    assert [row["doc_id"] for row in in_order(short.corpus)] == [f"b{n}" for n in range(4)]
+    assert short.counts.skipped["history_too_long"] == 1
 
 
 def test_duplicate_ids_and_the_limit_on_bad_rows() -> None:

@@ -235,10 +235,12 @@ def test_unfinished_evaluation_is_no_report(run):
         write((config, artifacts | {"evaluate": unfinished}, stages, folder))
 
 
-def test_terminal_table_shows_every_column(run):
-    """Figures only in a file are figures not seen."""
-    console = Console(file=io.StringIO(), width=200)
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_terminal_table_shows_every_column(run, width):
+    """Figures only in a file are figures not seen; a job log is 80 columns wide and cut them off."""
+    console = Console(file=io.StringIO(), width=width)
     print_table(write(run), console)
     text = console.file.getvalue()
     for word in ("hotpot", "nDCG@10", "perplexity ↓", "average", "Trained", "BM25"):
         assert word in text
+    assert "…" not in text
