@@ -89,9 +89,10 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     """Chooses queries and documents.
 
     Queries: those of training (development) whose text is also a held-out (test) query's are dropped, those whose
-    history is longer than `num_documents` too, then each split keeps its `num_*` lowest by hash. Documents: of an ordered pool, all that some chosen query may see; of a shared
-    pool, those that belong to chosen queries, then the lowest by hash up to `num_documents`. A document made from a
-    query is kept only if that query is for training and was not dropped.
+    history is longer than `num_documents` too, then each split keeps its `num_*` lowest by hash. Documents: of an
+    ordered pool, all that some chosen query may see; of a shared pool, those that belong to chosen queries, then the
+    lowest by hash up to `num_documents`. A document made from a query is kept only if that query is for training and
+    was not dropped.
 
     Args:
         data: the records of a data set.
