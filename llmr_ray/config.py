@@ -256,10 +256,9 @@ class RuntimeConfig:
     llm_kv_cache_gb: float = 1.0
     llm_max_batched_tokens: int = 2048
     llm_max_sequences: int = 64
-    commit_rows: int = 64
-    """LLM results are made durable at least this often (rows), or"""
-    commit_seconds: float = 5.0
-    """this often (seconds)."""
+    llm_scoring: str = "auto"
+    """What computes log-probabilities beside a vLLM engine: tree (packed token trees), engine (vLLM itself), or auto:
+    measured once for each kind of work. They agree to 1e-4 in float32."""
     train_workers: int = 2
     train_threads: int = 1
     train_gpus: bool = False
@@ -294,6 +293,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pooling": ("auto", "cls", "mean", "last"),
     "precision": ("auto", "float32", "bfloat16"),
     "engine": ("vllm", "transformers"),
+    "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("float32", "bfloat16"),
     "feedback": ("none", "likelihood", "rank"),
     "samples": ("fresh", "shared"),

@@ -29,6 +29,7 @@ from llmr_ray.errors import ConfigError, DataError, LlmrError
 from llmr_ray.evaluation import report
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
+from llmr_ray.feedback.pool import RayClient
 from llmr_ray.index import stage as index
 from llmr_ray.memory import metered_memory
 from llmr_ray.mining import stage as mining
@@ -72,7 +73,7 @@ class Pipeline:
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
         self.base, self.llm = resolved[config.embedder.model], resolved[config.llm.model]
-        self.client = feedback.RayClient(config, self.llm)
+        self.client = RayClient(config, self.llm)
         self.stages = self._plan(resolved)
         self.by_name = {stage.name: stage for stage in self.stages}
 

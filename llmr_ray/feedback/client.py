@@ -1,51 +1,61 @@
 """Answering requests: from the store what is there, from an engine what is not, durably and in an order of its own.
 
-What is missing is computed unit by unit in chunks. A chunk is a fixed slice of a unit, asked in one go after the
-prefix cache was emptied, and stored whole. So the floats of an answer do not depend on what was asked before it, nor on
-whether the process was killed in between; and a kill costs at most the chunks since the last commit.
+What is missing is computed in chunks (feedback/chunks.py). A chunk is asked in one go after the prefix cache was
+emptied, and stored whole before it counts as answered. So the floats of an answer do not depend on whether the process
+was killed in between, and a kill costs at most the chunk at work.
 """
 
-import time
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from llmr_ray.errors import DataError
-from llmr_ray.feedback.engine import Engine, Sampling
+from llmr_ray.errors import DataError, LlmrError, ResourceError
+from llmr_ray.feedback.chunks import Chunk, plan_chunks
+from llmr_ray.feedback.engine import Engine, Sampled, Sampling, Scored
 from llmr_ray.feedback.fitting import FitError, Fitted, fit_prompt, fit_targets
 from llmr_ray.feedback.progress import AnswerProgress
 from llmr_ray.feedback.requests import LLMRequest, LLMResult
 from llmr_ray.feedback.store import Answer, LLMStore, request_keys
+from llmr_ray.feedback.trie import Ids, Pair, trie_min
 
-CHUNK_ROWS = 64
-"""Targets and samples of a unit asked in one go. It decides what is computed together, so it is no runtime setting."""
+log = logging.getLogger(__name__)
+
+Ask = TypeVar("Ask")
+Got = TypeVar("Got")
 
 MAX_ERROR_FRACTION = 0.01
 """Row errors above this share of a call fail it (one is always let through): then it is no matter of single rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """All requests of one unit in a call, and the keys among them that are to be computed."""
+class Computed:
+    """A chunk's answers, and the fewest tokens an engine could have computed for them."""
 
-    requests: tuple[LLMRequest, ...]
-    wanted: frozenset[bytes]
+    answers: list[Answer]
+    least_tokens: int = 0
 
 
 @dataclass(kw_only=True)
 class Usage:
-    """What a client has answered so far. Tokens are those the LLM processed; cached answers cost none."""
+    """What a client has answered so far. Tokens are those the LLM processed; cached answers cost none.
+
+    least_tokens: the distinct nodes of the token trie over what was asked in each call, the lower bound of
+    computed_tokens; their quotient is the token ratio.
+    """
 
     requests: int = 0
     cached: int = 0
     computed_tokens: int = 0
+    least_tokens: int = 0
     errors: int = 0
 
 
 class StoreClient(ABC):
-    """Implements LLMClient on a store; a subclass says where units are computed.
+    """Implements LLMClient on a store; a subclass says where chunks are computed.
 
     Args:
         scorer_id: what answers (engine.scorer_id).
@@ -58,24 +68,25 @@ class StoreClient(ABC):
         self.usage = Usage()
 
     @abstractmethod
-    def _compute(self, units: Sequence[Unit]) -> Iterator[list[Answer]]:
-        """Computes and stores what the units want; yields the answers as they come, each wanted key once."""
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+        """Computes and stores what the chunks want; yields the answers as they come, each wanted key once."""
 
     def answer(self, requests: Sequence[LLMRequest], *, label: str) -> list[LLMResult]:
         """As in LLMClient. Raises DataError when more than 1% of the requests fail; engine failures pass through."""
         keys = self._keys(requests)
         stored = self.store.get([key for of_request in keys for key in of_request])
         answers, cost = dict(stored), dict[bytes, int]()
-        units = _units(requests, keys, stored)
-        total = sum(len(unit.wanted) for unit in units)
+        chunks = plan_chunks(requests, keys, stored)
+        total = sum(len(chunk.wanted) for chunk in chunks)
         with AnswerProgress(label, total, cached=len(stored)) as progress:
-            for batch in self._compute(units) if units else ():
-                answers.update((answer.key, answer) for answer in batch)
-                cost.update((answer.key, answer.num_computed_tokens) for answer in batch)
+            for computed in self._compute(chunks, label) if chunks else ():
+                answers.update((answer.key, answer) for answer in computed.answers)
+                cost.update((answer.key, answer.num_computed_tokens) for answer in computed.answers)
+                self.usage.least_tokens += computed.least_tokens
                 progress.update(
-                    done=len(batch),
-                    tokens=sum(answer.num_computed_tokens for answer in batch),
-                    errors=sum(answer.error is not None for answer in batch),
+                    done=len(computed.answers),
+                    tokens=sum(answer.num_computed_tokens for answer in computed.answers),
+                    errors=sum(answer.error is not None for answer in computed.answers),
                 )
         results = []
         for request, of_request in zip(requests, keys, strict=True):
@@ -126,53 +137,39 @@ class LocalClient(StoreClient):
     Args:
         scorer_id, store: as in StoreClient.
         engine: computes what the store lacks.
-        commit_rows, commit_seconds: answers become durable at least this often, at the ends of chunks.
     """
 
-    def __init__(
-        self, scorer_id: str, store: LLMStore, engine: Engine, *, commit_rows: int = 64, commit_seconds: float = 5.0
-    ) -> None:
+    def __init__(self, scorer_id: str, store: LLMStore, engine: Engine) -> None:
         super().__init__(scorer_id, store)
         self.engine = engine
-        self.commit_rows, self.commit_seconds = commit_rows, commit_seconds
 
-    def compute(self, units: Sequence[Unit]) -> list[Answer]:
-        """The answers to what the units want, in a list: what another process asks of an actor that holds a client."""
-        return [answer for batch in self._compute(units) for answer in batch]
-
-    def _compute(self, units: Sequence[Unit]) -> Iterator[list[Answer]]:
-        # Looked up again: a process that was killed may have stored a part before it was asked a second time.
-        found = self.store.get({key for unit in units for key in unit.wanted})
-        if found:
-            yield list(found.values())
-        pending: list[Answer] = []
-        committed = time.monotonic()
+    def compute(self, chunk: Chunk) -> Computed:
+        """The answers to what a chunk wants, stored: what another process asks of an actor that holds a client."""
+        # Looked up again: a process that was killed may have stored them before it was asked a second time.
+        found = self.store.get(chunk.wanted)
+        wanted = chunk.wanted - found.keys()
+        if not wanted:
+            return Computed(answers=list(found.values()))
+        computed = compute_chunk(self.engine, self.scorer_id, chunk, wanted)
         try:
-            for unit in units:
-                wanted = unit.wanted - found.keys()
-                for chunk in _chunks(unit.requests):
-                    batch = compute_chunk(self.engine, self.scorer_id, chunk, wanted)
-                    if not batch:
-                        continue
-                    pending += batch
-                    wanted -= {answer.key for answer in batch}
-                    late = time.monotonic() - committed >= self.commit_seconds
-                    if late or sum(map(_num_rows, pending)) >= self.commit_rows:
-                        self.store.put(pending)
-                        pending, committed = [], time.monotonic()
-                    yield batch
-        finally:
-            self.store.put(pending)
+            self.store.put(computed.answers)
+        except OSError as error:
+            raise ResourceError(
+                f"{len(computed.answers)} LLM answers could not be stored in {self.store.folder}: {error}. What was "
+                "stored before is whole. Make room there and run the same command again."
+            ) from error
+        return Computed(answers=[*found.values(), *computed.answers], least_tokens=computed.least_tokens)
+
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+        yield from map(self.compute, chunks)
 
 
-def compute_chunk(
-    engine: Engine, scorer_id: str, requests: Sequence[LLMRequest], wanted: frozenset[bytes]
-) -> list[Answer]:
-    """Asks the engine for the `wanted` keys of some requests, starting from an empty prefix cache. Rows may fail."""
+def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozenset[bytes]) -> Computed:
+    """Asks the engine for the `wanted` keys of a chunk, starting from an empty prefix cache. Rows may fail."""
     answers: dict[bytes, Answer] = {}
     to_score: dict[bytes, Fitted] = {}
     to_sample: dict[bytes, tuple[Fitted, Sampling]] = {}
-    for request in requests:
+    for request in chunk.requests:
         keys = request_keys(scorer_id, request)
         if request.targets:
             open_keys = {
@@ -193,20 +190,83 @@ def compute_chunk(
                 answers[keys[0]] = Answer(key=keys[0], error=str(error))
             else:
                 to_sample[keys[0]] = fitted, _sampling(request, fitted)
-    if to_score or to_sample:
-        engine.begin()
-    samples = engine.sample([job for _, job in to_sample.values()])
-    for (key, (fitted, _)), sampled in zip(to_sample.items(), samples, strict=True):
-        answers[key] = _answer(key, fitted, sampled.num_computed_tokens, texts=sampled.texts)
-    scores = engine.likelihood([(fitted.prompt_ids, fitted.target_ids) for fitted in to_score.values()])
-    for (key, fitted), scored in zip(to_score.items(), scores, strict=True):
+    jobs = [job for _, job in to_sample.values()]
+    pairs = [(fitted.prompt_ids, fitted.target_ids) for fitted in to_score.values()]
+    prompts = [(job.prompt_ids, _UNFED) for job in jobs]
+    least = _least(engine, prompts + pairs, chunk.before)
+    for (key, (fitted, _)), sampled in zip(to_sample.items(), _sample(engine, jobs), strict=True):
+        if isinstance(sampled, str):
+            answers[key] = Answer(key=key, error=sampled)
+        else:
+            least += sampled.num_output_tokens
+            answers[key] = _answer(key, fitted, sampled.num_computed_tokens, texts=sampled.texts)
+    for (key, fitted), scored in zip(to_score.items(), _score(engine, pairs), strict=True):
+        if isinstance(scored, str):
+            answers[key] = Answer(key=key, error=scored)
+            continue
         # Stored as float32, so a fresh answer must not differ from the same one read back.
         logprobs = np.asarray(scored.logprobs, np.float32)
-        if np.isfinite(logprobs).all():
+        if np.isfinite(logprobs).all() and len(logprobs) == len(fitted.target_ids):
             answers[key] = _answer(key, fitted, scored.num_computed_tokens, logprobs=tuple(logprobs.tolist()))
         else:
-            answers[key] = Answer(key=key, error="the LLM gave a log-probability that is not finite")
-    return list(answers.values())
+            answers[key] = Answer(key=key, error="the LLM gave no finite log-probability for each token")
+    return Computed(answers=list(answers.values()), least_tokens=least)
+
+
+_UNFED: Ids = (0,)
+"""A target of one token, which no engine needs to compute."""
+
+
+def _least(engine: Engine, pairs: Sequence[Pair], before: LLMRequest | None) -> int:
+    """The tokens that the pairs add to the tree of those before them."""
+    if before is None or not pairs:
+        return trie_min(pairs)
+    try:
+        prompt = fit_prompt(engine.tokenizer, before, engine.max_model_tokens).prompt_ids
+    except FitError:
+        return trie_min(pairs)
+    return trie_min([*pairs, (prompt, _UNFED)]) - len(prompt)
+
+
+def _sample(engine: Engine, jobs: Sequence[Sampling]) -> list[Sampled | str]:
+    """Outputs; for a job the engine fails on, why. Fails with the engine's error when every job fails."""
+    if not jobs:
+        return []
+    engine.begin()
+    try:
+        return [*engine.sample(jobs)]
+    except LlmrError:
+        raise
+    except Exception as error:
+        return _one_by_one(engine, lambda job: engine.sample([job])[0], jobs, error)
+
+
+def _score(engine: Engine, pairs: Sequence[Pair]) -> list[Scored | str]:
+    """Log-probabilities; for a pair the engine fails on, why. Fails with the engine's error when every pair fails."""
+    if not pairs:
+        return []
+    engine.begin()
+    try:
+        return [*engine.likelihood(pairs)]
+    except LlmrError:
+        raise
+    except Exception as error:
+        return _one_by_one(engine, lambda pair: engine.likelihood([pair])[0], pairs, error)
+
+
+def _one_by_one(engine: Engine, ask: Callable[[Ask], Got], items: Sequence[Ask], error: Exception) -> list[Got | str]:
+    """One row that an engine cannot digest must not cost its neighbours."""
+    log.warning("the engine failed on %d rows at once (%r); asking them one by one", len(items), error)
+    results: list[Got | str] = []
+    for item in items:
+        engine.begin()
+        try:
+            results.append(ask(item))
+        except Exception as own:
+            results.append(f"the engine failed on this row: {own!r}")
+    if all(isinstance(result, str) for result in results):
+        raise error
+    return results
 
 
 def _answer(
@@ -232,38 +292,6 @@ def _sampling(request: LLMRequest, fitted: Fitted) -> Sampling:
         seed=request.seed,
         stop=request.stop,
     )
-
-
-def _units(
-    requests: Sequence[LLMRequest], keys: Sequence[Sequence[bytes]], stored: Mapping[bytes, Answer]
-) -> list[Unit]:
-    """Requests by unit, in order of first appearance; a key that several units need is wanted by the first alone."""
-    members: dict[str, list[LLMRequest]] = {}
-    wanted: dict[str, set[bytes]] = {}
-    claimed = set(stored)
-    for request, of_request in zip(requests, keys, strict=True):
-        members.setdefault(request.unit, []).append(request)
-        wanted.setdefault(request.unit, set()).update(key for key in of_request if key not in claimed)
-        claimed.update(of_request)
-    return [Unit(requests=tuple(members[name]), wanted=frozenset(wanted[name])) for name in members if wanted[name]]
-
-
-def _chunks(requests: Sequence[LLMRequest]) -> Iterator[list[LLMRequest]]:
-    chunk: list[LLMRequest] = []
-    rows = 0
-    for request in requests:
-        size = len(request.targets) or request.num_samples
-        if chunk and rows + size > CHUNK_ROWS:
-            yield chunk
-            chunk, rows = [], 0
-        chunk.append(request)
-        rows += size
-    if chunk:
-        yield chunk
-
-
-def _num_rows(answer: Answer) -> int:
-    return max(1, len(answer.texts))
 
 
 def _result(request: LLMRequest, answers: Sequence[Answer], tokens: int, cached: bool) -> LLMResult:

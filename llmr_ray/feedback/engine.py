@@ -13,11 +13,10 @@ from typing import Any, Protocol
 from llmr_ray.artifacts import canonical_json, sha256_text
 from llmr_ray.config import Config, LLMConfig
 from llmr_ray.errors import ConfigError, ResourceError
+from llmr_ray.feedback.trie import Ids
 
 FITTING_VERSION = 1
 """Raised whenever tokenising, trimming or scoring rules change, so that old answers in the store are not mixed in."""
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +41,13 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """The outputs as text, without special tokens and without the stop string, and the tokens processed for them."""
+    """The outputs as text, without special tokens and without the stop string.
+
+    num_output_tokens: tokens drawn, all outputs together. num_computed_tokens: those and what was read of the prompt.
+    """
 
     texts: tuple[str, ...]
+    num_output_tokens: int
     num_computed_tokens: int
 
 
@@ -142,6 +145,12 @@ def open_engine(settings: EngineSettings) -> Engine:
         from llmr_ray.feedback.engine_hf import TransformersEngine
 
         return TransformersEngine(settings, tokenizer)
-    from llmr_ray.feedback.engine_vllm import VllmEngine
+    from llmr_ray.feedback.engine_routed import RoutedEngine
+    from llmr_ray.feedback.engine_tree import TreeScorer
 
-    return VllmEngine(settings, tokenizer)
+    def open_vllm() -> Engine:
+        from llmr_ray.feedback.engine_vllm import VllmEngine
+
+        return VllmEngine(settings, tokenizer)
+
+    return RoutedEngine(tokenizer, settings.max_model_tokens, open_vllm, lambda: TreeScorer(settings))

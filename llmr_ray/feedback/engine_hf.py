@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.feedback.engine import EngineSettings, Ids, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
+from llmr_ray.feedback.trie import Ids
 
 
 class TransformersEngine:
@@ -49,22 +50,23 @@ class TransformersEngine:
         """As in Engine: token by token, by inverting the cumulative distribution at a seeded uniform draw."""
         results = []
         for job in jobs:
-            texts, computed = [], 0
+            texts, drawn, computed = [], 0, 0
             for number in range(job.num_samples):
                 text, count = self._one(job, np.random.default_rng(seed_of(job.seed, "output", number)))
                 texts.append(text)
-                computed += count
-            results.append(Sampled(texts=tuple(texts), num_computed_tokens=computed))
+                drawn += count
+                computed += len(job.prompt_ids) + count
+            results.append(Sampled(texts=tuple(texts), num_output_tokens=drawn, num_computed_tokens=computed))
         return results
 
     @torch.inference_mode()
     def _one(self, job: Sampling, rng: np.random.Generator) -> tuple[str, int]:
+        """One output and the number of tokens drawn for it, an end token included."""
         new: list[int] = []
         past, fed = None, list(job.prompt_ids)
-        computed = 0
         while len(new) < job.max_new_tokens:
             output = self.model(input_ids=torch.tensor([fed], device=self.device), past_key_values=past, use_cache=True)
-            past, computed = output.past_key_values, computed + len(fed)
+            past = output.past_key_values
             logits_V = output.logits[0, -1].double()
             if job.temperature == 0:
                 token = int(logits_V.argmax())
@@ -73,11 +75,11 @@ class TransformersEngine:
                 token = int(torch.searchsorted(cumulative_V, rng.random() * float(cumulative_V[-1])))
                 token = min(token, len(cumulative_V) - 1)
             if token in self.end_ids:
-                break
+                return self.tokenizer.decode(new, skip_special_tokens=True), len(new) + 1
             new.append(token)
             fed = [token]
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             ends = [place for place in (text.find(stop) for stop in job.stop) if place >= 0]
             if ends:
-                return text[: min(ends)], computed
-        return self.tokenizer.decode(new, skip_special_tokens=True), computed
+                return text[: min(ends)], len(new)
+        return self.tokenizer.decode(new, skip_special_tokens=True), len(new)

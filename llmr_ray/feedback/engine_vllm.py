@@ -14,7 +14,8 @@ from typing import Any
 
 from llmr_ray.artifacts import seed_of
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.engine import EngineSettings, Ids, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
+from llmr_ray.feedback.trie import Ids
 
 _CPU_BLOCK = 32
 """The smallest cache block that vLLM's CPU attention takes; its default of 128 would share less."""
@@ -96,9 +97,10 @@ class VllmEngine:
         results = []
         for job in jobs:
             mine = [next(outputs) for _ in range(job.num_samples)]
-            computed = sum(_computed(output) + len(output.outputs[0].token_ids) for output in mine)
+            drawn = sum(len(output.outputs[0].token_ids) for output in mine)
+            computed = drawn + sum(map(_computed, mine))
             texts = tuple(output.outputs[0].text for output in mine)
-            results.append(Sampled(texts=texts, num_computed_tokens=computed))
+            results.append(Sampled(texts=texts, num_output_tokens=drawn, num_computed_tokens=computed))
         return results
 
     def _ask(self, pairs: Sequence[tuple[Ids, Ids]], *, read_cache: bool) -> list[Any]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmr_ray.artifacts import sha256_text
-from llmr_ray.feedback.engine import Ids
 from llmr_ray.feedback.requests import LLMRequest, Segment
+from llmr_ray.feedback.trie import Ids
 
 
 class FitError(Exception):

@@ -1,132 +1,23 @@
-"""The stages score (LLM feedback on candidates) and reward, and the pool of Ray actors that answers LLM requests."""
+"""The stages score (LLM feedback on candidates) and reward."""
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
 
-import ray
-from ray.exceptions import ActorDiedError
-
-from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
-from llmr_ray.errors import ResourceError
-from llmr_ray.feedback.client import LocalClient, StoreClient, Unit
-from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
+from llmr_ray.feedback.client import StoreClient
+from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import reward_rows
 from llmr_ray.feedback.scoring import sampling_requests, score_rows, scoring_requests, to_pay
-from llmr_ray.feedback.store import Answer, LLMStore
 from llmr_ray.schemas import table_of
 
 SCORE_VERSION = 1
 REWARD_VERSION = 1
-
-_UNITS_PER_SHARD = 4
-_IN_FLIGHT = 2
-"""Shards sent to an actor at a time: the next one waits there while the answers of the last travel."""
-
-
-class _EngineActor:
-    """One engine in a process of its own. What it computes it stores itself, before it answers."""
-
-    def __init__(
-        self, settings: EngineSettings, name: str, folder: Path, commit_rows: int, commit_seconds: float
-    ) -> None:
-        self.client = LocalClient(
-            name, LLMStore(folder), open_engine(settings), commit_rows=commit_rows, commit_seconds=commit_seconds
-        )
-
-    def compute(self, units: Sequence[Unit]) -> list[Answer]:
-        return self.client.compute(units)
-
-
-class RayClient(StoreClient):
-    """Answers with a pool of engine actors, which start when something must be computed and live until `close`.
-
-    A killed actor is started again by Ray and its shard of work asked again; what it had committed is in the store.
-
-    Args:
-        config: the run's configuration.
-        llm: the language model.
-    """
-
-    def __init__(self, config: Config, llm: Asset) -> None:
-        name = scorer_id(llm.fingerprint, config.llm)
-        super().__init__(name, LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name))
-        self.runtime = config.runtime
-        self.settings = EngineSettings.of(config, llm.path)
-        self._actors: list[Any] = []
-
-    def close(self) -> None:
-        """Ends the actors; the next question starts new ones."""
-        if ray.is_initialized():
-            for actor in self._actors:
-                ray.kill(actor)
-        self._actors = []
-
-    def _compute(self, units: Sequence[Unit]) -> Iterator[list[Answer]]:
-        size = max(1, min(_UNITS_PER_SHARD, len(units) // (_IN_FLIGHT * max(1, self.runtime.llm_actors))))
-        shards = deque(units[start : start + size] for start in range(0, len(units), size))
-        self._start(min(max(1, self.runtime.llm_actors), len(shards)))
-        running: dict[ray.ObjectRef, Any] = {}
-        for actor in self._actors * _IN_FLIGHT:
-            if shards:
-                running[actor.compute.remote(shards.popleft())] = actor
-        last = time.monotonic()
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-            if not done:
-                if time.monotonic() - last > self.runtime.stall_timeout_s:
-                    raise ResourceError(
-                        f"no LLM answer in {self.runtime.stall_timeout_s:g} s: waiting for {len(running)} shards of "
-                        f"work on {len(self._actors)} actors ({self.settings.engine}, {self.settings.path}), "
-                        f"{len(shards)} more queued. Either the engine cannot start (memory, GPU), or it is slower "
-                        "than this: then raise runtime.stall_timeout_s. What was answered is kept."
-                    )
-                continue
-            last = time.monotonic()
-            actor = running.pop(done[0])
-            try:
-                answers = ray.get(done[0])
-            except ActorDiedError as error:
-                self.close()
-                raise ResourceError(f"an LLM actor could not be started: {error}") from error
-            if shards:
-                running[actor.compute.remote(shards.popleft())] = actor
-            yield answers
-
-    def _start(self, count: int) -> None:
-        cluster.start(self.runtime)
-        new = count - len(self._actors)
-        if new <= 0:
-            return
-        cluster.require(count, count * self.runtime.llm_gpus, "the pool of LLM actors")
-        options: dict[str, Any] = {
-            "num_cpus": 1,
-            "num_gpus": self.runtime.llm_gpus,
-            "max_restarts": -1,
-            "max_task_retries": -1,
-            "runtime_env": {"env_vars": environment(self.settings)},
-        }
-        self._actors += [
-            ray.remote(_EngineActor)
-            .options(**options)
-            .remote(
-                self.settings,
-                self.scorer_id,
-                self.store.folder,
-                self.runtime.commit_rows,
-                self.runtime.commit_seconds,
-            )
-            for _ in range(new)
-        ]
-
 
 # --- score -----------------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ def test_killed_driver(runner: Runner, finished: Runner, when: Callable[[Runner]
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("when", "victim"),
-    [(scoring_began, named("_EngineActor")), (training_began, named("RayTrainWorker"))],
+    [(scoring_began, named("EngineActor")), (training_began, named("RayTrainWorker"))],
     ids=["scorer", "train worker"],
 )
 def test_killed_worker(

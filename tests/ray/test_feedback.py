@@ -16,8 +16,9 @@ from llmr_ray.assets import Asset, resolve
 from llmr_ray.config import Config, LLMConfig, RuntimeConfig
 from llmr_ray.errors import ResourceError
 from llmr_ray.feedback.engine import EngineSettings, Sampling, open_engine
+from llmr_ray.feedback.pool import RayClient
 from llmr_ray.feedback.requests import LLMRequest, Segment
-from llmr_ray.feedback.stage import RayClient, run_score, score_spec
+from llmr_ray.feedback.stage import run_score, score_spec
 from llmr_ray.feedback.store import LLMStore
 from tests.feedback_world import make_config, make_world
 from tests.tiny_llm import save_model
@@ -34,7 +35,7 @@ def llm(tmp_path_factory):
 
 
 def scored(root, llm, num_queries, **runtime):
-    config = make_config(root, commit_rows=8, **runtime)
+    config = make_config(root, **runtime)
     prepare, candidates = make_world(root, num_queries)
     artifact = Artifact(root, score_spec(config, llm, prepare, candidates))
     artifact.begin()
@@ -51,7 +52,7 @@ def kill_an_actor_when(store, num_answers, killed):
     while time.monotonic() < deadline and not killed:
         if len(LLMStore(store)) >= num_answers:
             for process in psutil.Process().children(recursive=True):  # our own Ray's, not a neighbour's
-                if "_EngineActor.compute" in " ".join(process.cmdline()):
+                if "EngineActor.compute" in " ".join(process.cmdline()):
                     process.kill()
                     killed.append(process.pid)
                     return

@@ -5,8 +5,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.feedback.client import CHUNK_ROWS, LocalClient
+from llmr_ray.errors import ConfigError, DataError, ResourceError
+from llmr_ray.feedback import chunks
+from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine
 from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
 from llmr_ray.feedback.requests import LLMRequest, Segment
@@ -230,7 +231,11 @@ class CountingEngine:
 
     def sample(self, jobs):
         return [
-            Sampled(texts=tuple(f" {job.seed} {number}" for number in range(job.num_samples)), num_computed_tokens=3)
+            Sampled(
+                texts=tuple(f" {job.seed} {number}" for number in range(job.num_samples)),
+                num_output_tokens=2,
+                num_computed_tokens=3,
+            )
             for job in jobs
         ]
 
@@ -263,8 +268,9 @@ def test_nothing_is_paid_twice(tmp_path, tokenizer):
     assert other.stored(questions(7))[:6] == second[:6]
 
 
-def test_a_broken_engine_keeps_what_was_answered(tmp_path, tokenizer):
+def test_a_broken_engine_keeps_what_was_answered(tmp_path, tokenizer, monkeypatch):
     """An engine error must stop the run, and cost no more than the chunk it happened in."""
+    monkeypatch.setattr(chunks, "CHUNK_REQUESTS", 2)
     client = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer, fail_after=8))
     with pytest.raises(RuntimeError, match="broke"):
         client.answer(questions(6), label="test")
@@ -275,10 +281,11 @@ def test_a_broken_engine_keeps_what_was_answered(tmp_path, tokenizer):
     assert [r.cached for r in results] == [True] * 4 + [False] * 2
 
 
-def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer):
-    """A kill may cost at most commit_rows answers, not the whole call."""
+def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer, monkeypatch):
+    """A kill may cost at most a chunk of answers, not the whole call."""
+    monkeypatch.setattr(chunks, "CHUNK_REQUESTS", 2)
     engine = CountingEngine(tokenizer)
-    client = LocalClient("s", LLMStore(tmp_path), engine, commit_rows=4, commit_seconds=1e9)
+    client = LocalClient("s", LLMStore(tmp_path), engine)
     seen = []  # what another process would find in the store at each question to the engine
     scored = engine.likelihood
 
@@ -291,17 +298,50 @@ def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer):
     assert seen == [0, 4, 8, 12, 16, 20]
 
 
-def test_large_units_are_asked_in_chunks_of_fixed_size(tmp_path, tokenizer):
-    """Chunks decide which floats are computed together, so they may not depend on what the store holds already."""
+def test_a_row_the_engine_cannot_digest_costs_no_neighbour(tmp_path, tokenizer):
+    """One poisoned prompt in a chunk of 64 must not lose 63 answers, nor be stored as an answer."""
     engine = CountingEngine(tokenizer)
+    scored = engine.likelihood
+
+    def choking(pairs):
+        if any("Question 3:" in tokenizer.decode(prompt) for prompt, _ in pairs):
+            raise FloatingPointError("poison")
+        return scored(pairs)
+
+    engine.likelihood = choking
     client = LocalClient("s", LLMStore(tmp_path), engine)
-    asked = [request(f"Q {n}:", request_id=f"r{n}", targets=(" a", " b", " c")) for n in range(50)]
-    client.answer(asked[:1], label="test")
-    engine.calls.clear()
-    client.answer(asked, label="test")
-    per_chunk = CHUNK_ROWS // 3 * 3
-    assert engine.calls == [per_chunk - 3, per_chunk, 150 - 2 * per_chunk]
-    assert engine.begun == 4
+    results = client.answer(questions(120, (" Paris",)), label="test")
+    assert [n for n, result in enumerate(results) if result.error is not None] == [3]
+    assert "poison" in results[3].error
+    assert client.missing(questions(120, (" Paris",))) == 1
+
+
+@pytest.mark.parametrize("logprobs", [(float("nan"),), (float("-inf"),), (), (-0.1, -0.2, -0.3)])
+def test_garbage_from_the_engine_is_an_error_of_the_row(tmp_path, tokenizer, logprobs):
+    """A NaN or a missing token stored as a score would be served to every later run."""
+    engine = CountingEngine(tokenizer)
+    engine.likelihood = lambda pairs: [Scored(logprobs=logprobs, num_computed_tokens=1) for _ in pairs]
+    client = LocalClient("s", LLMStore(tmp_path), engine)
+    [result] = client.answer([request("Q:", targets=(" a",))], label="test")
+    assert "finite" in result.error
+    assert client.missing([request("Q:", targets=(" a",))]) == 1
+
+
+def test_a_full_disk_is_said_and_keeps_what_was_stored(tmp_path, tokenizer, monkeypatch):
+    """A disk that fills up must stop the run with the place named, and leave the store whole."""
+    monkeypatch.setattr(chunks, "CHUNK_REQUESTS", 2)
+    client = LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer))
+    put = client.store.put
+
+    def full(answers):
+        if len(client.store) >= 4:
+            raise OSError(28, "No space left on device")
+        put(answers)
+
+    monkeypatch.setattr(client.store, "put", full)
+    with pytest.raises(ResourceError, match=rf"{tmp_path}.*No space left"):
+        client.answer(questions(6), label="test")
+    assert LocalClient("s", LLMStore(tmp_path), CountingEngine(tokenizer)).missing(questions(6)) == 8
 
 
 def test_a_failed_row_is_a_result_and_many_are_an_error(tmp_path, tokenizer):

@@ -149,4 +149,4 @@ def test_identity_holds_what_changes_scores(tmp_path, llm):
     assert made(score=TaskScore(feedback="likelihood")) != made()
     assert made(engine="vllm") != made()
     assert made(llm=Asset("tiny", "model", llm.path, "other")) != made()
-    assert made(llm_actors=7, commit_rows=3) == made()
+    assert made(llm_actors=7, llm_scoring="tree") == made()

@@ -1,0 +1,236 @@
+"""The pool of Ray actors that answers LLM requests: each hosts an engine and stores what it computes."""
+
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import canonical_json, write_atomic
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config
+from llmr_ray.errors import LlmrError, ResourceError
+from llmr_ray.feedback.chunks import Chunk
+from llmr_ray.feedback.client import Computed, LocalClient, StoreClient, compute_chunk
+from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
+from llmr_ray.feedback.engine_routed import ENGINE, ROUTES, TREE, RoutedEngine
+from llmr_ray.feedback.store import Answer, LLMStore, request_keys
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Chunks sent to an actor at a time: the next one waits there while the answers of the last travel."""
+
+MAX_ATTEMPTS = 3
+"""Actors that may die over a chunk before its requests are asked one by one, and over one request before it fails."""
+
+MAX_DEATHS = 6
+"""Actors that may die or hang in a row without one answer between: then it is no matter of single rows."""
+
+PROBE_CHUNKS = 3
+PROBE_WORTH = 64
+"""Chunks to score from which on the routes are compared; on fewer, measuring would cost what it can save."""
+
+
+class EngineActor:
+    """One engine in a process of its own. What it computes it stores itself, before it answers."""
+
+    def __init__(self, settings: EngineSettings, name: str, folder: Path) -> None:
+        self.engine = open_engine(settings)
+        self.client = LocalClient(name, LLMStore(folder), self.engine)
+
+    def compute(self, chunk: Chunk, route: str) -> Computed:
+        """Answers to what the chunk wants, scored by a route where the engine has several."""
+        self._take(route)
+        return self.client.compute(chunk)
+
+    def time_routes(self, chunks: Sequence[Chunk]) -> dict[str, float]:
+        """Tokens that had to be computed, per second, by route; nothing is stored. A route that fails is left out."""
+        speeds = {}
+        for route in ROUTES:
+            self._take(route)
+            try:
+                compute_chunk(self.engine, self.client.scorer_id, chunks[0], chunks[0].wanted)
+                started = time.perf_counter()
+                tokens = sum(
+                    compute_chunk(self.engine, self.client.scorer_id, chunk, chunk.wanted).least_tokens
+                    for chunk in chunks
+                )
+            except LlmrError as error:
+                log.warning("the route %s cannot score this model: %s", route, error)
+                continue
+            speeds[route] = tokens / (time.perf_counter() - started)
+        return speeds
+
+    def _take(self, route: str) -> None:
+        if isinstance(self.engine, RoutedEngine):
+            self.engine.route = route
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    chunk: Chunk
+    attempts: int = 0
+
+    def after_death(self, scorer: str) -> "list[_Task]":
+        """What to ask again when the actor died over this: the same, then single requests."""
+        if self.attempts + 1 < MAX_ATTEMPTS:
+            return [replace(self, attempts=self.attempts + 1)]
+        if len(self.chunk.requests) == 1:
+            return []
+        singles = []
+        left = set(self.chunk.wanted)
+        for request in self.chunk.requests:
+            wanted = left.intersection(request_keys(scorer, request))
+            left -= wanted
+            if wanted:
+                singles.append(_Task(chunk=Chunk(requests=(request,), wanted=frozenset(wanted))))
+        return singles
+
+
+class RayClient(StoreClient):
+    """Answers with a pool of engine actors, which start when something must be computed and live until `close`.
+
+    An actor that dies or hangs is replaced and its chunks asked again; what it had stored is not. A request that takes
+    an actor down every time becomes a row error.
+
+    Args:
+        config: the run's configuration.
+        llm: the language model.
+    """
+
+    def __init__(self, config: Config, llm: Asset) -> None:
+        name = scorer_id(llm.fingerprint, config.llm)
+        super().__init__(name, LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name))
+        self.runtime = config.runtime
+        self.settings = EngineSettings.of(config, llm.path)
+        self._actors: list[Any] = []
+
+    def close(self) -> None:
+        """Ends the actors; the next question starts new ones."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+        self._actors = []
+
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+        self._start(min(max(1, self.runtime.llm_actors), len(chunks)))
+        route = self._route(chunks, label)
+        queue = deque(_Task(chunk=chunk) for chunk in chunks)
+        running: dict[ray.ObjectRef, tuple[int, _Task]] = {}
+
+        def feed(slot: int) -> None:
+            if queue:
+                task = queue.popleft()
+                running[self._actors[slot].compute.remote(task.chunk, route)] = slot, task
+
+        for slot in [*range(len(self._actors))] * IN_FLIGHT:
+            feed(slot)
+        last, deaths = time.monotonic(), 0
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            if not done and time.monotonic() - last < self.runtime.stall_timeout_s:
+                continue
+            try:
+                if not done:
+                    raise _Stalled(f"gave no answer in {self.runtime.stall_timeout_s:g} s")
+                computed = ray.get(done[0])
+            except (RayActorError, _Stalled) as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    self.close()
+                    raise ResourceError(f"an LLM actor could not be started: {error}") from error
+                deaths += 1
+                slots = {running[done[0]][0]} if done else {slot for slot, _ in running.values()}
+                lost = [ref for ref, (slot, _) in running.items() if slot in slots]
+                if deaths > MAX_DEATHS or (deaths > 1 and not done):
+                    self.close()
+                    raise ResourceError(self._gave_up(deaths, error, len(running), len(queue))) from error
+                log.warning("an LLM actor %s; starting another and asking its %d chunks again", error, len(lost))
+                tasks = [running.pop(ref)[1] for ref in lost]
+                for slot in slots:
+                    self._replace(slot)
+                for task in reversed(tasks):
+                    again = task.after_death(self.scorer_id)
+                    queue.extendleft(reversed(again))
+                    if not again:
+                        yield _killed(task)
+                for slot in [*slots] * IN_FLIGHT:
+                    feed(slot)
+                last = time.monotonic()
+                continue
+            except RayTaskError as error:
+                if isinstance(error.cause, LlmrError):
+                    raise error.cause from None
+                raise
+            last, deaths = time.monotonic(), 0
+            slot, _ = running.pop(done[0])
+            feed(slot)
+            yield computed
+
+    def _gave_up(self, deaths: int, error: Exception, running: int, queued: int) -> str:
+        return (
+            f"{deaths} LLM actors in a row died or hung without an answer between; the last one {error}. "
+            f"{running} chunks were at work on {len(self._actors)} actors ({self.settings.engine}, "
+            f"{self.settings.path}), {queued} more queued. Either the engine cannot run here (memory, GPU), or it is "
+            "slower than runtime.stall_timeout_s: then raise that. What was answered is kept."
+        )
+
+    def _route(self, chunks: Sequence[Chunk], label: str) -> str:
+        """What scores: as set, else as measured once for this kind of work and kept beside the store."""
+        to_score = [chunk for chunk in chunks if not chunk.is_sampling]
+        if self.settings.engine != "vllm" or not to_score:
+            return ENGINE
+        if self.runtime.llm_scoring != "auto":
+            return self.runtime.llm_scoring
+        work = label.split()[0]
+        path = self.store.folder / "routes.json"
+        routes = json.loads(path.read_text()) if path.exists() else {}
+        if work not in routes:
+            if len(to_score) < PROBE_WORTH:
+                return TREE
+            # Evenly over the work: sorted by prompt, neighbours are of one task.
+            probe = [to_score[(2 * n + 1) * len(to_score) // (2 * PROBE_CHUNKS)] for n in range(PROBE_CHUNKS)]
+            speeds = ray.get(self._actors[0].time_routes.remote(probe))
+            routes[work] = max(speeds, key=lambda route: speeds[route])
+            write_atomic(path, canonical_json(routes).encode())
+            measured = ", ".join(f"{route} {speed:,.0f}" for route, speed in speeds.items())
+            print(f"{work}: scoring by {routes[work]} (distinct tokens/s measured: {measured})", file=sys.stderr)
+        return str(routes[work])
+
+    def _start(self, count: int) -> None:
+        cluster.start(self.runtime)
+        new = count - len(self._actors)
+        if new > 0:
+            cluster.require(count, count * self.runtime.llm_gpus, "the pool of LLM actors")
+            self._actors += [self._new() for _ in range(new)]
+
+    def _replace(self, slot: int) -> None:
+        ray.kill(self._actors[slot])
+        self._actors[slot] = self._new()
+
+    def _new(self) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": self.runtime.llm_gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": environment(self.settings)},
+        }
+        return ray.remote(EngineActor).options(**options).remote(self.settings, self.scorer_id, self.store.folder)
+
+
+class _Stalled(Exception):
+    """No actor answered in time."""
+
+
+def _killed(task: _Task) -> Computed:
+    error = f"the LLM's process died {MAX_ATTEMPTS} times over this request"
+    return Computed(answers=[Answer(key=key, error=error) for key in sorted(task.chunk.wanted)])
