@@ -99,6 +99,8 @@ class Counts:
     quarantined: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     llm_tokens: int = 0
+    llm_tokens_least: int = 0
+    """The fewest tokens that any engine could have processed; llm_tokens over this is the token ratio."""
 
     def check(self, where: str) -> None:
         """Raises DataError when rows went missing without a reason."""
@@ -118,6 +120,7 @@ class Counts:
             quarantined=self.quarantined + other.quarantined,
             skipped=self.skipped + other.skipped,
             llm_tokens=self.llm_tokens + other.llm_tokens,
+            llm_tokens_least=self.llm_tokens_least + other.llm_tokens_least,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +132,7 @@ class Counts:
             "quarantined": dict(self.quarantined),
             "skipped": dict(self.skipped),
             "llm_tokens": self.llm_tokens,
+            "llm_tokens_least": self.llm_tokens_least,
         }
 
     @classmethod
@@ -141,6 +145,7 @@ class Counts:
             quarantined=Counter(record["quarantined"]),
             skipped=Counter(record["skipped"]),
             llm_tokens=record["llm_tokens"],
+            llm_tokens_least=record.get("llm_tokens_least", 0),
         )
 
 

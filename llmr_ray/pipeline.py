@@ -192,9 +192,13 @@ class Pipeline:
         counts = artifact.require()["counts"]
         drops = {**counts["quarantined"], **counts["skipped"]}
         dropped = f", left out {drops}" if drops else ""
+        least = counts["llm_tokens_least"]
+        tokens = (
+            f"{counts['llm_tokens']:,} LLM tokens, {counts['llm_tokens'] / least:.3f} of the fewest; " if least else ""
+        )
         self.console.print(
             f"{label}: {counts['rows_in']:,} rows in, {counts['ok']:,} ok, {counts['cached']:,} cached{dropped}; "
-            f"{time.monotonic() - started:.0f} s",
+            f"{tokens}{time.monotonic() - started:.0f} s",
             style="green",
         )
 

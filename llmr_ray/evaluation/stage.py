@@ -312,6 +312,7 @@ def _count(num_judged_rankings: int, judged: Sequence[_Judged]) -> Counts:
         cached=cached,
         quarantined=failed,
         llm_tokens=sum(result.num_computed_tokens for _, result, _ in judged),
+        llm_tokens_least=sum(result.num_least_tokens for _, result, _ in judged),
     )
 
 

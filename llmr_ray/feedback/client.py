@@ -8,7 +8,7 @@ was killed in between, and a kill costs at most the chunk at work.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -31,26 +31,13 @@ MAX_ERROR_FRACTION = 0.01
 """Row errors above this share of a call fail it (one is always let through): then it is no matter of single rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Computed:
-    """A chunk's answers, and the fewest tokens an engine could have computed for them."""
-
-    answers: list[Answer]
-    least_tokens: int = 0
-
-
 @dataclass(kw_only=True)
 class Usage:
-    """What a client has answered so far. Tokens are those the LLM processed; cached answers cost none.
-
-    least_tokens: the distinct nodes of the token trie over what was asked in each call, the lower bound of
-    computed_tokens; their quotient is the token ratio.
-    """
+    """What a client has answered so far. Tokens are those the LLM processed; cached answers cost none."""
 
     requests: int = 0
     cached: int = 0
     computed_tokens: int = 0
-    least_tokens: int = 0
     errors: int = 0
 
 
@@ -68,32 +55,33 @@ class StoreClient(ABC):
         self.usage = Usage()
 
     @abstractmethod
-    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
         """Computes and stores what the chunks want; yields the answers as they come, each wanted key once."""
 
     def answer(self, requests: Sequence[LLMRequest], *, label: str) -> list[LLMResult]:
         """As in LLMClient. Raises DataError when more than 1% of the requests fail; engine failures pass through."""
         keys = self._keys(requests)
         stored = self.store.get([key for of_request in keys for key in of_request])
-        answers, cost = dict(stored), dict[bytes, int]()
+        answers, fresh = dict(stored), set[bytes]()
         chunks = plan_chunks(requests, keys, stored)
         total = sum(len(chunk.wanted) for chunk in chunks)
         with AnswerProgress(label, total, cached=len(stored)) as progress:
             for computed in self._compute(chunks, label) if chunks else ():
-                answers.update((answer.key, answer) for answer in computed.answers)
-                cost.update((answer.key, answer.num_computed_tokens) for answer in computed.answers)
-                self.usage.least_tokens += computed.least_tokens
+                answers.update((answer.key, answer) for answer in computed)
+                fresh.update(answer.key for answer in computed)
                 progress.update(
-                    done=len(computed.answers),
-                    tokens=sum(answer.num_computed_tokens for answer in computed.answers),
-                    errors=sum(answer.error is not None for answer in computed.answers),
+                    done=len(computed),
+                    tokens=sum(answer.num_computed_tokens for answer in computed),
+                    errors=sum(answer.error is not None for answer in computed),
                 )
         results = []
         for request, of_request in zip(requests, keys, strict=True):
             # A key that two requests share is paid by the first.
-            tokens = sum(cost.pop(key, 0) for key in dict.fromkeys(of_request))
-            cached = all(key in stored for key in of_request)
-            results.append(_result(request, [answers[key] for key in of_request], tokens, cached))
+            paid = fresh.intersection(of_request)
+            fresh -= paid
+            of_answers = [answers[key] for key in of_request]
+            cached = stored.keys() >= set(of_request)
+            results.append(_result(request, of_answers, [answers[key] for key in paid], cached=cached))
         self._account(results)
         return results
 
@@ -106,7 +94,7 @@ class StoreClient(ABC):
         keys = self._keys(requests)
         found = self.store.get([key for of_request in keys for key in of_request])
         return [
-            _result(request, [found[key] for key in of_request], 0, True)
+            _result(request, [found[key] for key in of_request], [], cached=True)
             if all(key in found for key in of_request)
             else None
             for request, of_request in zip(requests, keys, strict=True)
@@ -143,28 +131,28 @@ class LocalClient(StoreClient):
         super().__init__(scorer_id, store)
         self.engine = engine
 
-    def compute(self, chunk: Chunk) -> Computed:
+    def compute(self, chunk: Chunk) -> list[Answer]:
         """The answers to what a chunk wants, stored: what another process asks of an actor that holds a client."""
         # Looked up again: a process that was killed may have stored them before it was asked a second time.
         found = self.store.get(chunk.wanted)
         wanted = chunk.wanted - found.keys()
         if not wanted:
-            return Computed(answers=list(found.values()))
+            return list(found.values())
         computed = compute_chunk(self.engine, self.scorer_id, chunk, wanted)
         try:
-            self.store.put(computed.answers)
+            self.store.put(computed)
         except OSError as error:
             raise ResourceError(
-                f"{len(computed.answers)} LLM answers could not be stored in {self.store.folder}: {error}. What was "
+                f"{len(computed)} LLM answers could not be stored in {self.store.folder}: {error}. What was "
                 "stored before is whole. Make room there and run the same command again."
             ) from error
-        return Computed(answers=[*found.values(), *computed.answers], least_tokens=computed.least_tokens)
+        return [*found.values(), *computed]
 
-    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
         yield from map(self.compute, chunks)
 
 
-def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozenset[bytes]) -> Computed:
+def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozenset[bytes]) -> list[Answer]:
     """Asks the engine for the `wanted` keys of a chunk, starting from an empty prefix cache. Rows may fail."""
     answers: dict[bytes, Answer] = {}
     to_score: dict[bytes, Fitted] = {}
@@ -210,7 +198,9 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
             answers[key] = _answer(key, fitted, scored.num_computed_tokens, logprobs=tuple(logprobs.tolist()))
         else:
             answers[key] = Answer(key=key, error="the LLM gave no finite log-probability for each token")
-    return Computed(answers=list(answers.values()), least_tokens=least)
+    # What all share cannot be told apart, so the first answer stands for the chunk's lower bound.
+    first, *rest = answers.values()
+    return [replace(first, num_least_tokens=least), *rest]
 
 
 _UNFED: Ids = (0,)
@@ -294,16 +284,21 @@ def _sampling(request: LLMRequest, fitted: Fitted) -> Sampling:
     )
 
 
-def _result(request: LLMRequest, answers: Sequence[Answer], tokens: int, cached: bool) -> LLMResult:
+def _result(request: LLMRequest, answers: Sequence[Answer], paid: Sequence[Answer], *, cached: bool) -> LLMResult:
+    computed = sum(answer.num_computed_tokens for answer in paid)
+    least = sum(answer.num_least_tokens for answer in paid)
     errors = [answer.error for answer in answers if answer.error is not None]
     if errors:
-        return LLMResult(request_id=request.request_id, num_computed_tokens=tokens, error=errors[0])
+        return LLMResult(
+            request_id=request.request_id, num_computed_tokens=computed, num_least_tokens=least, error=errors[0]
+        )
     return LLMResult(
         request_id=request.request_id,
         token_logprobs=tuple(answer.logprobs for answer in answers) if request.targets else (),
         texts=() if request.targets else answers[0].texts,
         num_prompt_tokens=answers[0].num_prompt_tokens,
-        num_computed_tokens=tokens,
+        num_computed_tokens=computed,
+        num_least_tokens=least,
         truncated=any(answer.truncated for answer in answers),
         cached=cached,
         prompt_sha=answers[0].prompt_sha,

@@ -19,7 +19,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.errors import LlmrError, ResourceError
 from llmr_ray.feedback.chunks import Chunk
-from llmr_ray.feedback.client import Computed, LocalClient, StoreClient, compute_chunk
+from llmr_ray.feedback.client import LocalClient, StoreClient, compute_chunk
 from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
 from llmr_ray.feedback.engine_routed import ENGINE, ROUTES, TREE, RoutedEngine
 from llmr_ray.feedback.store import Answer, LLMStore, request_keys
@@ -47,7 +47,7 @@ class EngineActor:
         self.engine = open_engine(settings)
         self.client = LocalClient(name, LLMStore(folder), self.engine)
 
-    def compute(self, chunk: Chunk, route: str) -> Computed:
+    def compute(self, chunk: Chunk, route: str) -> list[Answer]:
         """Answers to what the chunk wants, scored by a route where the engine has several."""
         self._take(route)
         return self.client.compute(chunk)
@@ -61,8 +61,9 @@ class EngineActor:
                 compute_chunk(self.engine, self.client.scorer_id, chunks[0], chunks[0].wanted)
                 started = time.perf_counter()
                 tokens = sum(
-                    compute_chunk(self.engine, self.client.scorer_id, chunk, chunk.wanted).least_tokens
+                    answer.num_least_tokens
                     for chunk in chunks
+                    for answer in compute_chunk(self.engine, self.client.scorer_id, chunk, chunk.wanted)
                 )
             except LlmrError as error:
                 log.warning("the route %s cannot score this model: %s", route, error)
@@ -121,7 +122,7 @@ class RayClient(StoreClient):
                 ray.kill(actor)
         self._actors = []
 
-    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[Computed]:
+    def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
         self._start(min(max(1, self.runtime.llm_actors), len(chunks)))
         route = self._route(chunks, label)
         queue = deque(_Task(chunk=chunk) for chunk in chunks)
@@ -231,6 +232,6 @@ class _Stalled(Exception):
     """No actor answered in time."""
 
 
-def _killed(task: _Task) -> Computed:
+def _killed(task: _Task) -> list[Answer]:
     error = f"the LLM's process died {MAX_ATTEMPTS} times over this request"
-    return Computed(answers=[Answer(key=key, error=error) for key in sorted(task.chunk.wanted)])
+    return [Answer(key=key, error=error) for key in sorted(task.chunk.wanted)]

@@ -53,6 +53,8 @@ class LLMResult:
     texts: the sampled outputs, without the stop string.
     cached: nothing was computed, all came from the store.
     num_computed_tokens: tokens the LLM really processed for this answer (prompt and output; 0 when cached).
+    num_least_tokens: the fewest it could have processed, the nodes that the answer adds to the token trie of the call
+    (`performance.md` 1). Both are meant for sums: what answers share is charged to one of them.
     """
 
     request_id: str
@@ -60,6 +62,7 @@ class LLMResult:
     texts: tuple[str, ...] = ()
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
+    num_least_tokens: int = 0
     truncated: bool = False
     cached: bool = False
     prompt_sha: str = ""

@@ -124,7 +124,9 @@ def score_rows(
     """
     rows: list[dict[str, Any]] = []
     counts = Counts(rows_in=len(job.documents))
-    counts.llm_tokens = sum(result.num_computed_tokens for of in (samples, scores) for result in of.values())
+    results = [*samples.values(), *scores.values()]
+    counts.llm_tokens = sum(result.num_computed_tokens for result in results)
+    counts.llm_tokens_least = sum(result.num_least_tokens for result in results)
     for document in job.documents:
         result = scores.get(_request_id("score", job, document))
         kinds = [_likelihood_row(job, result)]

@@ -49,7 +49,8 @@ class Answer:
     prompt_sha: str = ""
     error: str | None = None
     num_computed_tokens: int = 0
-    """What it cost when it was computed just now; not kept."""
+    num_least_tokens: int = 0
+    """What it cost when it was computed just now, and the least it could have; not kept."""
 
 
 def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
