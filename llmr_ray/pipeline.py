@@ -193,9 +193,8 @@ class Pipeline:
         drops = {**counts["quarantined"], **counts["skipped"]}
         dropped = f", left out {drops}" if drops else ""
         least = counts["llm_tokens_least"]
-        tokens = (
-            f"{counts['llm_tokens']:,} LLM tokens, {counts['llm_tokens'] / least:.3f} of the fewest; " if least else ""
-        )
+        ratio = f" ({counts['llm_tokens'] / least:.3f} times the fewest possible)" if least else ""
+        tokens = f"{counts['llm_tokens']:,} LLM tokens{ratio}; " if counts["llm_tokens"] else ""
         self.console.print(
             f"{label}: {counts['rows_in']:,} rows in, {counts['ok']:,} ok, {counts['cached']:,} cached{dropped}; "
             f"{tokens}{time.monotonic() - started:.0f} s",
