@@ -37,6 +37,21 @@ def run(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure the speed on 200 of the real pairs; they are paid and stored.")
+    ] = False,
+    tokens_per_second: Annotated[float, typer.Option(help="Speed of one LLM actor, where it is known.")] = 0.0,
+) -> None:
+    """Prints what the LLM feedback of a configuration will cost: pairs, tokens, hours and GPU hours."""
+    from llmr_ray.pipeline import plan_config
+
+    raise typer.Exit(plan_config(config, overrides or [], probe=probe, tokens_per_second=tokens_per_second))
+
+
+@app.command()
 def fetch(config: ConfigPath, overrides: Overrides = None) -> None:
     """Downloads the models and data sets that a configuration names, so that the run itself needs no network."""
     from llmr_ray.pipeline import fetch_assets

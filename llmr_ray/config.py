@@ -233,6 +233,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What one call of the command may spend on the LLM; never part of an artifact's id."""
+
+    max_tokens: int = 0
+    """LLM tokens computed. 0: no limit."""
+    max_hours: float = 0.0
+    """Hours from the first question to the LLM. 0: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Speed and place only; never part of an artifact's id."""
 
@@ -285,6 +295,7 @@ class Config:
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

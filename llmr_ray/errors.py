@@ -29,6 +29,12 @@ class ResourceError(LlmrError):
     exit_code = 4
 
 
+class BudgetError(LlmrError):
+    """The run may spend no more on the LLM. What was computed is kept."""
+
+    exit_code = 5
+
+
 class LockedError(LlmrError):
     """Another living process works on the same artifact."""
 

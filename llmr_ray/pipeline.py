@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster
@@ -28,7 +29,9 @@ from llmr_ray.data import stage as data
 from llmr_ray.errors import ConfigError, DataError, LlmrError
 from llmr_ray.evaluation import report
 from llmr_ray.evaluation import stage as evaluation
+from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
+from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.index import stage as index
 from llmr_ray.memory import metered_memory
@@ -129,20 +132,63 @@ class Pipeline:
         stages = self.by_name.items()
         return [{"stage": name, "artifact": at.artifact.id, "state": _state(at.artifact)} for name, at in stages]
 
-    def to_pay(self) -> str:
-        """The LLM work that scoring still needs, in words: exact once candidates are mined, else an upper bound."""
+    def costs(self) -> list[TaskCost]:
+        """The LLM work of scoring by task: exact once candidates are mined, else an upper bound."""
         score, mine, prepare = (self.by_name[name].artifact for name in ("score", "mine", "prepare"))
         if score.is_done:
+            return []
+        if not mine.is_done:
+            return planning.upper_costs(self.config)
+        return planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
+
+    def to_pay(self) -> str:
+        """The LLM work that scoring still needs, in words."""
+        costs = self.costs()
+        if not costs:
             return "LLM feedback: nothing to pay."
-        if mine.is_done:
-            pairs, missing, tokens = feedback.pairs_to_pay(self.config, self.client, prepare, mine)
+        pairs, missing, tokens = (sum(getattr(cost, what) for cost in costs) for what in ("pairs", "missing", "tokens"))
+        if self.by_name["mine"].artifact.is_done:
             return f"LLM feedback: {missing:,} of {pairs:,} pairs still to pay, about {tokens:,} tokens."
-        pairs = 0
-        for dataset in self.config.datasets.values():
-            task = self.config.tasks[dataset.task]
-            if task.score.feedback != "none":
-                pairs += dataset.num_train * (task.mine.num_bm25 + task.mine.num_dense + task.mine.num_random + 1)
-        return f"LLM feedback: at most {pairs:,} pairs (exact once candidates are mined)."
+        return f"LLM feedback: at most {pairs:,} pairs and {tokens:,} tokens (exact once candidates are mined)."
+
+    def plan(self, *, probe: bool, tokens_per_second: float) -> None:
+        """Prints what the LLM will cost by task, and how long it takes at a speed that is given or measured.
+
+        Args:
+            probe: measure the speed on some of the real pairs, which are paid and stored; candidates must be mined.
+            tokens_per_second: of one LLM actor; 0: not known.
+        """
+        costs = self.costs()
+        view = Table(title=f"{self.config.name}: LLM feedback still to pay")
+        for heading in ("task", "feedback", "pairs", "missing", "tokens"):
+            view.add_column(heading, justify="left" if heading in ("task", "feedback") else "right")
+        for cost in costs:
+            numbers = (f"{number:,}" for number in (cost.pairs, cost.missing, cost.tokens))
+            view.add_row(cost.task, cost.feedback, *numbers)
+        self.console.print(view)
+        mined = self.by_name["mine"].artifact.is_done
+        self.console.print(self.to_pay())
+        runtime = self.config.runtime
+        if probe:
+            if not mined:
+                raise ConfigError(
+                    "a probe asks about real candidates, and they are not mined yet. Run without --probe."
+                )
+            prepare, mine = self.by_name["prepare"].artifact, self.by_name["mine"].artifact
+            speed = planning.probe(feedback.score_jobs(self.config, prepare, mine), self.client)
+            actors = max(1, runtime.llm_actors)
+            tokens_per_second = speed.tokens / speed.seconds / actors
+            self.console.print(
+                f"probe: {speed.pairs:,} pairs, {speed.tokens:,} tokens in {speed.seconds:.1f} s on {actors} actors: "
+                f"{speed.pairs / speed.seconds:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s each"
+            )
+        if tokens_per_second > 0:
+            hours = sum(cost.tokens for cost in costs) / tokens_per_second / 3600
+            actors = max(1, runtime.llm_actors)
+            self.console.print(
+                f"at {tokens_per_second:,.0f} tokens/s an actor: {hours / actors:,.2f} hours on {actors} actors, "
+                f"{hours * runtime.llm_gpus:,.2f} GPU hours"
+            )
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -244,6 +290,19 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
                 pipeline.run(command, only)
             finally:
                 cluster.stop()
+    return outcome.exit_code
+
+
+def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> int:
+    """Prints what a configuration's LLM feedback will cost; returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    with _user_errors(console) as outcome:
+        pipeline = Pipeline(configs.load(path, overrides), console)
+        try:
+            pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
+        finally:
+            pipeline.client.close()
+            cluster.stop()
     return outcome.exit_code
 
 

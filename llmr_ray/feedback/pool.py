@@ -18,6 +18,7 @@ from llmr_ray.artifacts import canonical_json, write_atomic
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.errors import LlmrError, ResourceError
+from llmr_ray.feedback.budget import Budget
 from llmr_ray.feedback.chunks import Chunk
 from llmr_ray.feedback.client import LocalClient, StoreClient, compute_chunk
 from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
@@ -111,7 +112,7 @@ class RayClient(StoreClient):
     def __init__(self, config: Config, llm: Asset) -> None:
         name = scorer_id(llm.fingerprint, config.llm)
         super().__init__(name, LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name))
-        self.runtime = config.runtime
+        self.runtime, self.budget = config.runtime, Budget(config.budget)
         self.settings = EngineSettings.of(config, llm.path)
         self._actors: list[Any] = []
 
@@ -123,13 +124,14 @@ class RayClient(StoreClient):
         self._actors = []
 
     def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
+        self.budget.start()
         self._start(min(max(1, self.runtime.llm_actors), len(chunks)))
         route = self._route(chunks, label)
         queue = deque(_Task(chunk=chunk) for chunk in chunks)
         running: dict[ray.ObjectRef, tuple[int, _Task]] = {}
 
         def feed(slot: int) -> None:
-            if queue:
+            if queue and not self.budget.is_reached:
                 task = queue.popleft()
                 running[self._actors[slot].compute.remote(task.chunk, route)] = slot, task
 
@@ -173,8 +175,11 @@ class RayClient(StoreClient):
                 raise
             last, deaths = time.monotonic(), 0
             slot, _ = running.pop(done[0])
+            self.budget.tokens += sum(answer.num_computed_tokens for answer in computed)
             feed(slot)
             yield computed
+        if queue:
+            raise self.budget.error(len(queue))
 
     def _gave_up(self, deaths: int, error: Exception, running: int, queued: int) -> str:
         return (

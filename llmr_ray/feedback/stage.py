@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
-from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import reward_rows
-from llmr_ray.feedback.scoring import sampling_requests, score_rows, scoring_requests, to_pay
+from llmr_ray.feedback.scoring import sampling_requests, score_rows, scoring_requests
 from llmr_ray.schemas import table_of
 
 SCORE_VERSION = 1
@@ -46,7 +45,7 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
     asked again, and of an unfinished one only what the store lacks.
     """
     started = time.monotonic()
-    work = _jobs(config, prepare, candidates)
+    work = score_jobs(config, prepare, candidates)
     for shard in artifact.pending(work.num_shards):
         label = f"score {shard + 1}/{work.num_shards}"
         jobs = work.of_shard(shard)
@@ -63,19 +62,8 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
     artifact.commit(work.num_shards, seconds=time.monotonic() - started, extra={"scorer_id": client.scorer_id})
 
 
-def pairs_to_pay(config: Config, client: StoreClient, prepare: Artifact, candidates: Artifact) -> tuple[int, int, int]:
-    """(pairs to judge, pairs that still need the LLM, estimated LLM tokens for them). Starts no engine."""
-    work = _jobs(config, prepare, candidates)
-    pairs = missing = tokens = 0
-    for shard in range(work.num_shards):
-        for job in work.of_shard(shard):
-            pairs += len(job.documents)
-            needs, cost = to_pay(job, client.stored)
-            missing, tokens = missing + needs, tokens + cost
-    return pairs, missing, tokens
-
-
-def _jobs(config: Config, prepare: Artifact, candidates: Artifact) -> ScoreJobs:
+def score_jobs(config: Config, prepare: Artifact, candidates: Artifact) -> ScoreJobs:
+    """The pairs to judge, from finished artifacts."""
     return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read("candidates"))
 
 

@@ -1,5 +1,8 @@
 """The pool of engine actors under Ray, and vLLM against the reference engine on a real LLM."""
 
+import dataclasses
+import os
+import signal
 import sys
 import threading
 import time
@@ -13,8 +16,9 @@ from ray import cloudpickle
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset, resolve
-from llmr_ray.config import Config, LLMConfig, RuntimeConfig
-from llmr_ray.errors import ResourceError
+from llmr_ray.config import BudgetConfig, Config, LLMConfig, RuntimeConfig
+from llmr_ray.errors import BudgetError, ResourceError
+from llmr_ray.feedback import pool
 from llmr_ray.feedback.engine import EngineSettings, Sampling, open_engine
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.feedback.requests import LLMRequest, Segment
@@ -97,6 +101,66 @@ def test_stall_is_an_error_that_says_what_was_waited_for(local_ray, tmp_path, ll
     with pytest.raises(ResourceError, match="stall_timeout_s"):
         client.answer([question()], label="test")
     client.close()
+
+
+class DeadlyActor(pool.EngineActor):
+    """Dies over every prompt that holds the word poison."""
+
+    def compute(self, chunk, route):
+        if any("poison" in segment.text for request in chunk.requests for segment in request.segments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pool.EngineActor.compute(self, chunk, route)
+
+
+def test_a_request_that_kills_the_engine_is_a_row_error(local_ray, tmp_path, llm, monkeypatch):
+    """One prompt that is too much for the memory must not restart actors for ever, nor cost its neighbours."""
+    monkeypatch.setattr(pool, "EngineActor", DeadlyActor)
+    client = RayClient(make_config(tmp_path), llm)
+    texts = [f"Question {n}:" for n in range(150)]
+    texts[70] = "Question poison:"
+    results = client.answer([question(request_id=text, segments=(Segment(text=text),)) for text in texts], label="test")
+    client.close()
+    assert [result.request_id for result in results if result.error is not None] == ["Question poison:"]
+    assert "died" in results[70].error
+    assert len(client.store) == 149
+
+
+class SleepyActor(pool.EngineActor):
+    """Is stopped, as if it hung, the first time that a machine-wide mark is not there yet."""
+
+    def compute(self, chunk, route):
+        mark = Path(self.client.store.folder).parent / "mark"
+        if not mark.exists():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return pool.EngineActor.compute(self, chunk, route)
+
+
+def test_an_engine_that_hangs_is_replaced(local_ray, tmp_path, llm, monkeypatch):
+    """A driver bug that freezes one GPU must cost its chunk and a time-out, not the night."""
+    monkeypatch.setattr(pool, "EngineActor", SleepyActor)
+    client = RayClient(make_config(tmp_path, stall_timeout_s=20), llm)
+    results = client.answer([question(request_id=str(n), seed=n) for n in range(3)], label="test")
+    client.close()
+    assert [result.error for result in results] == [None] * 3
+
+
+def test_a_budget_stops_the_run_and_the_next_goes_on(local_ray, tmp_path, llm):
+    """Money runs out in the middle of a job: what was paid for must be there the next day."""
+    limited = dataclasses.replace(make_config(tmp_path), budget=BudgetConfig(max_tokens=500))
+    asked = [question(request_id=str(n), segments=(Segment(text=f"Question {n}: what?"),)) for n in range(500)]
+    client = RayClient(limited, llm)
+    with pytest.raises(BudgetError, match=r"budget\.max_tokens"):
+        client.answer(asked, label="test")
+    client.close()
+    paid = len(client.store)
+    assert 0 < paid < 500
+    client = RayClient(make_config(tmp_path), llm)
+    results = client.answer(asked, label="test")
+    client.close()
+    assert sum(result.cached for result in results) == paid
+    assert all(result.error is None for result in results)
 
 
 def question(**fields):

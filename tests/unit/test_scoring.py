@@ -1,13 +1,16 @@
 """The stages score and reward on a tiny LLM in this process, against a naive walk over every pair."""
 
+import dataclasses
+
 import pytest
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset
-from llmr_ray.config import TaskScore
+from llmr_ray.config import TaskMine, TaskScore
 from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
-from llmr_ray.feedback.stage import pairs_to_pay, reward_spec, run_reward, run_score, score_spec
+from llmr_ray.feedback.planning import PROBE_PAIRS, costs, probe, upper_costs
+from llmr_ray.feedback.stage import reward_spec, run_reward, run_score, score_jobs, score_spec
 from llmr_ray.feedback.store import LLMStore
 from tests.feedback_world import PASSAGES, make_config, make_world
 from tests.tiny_llm import save_model
@@ -82,7 +85,8 @@ def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
     config = make_config(tmp_path, score=TaskScore(feedback="likelihood"))
     prepare, candidates = make_world(tmp_path, targets=("Paris",))
     client = make_client(config, llm, tmp_path)
-    pairs, missing, tokens = pairs_to_pay(config, client, prepare, candidates)
+    [cost] = costs(score_jobs(config, prepare, candidates), client)
+    pairs, missing, tokens = cost.pairs, cost.missing, cost.tokens
     assert (pairs, missing) == (12, 12)
     assert tokens > 12 * 10
     artifact = scored(config, client, llm, prepare, candidates)
@@ -93,7 +97,8 @@ def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
         assert row["scorer_id"] == client.scorer_id
     counts = artifact.manifest["counts"]
     assert (counts["rows_in"], counts["ok"], counts["llm_tokens"] > 0) == (12, 12, True)
-    assert pairs_to_pay(config, client, prepare, candidates) == (12, 0, 0)
+    [cost] = costs(score_jobs(config, prepare, candidates), client)
+    assert (cost.pairs, cost.missing, cost.tokens) == (12, 0, 0)
 
     rewards = Artifact(tmp_path, reward_spec(config, prepare, artifact))
     rewards.begin()
@@ -101,6 +106,41 @@ def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
     table = rewards.read("rewards")
     assert table["reward"].to_pylist() == artifact.read("llm_scores")["llm_score"].to_pylist()
     assert set(table["reward_source"].to_pylist()) == {"llm"}
+
+
+@pytest.mark.parametrize("feedback", ["rank", "likelihood"])
+def test_a_probe_is_paid_for_once(tmp_path, llm, feedback):
+    """A probe whose answers were thrown away would be money for a forecast; one that asks all is no probe."""
+    config = make_config(tmp_path, score=TaskScore(feedback=feedback, num_samples=2, max_new_tokens=2))
+    prepare, candidates = make_world(tmp_path, 120)
+    client = make_client(config, llm, tmp_path)
+    work = score_jobs(config, prepare, candidates)
+    [before] = costs(work, client)
+    speed = probe(work, client)
+    [after] = costs(work, client)
+    assert PROBE_PAIRS / 2 <= speed.pairs < before.pairs
+    assert speed.tokens > 0
+    assert after.missing <= before.missing - speed.pairs
+    client.usage.computed_tokens = 0
+    probe(work, client)
+    [last] = costs(work, client)
+    assert last.missing < after.missing
+
+
+def test_the_plan_from_the_configuration_is_an_upper_bound(tmp_path, llm):
+    """A plan that promises less than is paid is worse than none."""
+    config = make_config(tmp_path, score=TaskScore(feedback="rank", num_samples=2, max_new_tokens=4))
+    prepare, candidates = make_world(tmp_path, 6)
+    datasets = {"main": dataclasses.replace(config.datasets["main"], num_train=6)}
+    tasks = {"qa": dataclasses.replace(config.tasks["qa"], mine=TaskMine(num_bm25=2, num_dense=2))}
+    [bound] = upper_costs(dataclasses.replace(config, datasets=datasets, tasks=tasks))
+    client = make_client(config, llm, tmp_path)
+    [exact] = costs(score_jobs(config, prepare, candidates), client)
+    assert bound.pairs == 6 * 5
+    assert bound.pairs >= exact.pairs
+    assert bound.tokens > exact.tokens
+    scored(config, client, llm, prepare, candidates)
+    assert bound.tokens > client.usage.computed_tokens
 
 
 def test_a_second_run_costs_nothing_and_gives_the_same_bytes(tmp_path, llm):

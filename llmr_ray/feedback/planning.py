@@ -1,0 +1,106 @@
+"""What feedback will cost, before it is paid: pairs and tokens by task, and the speed on a few of the real pairs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmr_ray.config import Config, TaskScore
+from llmr_ray.feedback.client import StoreClient
+from llmr_ray.feedback.jobs import ScoreJobs, feedback_tasks
+from llmr_ray.feedback.scoring import Job, sampling_requests, scoring_requests, to_pay
+
+PROBE_PAIRS = 200
+_WARM_UP_PAIRS = 16
+
+_QUERY_TOKENS = 64
+_TARGET_TOKENS = 16
+"""Guesses for a query with its template and for a desired output, used until candidates are mined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCost:
+    """One task's feedback. `missing` pairs still need the LLM, and `tokens` is what they will take, estimated."""
+
+    task: str
+    feedback: str
+    pairs: int
+    missing: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a client answered the pairs of a probe; the answers are stored like any other."""
+
+    pairs: int
+    tokens: int
+    seconds: float
+
+
+def costs(work: ScoreJobs, client: StoreClient) -> list[TaskCost]:
+    """By task, exact in pairs. Starts no engine."""
+    totals = {task: [0, 0, 0] for task in work.tasks}
+    for shard in range(work.num_shards):
+        for job in work.of_shard(shard):
+            missing, tokens = to_pay(job, client.stored)
+            for place, value in enumerate((len(job.documents), missing, tokens)):
+                totals[job.task][place] += value
+    return [
+        TaskCost(task=task, feedback=work.tasks[task].feedback, pairs=pairs, missing=missing, tokens=tokens)
+        for task, (pairs, missing, tokens) in totals.items()
+    ]
+
+
+def upper_costs(config: Config) -> list[TaskCost]:
+    """By task, from the configuration alone: every query has all the candidates it may have, of full length."""
+    result = []
+    for task, settings in feedback_tasks(config).items():
+        mine = config.tasks[task].mine
+        queries = sum(dataset.num_train for dataset in config.datasets.values() if dataset.task == task)
+        # One more than mined: the gold document.
+        pairs = queries * (mine.num_bm25 + mine.num_dense + mine.num_random + 1)
+        prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
+        tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
+        result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
+    return result
+
+
+def probe(work: ScoreJobs, client: StoreClient) -> Speed:
+    """Answers PROBE_PAIRS of the pairs that are still missing, spread over the work, after a few to warm up."""
+    jobs = [job for shard in range(work.num_shards) for job in work.of_shard(shard) if to_pay(job, client.stored)[0]]
+    every = max(1, sum(len(job.documents) for job in jobs) // (PROBE_PAIRS + _WARM_UP_PAIRS))
+    chosen = jobs[::every]
+    warm = 0
+    while warm < len(chosen) - 1 and sum(len(job.documents) for job in chosen[: warm + 1]) < _WARM_UP_PAIRS:
+        warm += 1
+    _answer(chosen[:warm], client, "probe warm-up")
+    before, started = client.usage.computed_tokens, time.monotonic()
+    _answer(chosen[warm:], client, "probe")
+    return Speed(
+        pairs=sum(len(job.documents) for job in chosen[warm:]),
+        tokens=client.usage.computed_tokens - before,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _answer(jobs: Sequence[Job], client: StoreClient, label: str) -> None:
+    sampling = [request for job in jobs for request in sampling_requests(job)]
+    samples = {
+        request.request_id: result
+        for request, result in zip(sampling, client.answer(sampling, label=label) if sampling else [], strict=True)
+    }
+    scoring = [request for job in jobs for request in scoring_requests(job, samples)]
+    if scoring:
+        client.answer(scoring, label=label)
+
+
+def _outputs(settings: TaskScore) -> int:
+    """Tokens of the outputs scored after one prompt."""
+    return _TARGET_TOKENS + (settings.num_samples * settings.max_new_tokens // 2 if settings.feedback == "rank" else 0)
+
+
+def _samples(settings: TaskScore) -> int:
+    """Tokens of sampling for one query without retrieval, and of scoring that prompt."""
+    if settings.feedback != "rank":
+        return 0
+    return 2 * (_QUERY_TOKENS + settings.num_samples * settings.max_new_tokens // 2)
