@@ -33,7 +33,7 @@ IN_FLIGHT = 2
 MAX_ATTEMPTS = 3
 """Actors that may die over a chunk before its requests are asked one by one, and over one request before it fails."""
 
-MAX_DEATHS = 6
+MAX_DEATHS = 8
 """Actors that may die or hang in a row without one answer between: then it is no matter of single rows."""
 
 PROBE_CHUNKS = 3
@@ -156,15 +156,23 @@ class RayClient(StoreClient):
                 if deaths > MAX_DEATHS or (deaths > 1 and not done):
                     self.close()
                     raise ResourceError(self._gave_up(deaths, error, len(running), len(queue))) from error
-                log.warning("an LLM actor %s; starting another and asking its %d chunks again", error, len(lost))
-                tasks = [running.pop(ref)[1] for ref in lost]
-                for slot in slots:
-                    self._replace(slot)
-                for task in reversed(tasks):
+                reason = str(error).splitlines()[0]
+                log.warning("an LLM actor was lost (%s); starting another, asking %d chunks again", reason, len(lost))
+                suspects = set(slots)
+                for ref in lost:
+                    slot, task = running.pop(ref)
+                    if slot not in suspects:
+                        queue.appendleft(task)
+                        continue
+                    # An actor works in the order of asking, so it died over the first. That one waits till the others
+                    # are answered, lest it takes one actor after the other down.
+                    suspects.remove(slot)
                     again = task.after_death(self.scorer_id)
-                    queue.extendleft(reversed(again))
+                    queue.extend(again)
                     if not again:
                         yield _killed(task)
+                for slot in slots:
+                    self._replace(slot)
                 for slot in [*slots] * IN_FLIGHT:
                     feed(slot)
                 last = time.monotonic()

@@ -7,34 +7,33 @@ never collide, the store is the union of its segments, and where two hold one ke
 """
 
 import hashlib
-import io
-import logging
-import os
-import time
-import uuid
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmr_ray.artifacts import canonical_json, write_atomic
+from llmr_ray.artifacts import canonical_json
+from llmr_ray.feedback.key_index import KeyIndex
 from llmr_ray.feedback.requests import LLMRequest
-
-log = logging.getLogger(__name__)
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.binary(32), nullable=False),
-        pa.field("logprobs", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
-        pa.field("texts", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
-        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("prompt_sha", pa.string(), nullable=False),
-    ]
+from llmr_ray.feedback.segments import (
+    SCHEMA,
+    Segment,
+    SegmentGone,
+    SegmentWriter,
+    key_array,
+    list_segments,
+    open_segment,
+    settled,
 )
+
+CACHE_BYTES = 128 << 20
+"""Decoded rows that a reader keeps in memory: about a million answers of ten tokens."""
+
+_VALUES = [name for name in SCHEMA.names if name != "key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,121 +67,139 @@ def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
 
 
 class LLMStore:
-    """The answers of one scorer in a folder.
+    """The answers of one scorer in a folder. One object is for one thread; the folder is for any number of processes.
 
     Args:
         folder: created when the first answer is written.
+        cache_bytes: how much of what was read stays decoded.
 
     Segments that were cut short or changed are moved to ``quarantine/`` with a warning; what they held counts as never
     asked. Opening checks every segment and keeps only where each key is.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.folder = folder
-        self._where: dict[bytes, tuple[str, int]] = {}
-        self._seen: set[str] = set()
+        self.cache_bytes = cache_bytes
+        self._index = KeyIndex()
+        self._names: set[str] = set()
+        self._cache: OrderedDict[tuple[str, int], pa.RecordBatch] = OrderedDict()
+        self._cached_bytes = 0
 
     def __len__(self) -> int:
         self._refresh()
-        return len(self._where)
+        return len(self._index)
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of `keys` that have no answer."""
         self._refresh()
-        return {key for key in keys if key not in self._where}
+        asked = list(dict.fromkeys(keys))
+        found, _, _ = self._index.find(_key_array(asked))
+        return {asked[number] for number in np.flatnonzero(~found)}
 
     def get(self, keys: Collection[bytes]) -> dict[bytes, Answer]:
         """The answers there are, by key."""
-        self._refresh()
-        rows: dict[str, list[int]] = defaultdict(list)
-        for key in set(keys):
-            if key in self._where:
-                name, row = self._where[key]
-                rows[name].append(row)
-        found: dict[bytes, Answer] = {}
-        for name, wanted in rows.items():
-            table = self._load(name)
-            if table is None:
-                self._reopen()
-                return self.get(keys)
-            found.update((answer.key, answer) for answer in map(_answer, table.take(sorted(wanted)).to_pylist()))
-        return found
+        asked = list(dict.fromkeys(keys))
+        return settled(lambda: {answer.key: answer for answer in self._read(asked)})
 
     def put(self, answers: Sequence[Answer]) -> None:
         """Makes answers durable in one new segment. Errors are left out: they may be asked again."""
         kept = [answer for answer in answers if answer.error is None]
         if not kept:
             return
-        rows = [
-            {
-                "key": answer.key,
-                "logprobs": answer.logprobs,
-                "texts": answer.texts,
-                "num_prompt_tokens": answer.num_prompt_tokens,
-                "truncated": answer.truncated,
-                "prompt_sha": answer.prompt_sha,
-            }
-            for answer in kept
-        ]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
-        data = sink.getvalue()
-        # Sorted names are the order of writing; the time only settles which of two equal keys is served.
-        name = f"seg-{time.time_ns():020d}-{uuid.uuid4().hex[:12]}-{_digest(data)}.parquet"
-        write_atomic(self.folder / name, data)
-        self._index(name, [answer.key for answer in kept])
+        rows = [{name: getattr(answer, name) for name in SCHEMA.names} for answer in kept]
+        with closing(SegmentWriter(self.folder)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+            writer.commit()
+
+    def keys(self) -> np.ndarray:
+        """The keys of all answers in ascending order, as S32."""
+        self._refresh()
+        return self._index.keys()
+
+    def segments(self) -> list[Segment]:
+        """The segments there are, in the order of writing."""
+        self._refresh()
+        living = (segment for segment in self._index.segments if segment.name in self._names)
+        return sorted(living, key=lambda segment: segment.name)
+
+    def scan(self, segments: Iterable[Segment] | None = None) -> Iterator[pa.RecordBatch]:
+        """Every answer once, in order of writing, as batches of SCHEMA of at most GROUP_ROWS rows.
+
+        Args:
+            segments: some of `segments()`; then only the answers that are served from these.
+
+        Raises:
+            SegmentGone: another process compacted; begin anew (`settled`).
+        """
+        chosen = self.segments() if segments is None else list(segments)
+        index = self._index
+        numbers = {segment.name: number for number, segment in enumerate(index.segments)}
+        for segment in chosen:
+            for group, start in enumerate(segment.starts):
+                batch = segment.read(group)
+                found, served_from, row = index.find(key_array(batch["key"]))
+                here = found & (served_from == numbers[segment.name]) & (row == start + np.arange(batch.num_rows))
+                yield batch if here.all() else batch.filter(pa.array(here))
 
     def _refresh(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for name in sorted(entry.name for entry in os.scandir(self.folder) if _is_segment(entry.name)):
-            if name not in self._seen:
-                table = self._load(name)
-                self._index(name, [] if table is None else table["key"].to_pylist())
+        """Takes in what was written, compacted or set aside since, by whatever process."""
+        # Until two listings agree: one that began before a compaction and ended after it may show neither the old
+        # segments nor the new.
+        previous: set[str] | None = None
+        while (names := list_segments(self.folder)) != previous or names != self._names:
+            previous = names
+            opened = []
+            for name in sorted(names - self._names):
+                with suppress(SegmentGone):
+                    opened.append(open_segment(self.folder, name))
+            self._index.add(opened)
+            gone = self._names - names
+            self._names = (self._names & names) | {segment.name for segment, _ in opened}
+            if gone and self._index.serves_from(gone):
+                # Lost rather than compacted; another may hold an earlier answer to the same keys, so all are read anew.
+                self._index, self._names = KeyIndex(), set()
 
-    def _index(self, name: str, keys: Sequence[bytes]) -> None:
-        self._seen.add(name)
-        for row, key in enumerate(keys):
-            if key not in self._where or self._where[key][0] <= name:
-                self._where[key] = (name, row)
-
-    def _reopen(self) -> None:
-        # A segment spoiled under our hands; another may hold the same keys, so all are read anew.
-        self._where.clear()
-        self._seen.clear()
+    def _read(self, keys: Sequence[bytes]) -> Iterator[Answer]:
         self._refresh()
+        found, numbers, rows = self._index.find(_key_array(keys))
+        wanted: dict[tuple[int, int], list[tuple[int, bytes]]] = defaultdict(list)
+        for at in np.flatnonzero(found).tolist():
+            number, row = int(numbers[at]), int(rows[at])
+            segment = self._index.segments[number]
+            group = segment.group_of(row)
+            wanted[number, group].append((row - segment.starts[group], keys[at]))
+        for (number, group), members in wanted.items():
+            batch = self._group(self._index.segments[number], group)
+            yield from answers_of([key for _, key in members], batch.take(pa.array([row for row, _ in members])))
 
-    def _load(self, name: str) -> pa.Table | None:
-        """A segment's table; None after moving a broken one away."""
-        path = self.folder / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        if _digest(data) == name.removesuffix(".parquet").rsplit("-", 1)[-1]:
-            return pq.read_table(io.BytesIO(data)).cast(_SCHEMA)
-        quarantine = self.folder / "quarantine"
-        quarantine.mkdir(exist_ok=True)
-        log.warning("%s does not match its checksum; moved to %s. Its answers will be asked again.", path, quarantine)
-        try:
-            os.replace(path, quarantine / name)
-        except FileNotFoundError:
-            log.debug("%s was moved away by another process", path)
-        return None
-
-
-def _answer(row: Mapping[str, object]) -> Answer:
-    fields = dict(row)
-    fields["logprobs"], fields["texts"] = tuple(row["logprobs"]), tuple(row["texts"])  # type: ignore[arg-type]
-    return Answer(**fields)  # type: ignore[arg-type]
-
-
-def _is_segment(name: str) -> bool:
-    return name.startswith("seg-") and name.endswith(".parquet")
+    def _group(self, segment: Segment, group: int) -> pa.RecordBatch:
+        """The values of a row group, from memory if they were read lately."""
+        place = segment.name, group
+        if place in self._cache:
+            self._cache.move_to_end(place)
+            return self._cache[place]
+        batch = segment.read(group, _VALUES)
+        self._cache[place] = batch
+        self._cached_bytes += batch.nbytes
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return batch
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+def answers_of(keys: Sequence[bytes], rows: pa.RecordBatch) -> Iterator[Answer]:
+    """The answers in some rows (the columns of SCHEMA; `key` may be absent), whose keys are given."""
+    for key, *values in zip(keys, *(rows[name].to_pylist() for name in _VALUES), strict=True):
+        fields = dict(zip(_VALUES, values, strict=True))
+        fields["logprobs"], fields["texts"] = tuple(fields["logprobs"]), tuple(fields["texts"])
+        yield Answer(key=key, **fields)
+
+
+def _key_array(keys: Sequence[bytes]) -> np.ndarray:
+    """Keys as S32. Raises ValueError if one has not 32 bytes."""
+    wrong = next((key for key in keys if len(key) != 32), None)
+    if wrong is not None:
+        raise ValueError(f"key {wrong!r} has {len(wrong)} bytes, not the 32 of `request_keys`; it cannot be looked up.")
+    return np.frombuffer(b"".join(keys), "S32")
 
 
 def _bytes(value: object) -> bytes:
