@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
+from llmr_ray.feedback import scores_cli
+
 app = typer.Typer(
     help="Train retrievers from the feedback of the language models that use them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(scores_cli.app, name="scores")
 
 ConfigPath = Annotated[str, typer.Argument(help="A YAML file, for example conf/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.num_steps=50.")]
