@@ -76,7 +76,12 @@ class LLMConfig:
     model: str = "smollm2-135m-instruct"
     """An asset's name, a local folder or a hub name."""
     engine: str = "vllm"
-    """vllm, or transformers (the slow reference)."""
+    """vllm, transformers (the slow reference), or openai: an OpenAI-compatible endpoint, then `model` names the folder
+    or hub name of its tokenizer."""
+    endpoint: str = ""
+    """openai only: base URL, for example http://localhost:8000/v1. The key is read from OPENAI_API_KEY."""
+    endpoint_model: str = ""
+    """openai only: the model's name there."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     max_model_tokens: int = 1024
@@ -303,7 +308,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
     "pooling": ("auto", "cls", "mean", "last"),
     "precision": ("auto", "float32", "bfloat16"),
-    "engine": ("vllm", "transformers"),
+    "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("float32", "bfloat16"),
     "feedback": ("none", "likelihood", "rank"),
@@ -414,6 +419,8 @@ def _check_run(config: Config) -> None:
             f"train.global_batch_size {config.train.global_batch_size} does not divide over "
             f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
         )
+    if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
+        raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
     if config.train.group_size < 2:
         raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:

@@ -103,7 +103,7 @@ def evaluate_spec(
         config={
             "evaluate": evaluate,
             "bm25": identity(config.bm25),
-            "llm": identity(config.llm),
+            "max_candidate_tokens": config.llm.max_candidate_tokens,
             "scorer": scorer_id(llm.fingerprint, config.llm),
             "prompts": PROMPTS_VERSION,
             "seed": config.seed,

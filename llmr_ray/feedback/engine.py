@@ -82,6 +82,8 @@ class EngineSettings:
     kv_cache_gb: float
     max_batched_tokens: int
     max_sequences: int
+    endpoint: str = ""
+    endpoint_model: str = ""
 
     @classmethod
     def of(cls, config: Config, path: Path) -> "EngineSettings":
@@ -95,6 +97,8 @@ class EngineSettings:
             kv_cache_gb=config.runtime.llm_kv_cache_gb,
             max_batched_tokens=config.runtime.llm_max_batched_tokens,
             max_sequences=config.runtime.llm_max_sequences,
+            endpoint=config.llm.endpoint,
+            endpoint_model=config.llm.endpoint_model,
         )
 
 
@@ -105,6 +109,9 @@ def scorer_id(fingerprint: str, llm: LLMConfig) -> str:
     would prove nothing, and samples differ.
     """
     what = [FITTING_VERSION, fingerprint, llm.engine, llm.dtype, llm.max_model_tokens]
+    if llm.engine == "openai":
+        # Where it is served may change; what is served may not.
+        what.append(llm.endpoint_model)
     return f"{llm.engine}-{llm.dtype}-{sha256_text(canonical_json(what))[:16]}"
 
 
@@ -141,6 +148,10 @@ def open_engine(settings: EngineSettings) -> Engine:
         raise ConfigError(
             f"the tokenizer in {settings.path} gives no character offsets (no tokenizer.json); use another."
         )
+    if settings.engine == "openai":
+        from llmr_ray.feedback.engine_openai import OpenAIEngine
+
+        return OpenAIEngine(settings, tokenizer)
     if settings.engine == "transformers":
         from llmr_ray.feedback.engine_hf import TransformersEngine
 

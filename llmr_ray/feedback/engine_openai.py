@@ -1,0 +1,129 @@
+"""A language model behind an OpenAI-compatible endpoint: token ids go in, log-probabilities or texts come out.
+
+Likelihood needs an endpoint that echoes the prompt's log-probabilities (vLLM, SGLang, TGI's and llama.cpp's servers do;
+most commercial ones do not, and then only outputs can be had). Prompts travel as token ids of the tokenizer in
+`llm.model`, so spans are exact; that the endpoint counts the same tokens is checked with every answer.
+
+The client retries what is worth it (connection errors, 408, 409, 429, 5xx) with exponential back-off, and waits as long
+as Retry-After says.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import openai
+
+from llmr_ray.errors import ConfigError, ResourceError
+from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
+from llmr_ray.feedback.trie import Ids, Pair
+
+MAX_RETRIES = 10
+"""With the client's back-off of up to 8 s, more than a minute of an endpoint's absence."""
+
+PROMPTS_PER_CALL = 16
+"""Prompts scored by one HTTP request: fewer round trips, while a failed one costs little."""
+
+Ask = TypeVar("Ask")
+Got = TypeVar("Got")
+
+
+class OpenAIEngine:
+    """Scores and samples through HTTP. The key comes from OPENAI_API_KEY, never from a configuration.
+
+    Args:
+        settings: endpoint, the model's name there, and max_sequences: requests in flight.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_tokens = settings.max_model_tokens
+        self.endpoint, self.model = settings.endpoint, settings.endpoint_model
+        self.concurrency = max(1, settings.max_sequences // PROMPTS_PER_CALL)
+        self.client = openai.OpenAI(
+            base_url=settings.endpoint, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=MAX_RETRIES
+        )
+
+    def begin(self) -> None:
+        """As in Engine: nothing is kept here; what the endpoint keeps is its own affair."""
+
+    def likelihood(self, pairs: Sequence[Pair]) -> list[Scored]:
+        """As in Engine. Tokens are those the endpoint was sent; what it shares between prompts it does not tell."""
+        batches = [pairs[start : start + PROMPTS_PER_CALL] for start in range(0, len(pairs), PROMPTS_PER_CALL)]
+        return [scored for batch in self._at_once(self._score, batches) for scored in batch]
+
+    def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
+        """As in Engine, with the endpoint's own use of the seed."""
+        return self._at_once(self._draw, jobs)
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Scored]:
+        prompts: list[Ids] = [prompt + target for prompt, target in pairs]
+        # One token is generated because not every endpoint takes 0; it is left out.
+        answer = self._ask(prompts, max_tokens=1, temperature=0.0, echo=True, logprobs=1)
+        self._check_usage(answer, sum(map(len, prompts)))
+        results = []
+        choices = sorted(answer.choices, key=lambda choice: int(choice.index))
+        if len(choices) != len(pairs):
+            raise ResourceError(f"{self.endpoint} gave {len(choices)} answers to {len(pairs)} prompts.")
+        for choice, (prompt, target) in zip(choices, pairs, strict=True):
+            values = choice.logprobs.token_logprobs if choice.logprobs is not None else None
+            if values is None or len(values) < len(prompt) + len(target):
+                raise ConfigError(
+                    f"{self.endpoint} does not return the log-probabilities of the prompt ({self.model}; asked with "
+                    "echo and logprobs), so it cannot judge candidates by likelihood. Serve the model with an engine "
+                    "that does, such as vLLM."
+                )
+            span = values[len(prompt) : len(prompt) + len(target)]
+            # A None in the span becomes NaN, which is a row's error.
+            logprobs = tuple(float("nan") if value is None else float(value) for value in span)
+            results.append(Scored(logprobs=logprobs, num_computed_tokens=len(prompt) + len(target)))
+        return results
+
+    def _draw(self, job: Sampling) -> Sampled:
+        answer = self._ask(
+            [job.prompt_ids],
+            n=job.num_samples,
+            max_tokens=job.max_new_tokens,
+            temperature=job.temperature,
+            # Endpoints take 32 bits at the least; the job's seed has more.
+            seed=job.seed % 2**31,
+            stop=list(job.stop) or None,
+        )
+        texts = tuple(choice.text for choice in sorted(answer.choices, key=lambda choice: int(choice.index)))
+        if len(texts) != job.num_samples:
+            raise ResourceError(f"{self.endpoint} gave {len(texts)} outputs where {job.num_samples} were asked for.")
+        self._check_usage(answer, len(job.prompt_ids))
+        drawn = int(answer.usage.completion_tokens)
+        return Sampled(texts=texts, num_output_tokens=drawn, num_computed_tokens=len(job.prompt_ids) + drawn)
+
+    def _ask(self, prompts: Sequence[Ids], **parameters: Any) -> Any:
+        try:
+            return self.client.completions.create(model=self.model, prompt=[list(ids) for ids in prompts], **parameters)
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise ConfigError(
+                f"{self.endpoint} refuses the request for {self.model}: {_said(error)}. Check llm.endpoint, "
+                "llm.endpoint_model and the environment variable OPENAI_API_KEY."
+            ) from None
+        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
+            raise ResourceError(
+                f"{self.endpoint} did not answer after {MAX_RETRIES} retries: {_said(error)}. What was answered is "
+                "kept; run the same command when it is back, or lower runtime.llm_max_sequences."
+            ) from None
+
+    def _check_usage(self, answer: Any, expected: int) -> None:
+        counted = answer.usage.prompt_tokens if answer.usage is not None else expected
+        if counted != expected:
+            raise ConfigError(
+                f"{self.endpoint} counted {counted} prompt tokens where {expected} were sent, so {self.model} reads "
+                "them with another tokenizer. Set llm.model to the folder or hub name of that model's tokenizer."
+            )
+
+    def _at_once(self, function: Callable[[Ask], Got], items: Sequence[Ask]) -> list[Got]:
+        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
+            return list(pool.map(function, items))
+
+
+def _said(error: openai.APIError) -> str:
+    return str(error.message)[:300]

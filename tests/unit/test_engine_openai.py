@@ -1,0 +1,156 @@
+"""The endpoint engine against a small HTTP server that answers as OpenAI-compatible servers do, and as they fail."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llmr_ray import config as configs
+from llmr_ray.errors import ConfigError, ResourceError
+from llmr_ray.feedback import engine_openai
+from llmr_ray.feedback.engine import EngineSettings, Sampling
+from llmr_ray.feedback.engine_openai import OpenAIEngine
+
+
+class Endpoint:
+    """A server on a free port. The log-probability of token t at place p is -(t + p / 1000); `failures` come first."""
+
+    def __init__(self, failures=(), *, echoes=True, extra_tokens=0):
+        self.requests, self.failures = [], list(failures)
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.requests.append((self.path, self.headers["Authorization"], body))
+                status, headers, answer = endpoint.failures.pop(0) if endpoint.failures else (200, {}, None)
+                data = json.dumps(answer or endpoint.answer(body)).encode()
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.echoes, self.extra_tokens = echoes, extra_tokens
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, body):
+        prompts, number = body["prompt"], body.get("n") or 1
+        choices = []
+        for prompt in prompts:
+            for _ in range(number):
+                logprobs = None
+                if body.get("echo") and self.echoes:
+                    values = [None, *(-(token + place / 1000) for place, token in enumerate(prompt) if place), -1.0]
+                    logprobs = {"token_logprobs": values, "tokens": [], "top_logprobs": [], "text_offset": []}
+                choices.append({"index": len(choices), "text": f" {sum(prompt)} {len(choices)}", "logprobs": logprobs,
+                                "finish_reason": "stop"})  # fmt: skip
+        choices.reverse()
+        sent = sum(map(len, prompts)) + self.extra_tokens
+        usage = {"prompt_tokens": sent, "completion_tokens": 2 * len(choices), "total_tokens": 0}
+        return {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": choices,
+                "usage": usage}  # fmt: skip
+
+    def engine(self):
+        settings = EngineSettings(
+            path="", engine="openai", dtype="float32", max_model_tokens=100, num_threads=1, kv_cache_gb=1,
+            max_batched_tokens=1, max_sequences=64, endpoint=f"http://127.0.0.1:{self.server.server_port}/v1",
+            endpoint_model="m",
+        )  # fmt: skip
+        return OpenAIEngine(settings, tokenizer=None)
+
+
+@pytest.fixture
+def serve():
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Endpoint(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for endpoint in made:
+        endpoint.server.shutdown()
+        endpoint.server.server_close()
+
+
+PAIRS = [((5, 6, 7), (8, 9)), *(((n, n), (n,)) for n in range(40))]
+JOB = Sampling(prompt_ids=(1, 2), num_samples=3, max_new_tokens=4, temperature=1.0, seed=2**40 + 7, stop=("\n",))
+
+
+def test_log_probabilities_are_those_of_the_target(serve, monkeypatch):
+    """Shifted by one, or given to another prompt of the batch, they would still look like log-probabilities."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    endpoint = serve()
+    scored = endpoint.engine().likelihood(PAIRS)
+    assert scored[0].logprobs == pytest.approx((-8.003, -9.004))
+    assert [result.logprobs for result in scored[1:]] == [pytest.approx((-(n + 0.002),)) for n in range(40)]
+    assert sum(result.num_computed_tokens for result in scored) == 5 + 3 * 40
+    assert len(endpoint.requests) == 3
+    assert {header for _, header, _ in endpoint.requests} == {"Bearer secret"}
+
+
+def test_samples_carry_their_settings(serve):
+    """An endpoint's own defaults (top-p, length, no seed) would draw from another distribution."""
+    endpoint = serve()
+    [sampled] = endpoint.engine().sample([JOB])
+    assert sampled.texts == (" 3 0", " 3 1", " 3 2")
+    assert (sampled.num_output_tokens, sampled.num_computed_tokens) == (6, 8)
+    body = endpoint.requests[0][2]
+    expected = {"prompt": [[1, 2]], "n": 3, "max_tokens": 4, "temperature": 1.0, "seed": (2**40 + 7) % 2**31}
+    assert {key: body[key] for key in expected} == expected
+    assert body["stop"] == ["\n"]
+
+
+def test_overload_is_waited_for(serve):
+    """429 and 503 are the normal life of an endpoint, not the end of a run of days."""
+    busy = {"error": {"message": "slow down"}}
+    endpoint = serve([(429, {"Retry-After": "0"}, busy), (503, {"Retry-After": "0"}, busy)])
+    assert endpoint.engine().likelihood(PAIRS[:1])[0].logprobs == pytest.approx((-8.003, -9.004))
+    assert len(endpoint.requests) == 3
+
+
+def test_an_endpoint_that_stays_away_is_an_error_to_resume_from(serve, monkeypatch):
+    """After the retries the user must learn what is gone and that nothing is lost."""
+    monkeypatch.setattr(engine_openai, "MAX_RETRIES", 1)
+    endpoint = serve([(500, {"Retry-After": "0"}, {"error": {"message": "broken"}})] * 9)
+    with pytest.raises(ResourceError, match=r"retries.*kept"):
+        endpoint.engine().likelihood(PAIRS[:1])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_is_not_retried(serve, status):
+    """A wrong key asked ten times over is ten lines in somebody's security log."""
+    endpoint = serve([(status, {}, {"error": {"message": "no"}})])
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        endpoint.engine().sample([JOB])
+    assert len(endpoint.requests) == 1
+
+
+def test_an_endpoint_without_echo_is_told_apart(serve):
+    """Most commercial endpoints ignore echo: scores made of nothing would be worse than an error."""
+    with pytest.raises(ConfigError, match="does not return the log-probabilities"):
+        serve(echoes=False).engine().likelihood(PAIRS[:1])
+
+
+def test_another_tokenizer_is_told_apart(serve):
+    """Ids of another vocabulary score another text, without any error."""
+    engine = serve(extra_tokens=1).engine()
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        engine.likelihood(PAIRS[:1])
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        engine.sample([JOB])
+
+
+def test_a_configuration_names_the_endpoint(tmp_path):
+    """The mistake should show before data is prepared, not when the first question is asked."""
+    path = tmp_path / "c.yaml"
+    path.write_text("llm: {engine: openai, endpoint: 'http://x/v1'}\n")
+    with pytest.raises(ConfigError, match="endpoint_model"):
+        configs.load(path)
