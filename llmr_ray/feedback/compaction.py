@@ -20,8 +20,9 @@ from llmr_ray.feedback.key_index import KeyIndex
 from llmr_ray.feedback.segments import SegmentGone, SegmentWriter, open_segment, settled
 from llmr_ray.feedback.store import LLMStore
 
-SEGMENT_ROWS = 262_144
-"""Rows of a full segment. Full segments are never rewritten, so each answer is rewritten a few times in its life."""
+SEGMENT_ROWS = 65_536
+"""Rows of a full segment: a million answers in 16 files. Full ones are never rewritten, and a file is read whole to
+check it even if one row is wanted, so more rows make reading here and there slower."""
 
 _ABANDONED_SECONDS = 3600.0
 """A temporary file untouched for longer belongs to a writer that was killed: writing one takes seconds."""

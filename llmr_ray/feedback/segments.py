@@ -10,8 +10,7 @@ import os
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -85,8 +84,7 @@ class Segment:
 
     def read(self, group: int, columns: Sequence[str] = SCHEMA.names) -> pa.RecordBatch:
         """The rows of a row group. Raises SegmentGone."""
-        with _checked(self.path) as file:
-            table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        table = _checked(self.path).read_row_group(group, columns=list(columns), use_threads=False)
         return table.combine_chunks().to_batches()[0]
 
 
@@ -97,14 +95,14 @@ def open_segment(folder: Path, name: str) -> tuple[Segment, np.ndarray]:
         SegmentGone: it is not there, or was spoiled.
         DataError: it is whole but has other columns.
     """
-    with _checked(folder / name) as file:
-        if not file.schema_arrow.equals(SCHEMA):
-            raise DataError(
-                f"{folder / name} is whole but has the columns {file.schema_arrow.names} of another version, so its "
-                "answers cannot be read. Use the version that wrote it, or move the file away."
-            )
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        keys = key_array(file.read(columns=["key"], use_threads=False)["key"])
+    file = _checked(folder / name)
+    if not file.schema_arrow.equals(SCHEMA):
+        raise DataError(
+            f"{folder / name} is whole but has the columns {file.schema_arrow.names} of another version, so its "
+            "answers cannot be read. Use the version that wrote it, or move the file away."
+        )
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    keys = key_array(file.read(columns=["key"], use_threads=False)["key"])
     return Segment(folder, name, tuple(accumulate(sizes, initial=0))[:-1], len(keys)), keys
 
 
@@ -179,20 +177,16 @@ class SegmentWriter:
         self._pending = []
 
 
-@contextmanager
-def _checked(path: Path) -> Iterator[pq.ParquetFile]:
-    """A segment's file, open, after its bytes were found to be those of its name."""
+def _checked(path: Path) -> pq.ParquetFile:
+    """A segment's file, read whole, after its bytes were found to be those of its name."""
     try:
-        handle = path.open("rb")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise SegmentGone(path) from None
-    with handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-        if digest != path.stem.rsplit("-", 1)[-1]:
-            _set_aside(path)
-            raise SegmentGone(path)
-        handle.seek(0)
-        yield pq.ParquetFile(handle)
+    if hashlib.sha256(data).hexdigest()[:16] != path.stem.rsplit("-", 1)[-1]:
+        _set_aside(path)
+        raise SegmentGone(path)
+    return pq.ParquetFile(pa.BufferReader(data))
 
 
 def _set_aside(path: Path) -> None:

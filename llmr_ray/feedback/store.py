@@ -33,6 +33,9 @@ from llmr_ray.feedback.segments import (
 CACHE_BYTES = 128 << 20
 """Decoded rows that a reader keeps in memory: about a million answers of ten tokens."""
 
+_OPEN_AT_ONCE = 1024
+"""Segments whose keys are in memory beside the index while a store opens."""
+
 _VALUES = [name for name in SCHEMA.names if name != "key"]
 
 
@@ -123,7 +126,7 @@ class LLMStore:
         return sorted(living, key=lambda segment: segment.name)
 
     def scan(self, segments: Iterable[Segment] | None = None) -> Iterator[pa.RecordBatch]:
-        """Every answer once, in order of writing, as batches of SCHEMA of at most GROUP_ROWS rows.
+        """Every answer once, in order of writing, as batches of SCHEMA, a row group or less each.
 
         Args:
             segments: some of `segments()`; then only the answers that are served from these.
@@ -148,16 +151,22 @@ class LLMStore:
         previous: set[str] | None = None
         while (names := list_segments(self.folder)) != previous or names != self._names:
             previous = names
-            opened = []
-            for name in sorted(names - self._names):
-                with suppress(SegmentGone):
-                    opened.append(open_segment(self.folder, name))
-            self._index.add(opened)
-            gone = self._names - names
-            self._names = (self._names & names) | {segment.name for segment, _ in opened}
+            new, gone = sorted(names - self._names), self._names - names
+            self._names -= gone
+            for start in range(0, len(new), _OPEN_AT_ONCE):
+                self._open(new[start : start + _OPEN_AT_ONCE])
             if gone and self._index.serves_from(gone):
                 # Lost rather than compacted; another may hold an earlier answer to the same keys, so all are read anew.
                 self._index, self._names = KeyIndex(), set()
+
+    def _open(self, names: Sequence[str]) -> None:
+        """Takes in segments, given in the order of their names."""
+        opened = []
+        for name in names:
+            with suppress(SegmentGone):
+                opened.append(open_segment(self.folder, name))
+        self._index.add(opened)
+        self._names |= {segment.name for segment, _ in opened}
 
     def _read(self, keys: Sequence[bytes]) -> Iterator[Answer]:
         self._refresh()
