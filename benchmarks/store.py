@@ -3,7 +3,7 @@
     python benchmarks/store.py [--keys 1000000] [--segment-rows 64] [--batches 16]
 
 The store is measured as actors leave it (segments of 64 answers) and after `compact`. Every contender runs in a fresh
-process of its own: CPU seconds until the first `len`, resident memory then and at its peak, and the same before it opened.
+process: CPU seconds until the first `len`, resident memory then and at its peak, and the same before it opened.
 Lookups are of 1280 keys at once (64 queries with 20 candidates): keys written together, as a run asks them, keys drawn
 at random from all, each first from empty caches and then once more. A gate: every answer must equal what was written.
 Seconds are CPU seconds of all threads: files are in the page cache, and nobody waits for the disk while data is made.
