@@ -139,7 +139,8 @@ class TaskTrain:
     """Sampling and losses of one task (methods.md A.5)."""
 
     positive: str = "first"
-    """first (gold), random (of the gold ones), teacher (best reward of all) or teacher_gold (best of the gold ones)."""
+    """first (gold), random (of the gold ones), teacher (best reward of all) or teacher_gold (best of the gold ones). A
+    query that has rewards but no gold document always takes teacher."""
     negatives: str = "random"
     """random, first, lowest or highest by reward; sampled anew at every step."""
     contrastive_weight: float = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from llmr_ray.errors import DataError
 
 POSITIVES_OF_GOLD = ("first", "random", "teacher_gold")
-"""Positive policies that need a gold document."""
+"""Positive policies that choose among gold documents; a query without any takes `teacher` where it has rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ def reject_reason(pool: Pool, *, positive: str, min_reward: float | None, min_ma
     worst <= min_margin, so that a pool without any preference is left out at 0); "no_gold_document" and "no_negative"
     say that no group can be made under the positive policy.
     """
+    positive = _policy(pool, positive)
     if pool.rewards is not None and len(pool.rewards):
         if min_reward is not None and pool.rewards.max() < min_reward:
             return "below_min_reward"
@@ -50,6 +51,11 @@ def reject_reason(pool: Pool, *, positive: str, min_reward: float | None, min_ma
     others = np.setdiff1d(pool.keys, taken)
     spare = 1 if positive == "teacher" and _teacher_is_not_gold(pool) else 0
     return "no_negative" if len(others) <= spare else None
+
+
+def _policy(pool: Pool, positive: str) -> str:
+    has_no_gold = positive in POSITIVES_OF_GOLD and not pool.is_gold.any()
+    return "teacher" if has_no_gold and pool.rewards is not None and len(pool.rewards) else positive
 
 
 def _teacher_is_not_gold(pool: Pool) -> bool:
@@ -71,14 +77,14 @@ def sample(pool: Pool, *, size: int, positive: str, negatives: str, rng: np.rand
         pool: the query's documents.
         size: G.
         positive: first or random (of the gold documents), teacher (best reward of all), teacher_gold (best of the gold
-            ones). Ties go to the first.
+            ones). Ties go to the first. A pool with rewards but without gold documents always takes teacher.
         negatives: random (without replacement), first (pool order), lowest or highest (by reward, ties in pool order).
         rng: the only source of randomness.
 
     Raises:
         DataError: the pool admits no positive or no negative; `reject_reason` tells beforehand.
     """
-    chosen = _positive(pool, positive, rng)
+    chosen = _positive(pool, _policy(pool, positive), rng)
     barred = np.append(pool.keys[pool.is_gold], pool.keys[chosen])
     distinct = np.sort(np.unique(pool.keys, return_index=True)[1])
     eligible = distinct[~np.isin(pool.keys[distinct], barred)]

@@ -37,7 +37,7 @@ from llmr_ray.training import checkpoint
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
 
-GROUP_VERSION = 1
+GROUP_VERSION = 2
 TRAIN_VERSION = 2
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600

@@ -91,7 +91,10 @@ def test_every_eligible_document_is_drawn_equally_often():
         (REWARDED, {"min_reward": 0.9}, None),
         (REWARDED, {"min_margin": 1.9}, "below_min_margin"),
         (pool([1, 2], gold=[0], rewards=[1, 1]), {}, "below_min_margin"),
-        (pool([1, 2], rewards=[1, 2]), {}, "no_gold_document"),
+        (pool([1, 2]), {}, "no_gold_document"),
+        (pool([1, 2], rewards=[1, 2]), {}, None),
+        (pool([1, 2], rewards=[1, 2]), {"positive": "random"}, None),
+        (pool([1, 1], rewards=[1, 2]), {}, "no_negative"),
         (pool([1, 2], rewards=[1, 2]), {"positive": "teacher"}, None),
         (pool([1, 1], rewards=[1, 2]), {"positive": "teacher"}, "no_negative"),
         (pool([1, 2], gold=[0, 1]), {}, "no_negative"),
@@ -110,6 +113,13 @@ def test_reject_reasons(of, changes, reason):
     elif reason.startswith("no_"):
         with pytest.raises(DataError):
             draw(of, positive=settings["positive"])
+
+
+@pytest.mark.parametrize("positive", ["first", "random", "teacher_gold"])
+def test_without_labels_the_llm_chooses_the_positive(positive):
+    """Users with answers but no labelled passages would train on nothing, although the LLM told which ones help."""
+    unlabelled = pool([1, 2, 3, 4], rewards=[0, 1, 3, 2])
+    assert {int(draw(unlabelled, size=3, positive=positive, seed=seed)[0]) for seed in range(5)} == {2}
 
 
 def test_rewards_are_asked_for_by_name():
