@@ -82,6 +82,7 @@ class EngineSettings:
     kv_cache_gb: float
     max_batched_tokens: int
     max_sequences: int
+    scoring: str = "auto"
     endpoint: str = ""
     endpoint_model: str = ""
 
@@ -97,6 +98,7 @@ class EngineSettings:
             kv_cache_gb=config.runtime.llm_kv_cache_gb,
             max_batched_tokens=config.runtime.llm_max_batched_tokens,
             max_sequences=config.runtime.llm_max_sequences,
+            scoring=config.runtime.llm_scoring,
             endpoint=config.llm.endpoint,
             endpoint_model=config.llm.endpoint_model,
         )
@@ -156,7 +158,7 @@ def open_engine(settings: EngineSettings) -> Engine:
         from llmr_ray.feedback.engine_hf import TransformersEngine
 
         return TransformersEngine(settings, tokenizer)
-    from llmr_ray.feedback.engine_routed import RoutedEngine
+    from llmr_ray.feedback.engine_routed import TREE, RoutedEngine
     from llmr_ray.feedback.engine_tree import TreeScorer
 
     def open_vllm() -> Engine:
@@ -164,4 +166,10 @@ def open_engine(settings: EngineSettings) -> Engine:
 
         return VllmEngine(settings, tokenizer)
 
-    return RoutedEngine(tokenizer, settings.max_model_tokens, open_vllm, lambda: TreeScorer(settings))
+    return RoutedEngine(
+        tokenizer,
+        settings.max_model_tokens,
+        open_vllm,
+        lambda: TreeScorer(settings),
+        must_take_tree=settings.scoring == TREE,
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from llmr_ray import cluster
 from llmr_ray.artifacts import canonical_json, write_atomic
@@ -54,21 +54,17 @@ class EngineActor:
         return self.client.compute(chunk)
 
     def time_routes(self, chunks: Sequence[Chunk]) -> dict[str, float]:
-        """Tokens that had to be computed, per second, by route; nothing is stored. A route that fails is left out."""
+        """Tokens that had to be computed, per second, by route; nothing is stored."""
         speeds = {}
         for route in ROUTES:
             self._take(route)
-            try:
-                compute_chunk(self.engine, self.client.scorer_id, chunks[0], chunks[0].wanted)
-                started = time.perf_counter()
-                tokens = sum(
-                    answer.num_least_tokens
-                    for chunk in chunks
-                    for answer in compute_chunk(self.engine, self.client.scorer_id, chunk, chunk.wanted)
-                )
-            except LlmrError as error:
-                log.warning("the route %s cannot score this model: %s", route, error)
-                continue
+            compute_chunk(self.engine, self.client.scorer_id, chunks[0], chunks[0].wanted)
+            started = time.perf_counter()
+            tokens = sum(
+                answer.num_least_tokens
+                for chunk in chunks
+                for answer in compute_chunk(self.engine, self.client.scorer_id, chunk, chunk.wanted)
+            )
             speeds[route] = tokens / (time.perf_counter() - started)
         return speeds
 
@@ -212,7 +208,12 @@ class RayClient(StoreClient):
                 return TREE
             # Evenly over the work: sorted by prompt, neighbours are of one task.
             probe = [to_score[(2 * n + 1) * len(to_score) // (2 * PROBE_CHUNKS)] for n in range(PROBE_CHUNKS)]
-            speeds = ray.get(self._actors[0].time_routes.remote(probe))
+            try:
+                speeds = ray.get(self._actors[0].time_routes.remote(probe), timeout=self.runtime.stall_timeout_s)
+            except (RayActorError, GetTimeoutError) as error:
+                log.warning("the routes of scoring could not be compared: %s", str(error).splitlines()[0])
+                self._replace(0)
+                return TREE
             routes[work] = max(speeds, key=lambda route: speeds[route])
             write_atomic(path, canonical_json(routes).encode())
             measured = ", ".join(f"{route} {speed:,.0f}" for route, speed in speeds.items())

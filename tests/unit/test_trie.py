@@ -19,6 +19,7 @@ from transformers import (
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback import engine_tree, tree_attention
 from llmr_ray.feedback.engine import EngineSettings
+from llmr_ray.feedback.engine_routed import RoutedEngine
 from llmr_ray.feedback.engine_tree import TreeScorer
 from llmr_ray.feedback.trie import ancestors, build_tree, packs, trie_min
 
@@ -154,3 +155,23 @@ def test_a_model_the_tree_does_not_cover_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tree_attention, "layout", blind)
     with pytest.raises(ConfigError, match="other log-probabilities"):
         TreeScorer(settings(tmp_path / "llama"))
+
+
+class FixedEngine:
+    """Answers every pair alike."""
+
+    def likelihood(self, pairs):
+        return ["engine"] * len(pairs)
+
+
+def open_failing():
+    raise ConfigError("not covered.")
+
+
+def test_a_model_the_tree_does_not_cover_is_scored_by_the_engine_unless_the_tree_is_demanded():
+    """`auto` that ends in an error would make users learn a setting for nothing; a demand that is ignored lies."""
+    engine = RoutedEngine(None, 10, FixedEngine, open_failing)
+    assert engine.likelihood([1, 2]) == ["engine"] * 2
+    assert engine.likelihood([1]) == ["engine"]
+    with pytest.raises(ConfigError, match="not covered"):
+        RoutedEngine(None, 10, FixedEngine, open_failing, must_take_tree=True).likelihood([1])
