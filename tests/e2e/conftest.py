@@ -37,14 +37,17 @@ class Runner:
         log = (self.folder / "killed.log").open("w")
         driver = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment())
         family = psutil.Process(driver.pid)
-        deadline = time.monotonic() + 600
-        while not when(self):
-            assert driver.poll() is None, (self.folder / "killed.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        children = family.children(recursive=True)
-        victim(family).send_signal(signal.SIGKILL)
-        code = driver.wait(timeout=900)
+        try:
+            deadline = time.monotonic() + 900
+            while not when(self):
+                assert driver.poll() is None, (self.folder / "killed.log").read_text()
+                assert time.monotonic() < deadline, (self.folder / "killed.log").read_text()
+                time.sleep(0.2)
+            children = family.children(recursive=True)
+            victim(family).send_signal(signal.SIGKILL)
+            code = driver.wait(timeout=900)
+        finally:
+            driver.kill()
         # A killed driver leaves its Ray behind, which ends by itself; the next run must not meet it half dead.
         psutil.wait_procs(children, timeout=60)
         return code
