@@ -122,6 +122,10 @@ class TaskScore:
     """rank only."""
     normalization: str = "mean"
     """mean (per token) or sum: the likelihood by which outputs are compared."""
+    over_options: bool = False
+    """likelihood only, and only where a query has options: the score is the log of the gold option's share, softmax
+    over the options' likelihoods (UPRISE normalises losses so). Without it a candidate that makes every option likelier
+    counts as good."""
 
 
 @dataclass(frozen=True, kw_only=True)

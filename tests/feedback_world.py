@@ -31,10 +31,10 @@ def make_artifact(root, stage, tables):
     return artifact
 
 
-def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea")):
+def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea"), **fields):
     """(prepare, candidates): each query of `task` has every passage as candidate; one more query is a tool's."""
     queries = [
-        {"query_id": f"q{n}", "task": task, "query": f"what is number {n}?", "targets": list(targets)}
+        {"query_id": f"q{n}", "task": task, "query": f"what is number {n}?", "targets": list(targets), **fields}
         for n in range(num_queries)
     ] + [{"query_id": "t0", "task": "tool", "query": "add two numbers", "targets": []}]
     for query in queries:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmr_ray.artifacts import Counts
 from llmr_ray.errors import DataError
 
@@ -26,6 +28,15 @@ def likelihood(token_logprobs: Sequence[float], normalization: str) -> float:
         raise DataError("an output without tokens has no likelihood.")
     total = float(sum(token_logprobs))
     return total if normalization == "sum" else total / len(token_logprobs)
+
+
+def share_of(gold: float, others: Sequence[float]) -> float:
+    """The log of the gold option's share: its likelihood minus the log-sum-exp over all options' likelihoods.
+
+    Raw likelihood also rewards a candidate under which every option is likelier; the choice depends on the share alone.
+    UPRISE normalises its losses over options in the same spirit (methods.md B).
+    """
+    return float(gold - np.logaddexp.reduce([gold, *others]))
 
 
 def distinct_draws(samples: Sequence[str], target: str) -> Draws:

@@ -15,7 +15,7 @@ from llmr_ray.artifacts import Counts, canonical_json, seed_of
 from llmr_ray.config import TaskScore
 from llmr_ray.feedback import prompts
 from llmr_ray.feedback.requests import LLMRequest, LLMResult
-from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward
+from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward, share_of
 
 Row = Mapping[str, Any]
 
@@ -97,7 +97,7 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
         draws = _draws(job, document, samples)
         if document is None and isinstance(draws, str):
             continue
-        texts = () if isinstance(draws, str) else draws.texts
+        texts = _other_options(job) if isinstance(draws, str) else (*draws.texts, *_other_options(job))
         requests.append(
             LLMRequest(
                 request_id=_request_id("score", job, document),
@@ -188,7 +188,17 @@ def _likelihood_row(job: Job, result: LLMResult | None) -> dict[str, Any]:
         return {"kind": "likelihood", "error": NO_TARGET}
     if result.error is not None:
         return {"kind": "likelihood", "error": result.error}
-    return {"kind": "likelihood", "llm_score": likelihood(result.token_logprobs[0], job.settings.normalization)}
+    scored = result.token_logprobs[: 1 + len(_other_options(job))]
+    gold, *others = (likelihood(logprobs, job.settings.normalization) for logprobs in scored)
+    return {"kind": "likelihood", "llm_score": share_of(gold, others) if others else gold}
+
+
+def _other_options(job: Job) -> tuple[str, ...]:
+    """The options that are not the desired output, where the score is taken over them."""
+    settings, options, gold = job.settings, job.query.get("options"), job.query.get("gold_option")
+    if settings.feedback != "likelihood" or not settings.over_options or not options or gold is None:
+        return ()
+    return tuple(option for number, option in enumerate(options) if number != gold)
 
 
 def _rank_row(

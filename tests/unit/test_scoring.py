@@ -1,6 +1,7 @@
 """The stages score and reward on a tiny LLM in this process, against a naive walk over every pair."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -106,6 +107,21 @@ def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
     table = rewards.read("rewards")
     assert table["reward"].to_pylist() == artifact.read("llm_scores")["llm_score"].to_pylist()
     assert set(table["reward_source"].to_pylist()) == {"llm"}
+
+
+def test_score_over_options_is_the_log_of_the_gold_share(tmp_path, llm):
+    """A demonstration that makes every option likelier would be rewarded although the choice stays the same."""
+    options = ["Paris", "the sea", "old town"]
+    config = make_config(tmp_path, queries_task="icl", score=TaskScore(feedback="likelihood", over_options=True))
+    prepare, candidates = make_world(tmp_path, task="icl", targets=("the sea",), options=options, gold_option=1)
+    client = make_client(config, llm, tmp_path)
+    rows = scored(config, client, llm, prepare, candidates).read("llm_scores").to_pylist()
+    assert len(rows) == 12
+    for row in rows:
+        prompt = f"{PASSAGES[int(row['doc_id'][1:])]}\nwhat is number {row['query_id'][1:]}?\n"
+        likelihoods = [mean_likelihood(client.engine, prompt, option) for option in options]
+        expected = likelihoods[1] - math.log(sum(math.exp(value) for value in likelihoods))
+        assert row["llm_score"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("feedback", ["rank", "likelihood"])
