@@ -140,7 +140,7 @@ class SleepyActor(pool.EngineActor):
 def test_an_engine_that_hangs_is_replaced(local_ray, tmp_path, llm, monkeypatch):
     """A driver bug that freezes one GPU must cost its chunk and a time-out, not the night."""
     monkeypatch.setattr(pool, "EngineActor", SleepyActor)
-    client = RayClient(make_config(tmp_path, stall_timeout_s=20), llm)
+    client = RayClient(make_config(tmp_path, stall_timeout_s=45), llm)
     results = client.answer([question(request_id=str(n), seed=n) for n in range(3)], label="test")
     client.close()
     assert [result.error for result in results] == [None] * 3
