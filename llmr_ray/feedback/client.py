@@ -15,7 +15,7 @@ import numpy as np
 
 from llmr_ray.errors import DataError, LlmrError, ResourceError
 from llmr_ray.feedback.chunks import Chunk, plan_chunks
-from llmr_ray.feedback.engine import Engine, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import Engine, Sampling
 from llmr_ray.feedback.fitting import FitError, Fitted, fit_prompt, fit_targets
 from llmr_ray.feedback.progress import AnswerProgress
 from llmr_ray.feedback.requests import LLMRequest, LLMResult
@@ -182,13 +182,13 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
     pairs = [(fitted.prompt_ids, fitted.target_ids) for fitted in to_score.values()]
     prompts = [(job.prompt_ids, _UNFED) for job in jobs]
     least = _least(engine, prompts + pairs, chunk.before)
-    for (key, (fitted, _)), sampled in zip(to_sample.items(), _sample(engine, jobs), strict=True):
+    for (key, (fitted, _)), sampled in zip(to_sample.items(), _ask(engine, engine.sample, jobs), strict=True):
         if isinstance(sampled, str):
             answers[key] = Answer(key=key, error=sampled)
         else:
             least += sampled.num_output_tokens
             answers[key] = _answer(key, fitted, sampled.num_computed_tokens, texts=sampled.texts)
-    for (key, fitted), scored in zip(to_score.items(), _score(engine, pairs), strict=True):
+    for (key, fitted), scored in zip(to_score.items(), _ask(engine, engine.likelihood, pairs), strict=True):
         if isinstance(scored, str):
             answers[key] = Answer(key=key, error=scored)
             continue
@@ -218,45 +218,30 @@ def _least(engine: Engine, pairs: Sequence[Pair], before: LLMRequest | None) -> 
     return trie_min([*pairs, (prompt, _UNFED)]) - len(prompt)
 
 
-def _sample(engine: Engine, jobs: Sequence[Sampling]) -> list[Sampled | str]:
-    """Outputs; for a job the engine fails on, why. Fails with the engine's error when every job fails."""
-    if not jobs:
+def _ask(engine: Engine, ask: Callable[[Sequence[Ask]], Sequence[Got]], items: Sequence[Ask]) -> list[Got | str]:
+    """What the engine gives for each item; for one it fails on, why: a row must not cost its neighbours.
+
+    Fails with the engine's error when every item fails.
+    """
+    if not items:
         return []
     engine.begin()
     try:
-        return [*engine.sample(jobs)]
+        return [*ask(items)]
     except LlmrError:
         raise
     except Exception as error:
-        return _one_by_one(engine, lambda job: engine.sample([job])[0], jobs, error)
-
-
-def _score(engine: Engine, pairs: Sequence[Pair]) -> list[Scored | str]:
-    """Log-probabilities; for a pair the engine fails on, why. Fails with the engine's error when every pair fails."""
-    if not pairs:
-        return []
-    engine.begin()
-    try:
-        return [*engine.likelihood(pairs)]
-    except LlmrError:
-        raise
-    except Exception as error:
-        return _one_by_one(engine, lambda pair: engine.likelihood([pair])[0], pairs, error)
-
-
-def _one_by_one(engine: Engine, ask: Callable[[Ask], Got], items: Sequence[Ask], error: Exception) -> list[Got | str]:
-    """One row that an engine cannot digest must not cost its neighbours."""
-    log.warning("the engine failed on %d rows at once (%r); asking them one by one", len(items), error)
-    results: list[Got | str] = []
-    for item in items:
-        engine.begin()
-        try:
-            results.append(ask(item))
-        except Exception as own:
-            results.append(f"the engine failed on this row: {own!r}")
-    if all(isinstance(result, str) for result in results):
-        raise error
-    return results
+        log.warning("the engine failed on %d rows at once (%r); asking them one by one", len(items), error)
+        results: list[Got | str] = []
+        for item in items:
+            engine.begin()
+            try:
+                results += ask([item])
+            except Exception as own:
+                results.append(f"the engine failed on this row: {own!r}")
+        if all(isinstance(result, str) for result in results):
+            raise
+        return results
 
 
 def _answer(

@@ -12,6 +12,23 @@ from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
 from llmr_ray.feedback.trie import Ids
 
 
+def load_model(settings: EngineSettings) -> tuple[Any, torch.device]:
+    """The model in evaluation mode, on the GPU where there is one; sets the threads of this process."""
+    torch.set_num_threads(settings.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, device_map=device)
+    return model.eval(), device
+
+
+@torch.inference_mode()
+def plain_logprobs(model: Any, prompt_ids: Ids, target_ids: Ids) -> torch.Tensor:
+    """float32 [L]: of each target token after what precedes it, in a forward pass of its own (row i predicts i + 1)."""
+    ids_L = torch.tensor([*prompt_ids, *target_ids], device=model.device)
+    logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+    return logits_LV.log_softmax(-1).gather(1, ids_L[len(prompt_ids) :, None])[:, 0]
+
+
 class TransformersEngine:
     """Scores one pair per forward pass; nothing is shared or batched between pairs.
 
@@ -21,30 +38,24 @@ class TransformersEngine:
     """
 
     def __init__(self, settings: EngineSettings, tokenizer: Any) -> None:
-        torch.set_num_threads(settings.num_threads)
         self.tokenizer = tokenizer
         self.max_model_tokens = settings.max_model_tokens
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.path, dtype=dtype, device_map=self.device
-        ).eval()
+        self.model, self.device = load_model(settings)
         end = self.model.generation_config.eos_token_id
         self.end_ids = frozenset([] if end is None else end if isinstance(end, list) else [end])
 
     def begin(self) -> None:
         """Nothing is kept between calls."""
 
-    @torch.inference_mode()
     def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
-        """As in Engine: row i of the logits predicts token i + 1."""
-        results = []
-        for prompt_ids, target_ids in pairs:
-            ids_L = torch.tensor([*prompt_ids, *target_ids], device=self.device)
-            logits_LV = self.model(input_ids=ids_L[None]).logits[0, len(prompt_ids) - 1 : -1].float()
-            picked_L = logits_LV.log_softmax(-1).gather(1, ids_L[len(prompt_ids) :, None])[:, 0]
-            results.append(Scored(logprobs=tuple(picked_L.tolist()), num_computed_tokens=len(ids_L)))
-        return results
+        """As in Engine."""
+        return [
+            Scored(
+                logprobs=tuple(plain_logprobs(self.model, prompt_ids, target_ids).tolist()),
+                num_computed_tokens=len(prompt_ids) + len(target_ids),
+            )
+            for prompt_ids, target_ids in pairs
+        ]
 
     def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
         """As in Engine: token by token, by inverting the cumulative distribution at a seeded uniform draw."""

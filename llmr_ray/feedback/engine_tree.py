@@ -7,15 +7,14 @@ interface; each model is checked against its own plain forward pass when it is o
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback import tree_attention
 from llmr_ray.feedback.engine import EngineSettings, Scored
+from llmr_ray.feedback.engine_hf import load_model, plain_logprobs
 from llmr_ray.feedback.trie import Ids, Pair, TokenTree, build_tree, packs
 
 LOGIT_ROWS = 256
@@ -37,15 +36,10 @@ class TreeScorer:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        torch.set_num_threads(settings.num_threads)
         self.max_tokens = settings.max_batched_tokens
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.path, dtype=dtype, device_map=self.device
-        ).eval()
+        self.model, self.device = load_model(settings)
         self.softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        self._verify(settings.path, dtype)
+        self._verify(settings.path)
 
     def likelihood(self, pairs: Sequence[Pair]) -> list[Scored]:
         """As in Engine. A tree's tokens are charged to its first pair, so that their sum is what was computed."""
@@ -72,31 +66,27 @@ class TreeScorer:
         # A token where branches part predicts several ids, but its logits are the same.
         nodes, row_P = np.unique(tree.predict_node_P, return_inverse=True)
         by_row = np.argsort(row_P, kind="stable")
+        ordered_P = row_P[by_row]
         logprobs_P = np.empty(len(row_P), np.float32)
         for start in range(0, len(nodes), LOGIT_ROWS):
             rows = torch.from_numpy(nodes[start : start + LOGIT_ROWS]).to(self.device)
             logits_RV = head(hidden_TD[rows]).float()
             if self.softcap is not None:
                 logits_RV = torch.tanh(logits_RV / self.softcap) * self.softcap
-            low, high = np.searchsorted(row_P[by_row], [start, start + LOGIT_ROWS])
+            low, high = np.searchsorted(ordered_P, [start, start + LOGIT_ROWS])
             mine = by_row[low:high]
             row = torch.from_numpy(row_P[mine] - start).to(self.device)
             chosen = logits_RV[row, torch.from_numpy(tree.predict_id_P[mine]).to(self.device)]
             logprobs_P[mine] = (chosen - logits_RV.logsumexp(-1)[row]).cpu().numpy()
         return logprobs_P
 
-    @torch.inference_mode()
-    def _verify(self, path: str, dtype: torch.dtype) -> None:
+    def _verify(self, path: str) -> None:
         """Compares a tree of three branches with plain forward passes, then leaves the model set to trees."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
         ids = np.random.default_rng(0).integers(0, vocabulary, 200).tolist()
         stem: Ids = tuple(ids[:150])
         pairs = [(stem, tuple(ids[150:160])), (stem, tuple(ids[160:170])), (stem[:70], tuple(ids[170:200]))]
-        expected = []
-        for prompt, target in pairs:
-            ids_L = torch.tensor([*prompt, *target], device=self.device)
-            logits_LV = self.model(input_ids=ids_L[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            expected.append(logits_LV.log_softmax(-1).gather(1, ids_L[len(prompt) :, None])[:, 0].cpu().numpy())
+        expected = [plain_logprobs(self.model, prompt, target).cpu().numpy() for prompt, target in pairs]
         self.model.set_attn_implementation(tree_attention.NAME)
         try:
             got = self.likelihood(pairs)
@@ -106,7 +96,7 @@ class TreeScorer:
             ) from error
         differences = [np.abs(scored.logprobs - plain) for scored, plain in zip(got, expected, strict=True)]
         mean = float(np.concatenate(differences).mean())
-        if not mean <= TOLERANCE[dtype]:
+        if not mean <= TOLERANCE[self.model.dtype]:
             raise ConfigError(
                 f"the model in {path} gives other log-probabilities on token trees than in a plain forward pass "
                 f"(mean difference {mean:.2g}), so its attention is of a kind the tree does not cover. Set "

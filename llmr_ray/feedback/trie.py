@@ -40,16 +40,13 @@ class TokenTree:
 
 def build_tree(pairs: Sequence[Pair]) -> TokenTree:
     """The tree of some pairs, which may repeat."""
-    order = sorted(range(len(pairs)), key=lambda number: _fed(pairs[number]))
     tokens: list[np.ndarray] = []
     starts: list[int] = []
     nodes_of: list[np.ndarray] = [np.zeros(0, np.int64)] * len(pairs)
     size = 0
-    previous = path = np.zeros(0, np.int64)
+    path = np.zeros(0, np.int64)
     end = np.zeros(sum(len(prompt) + len(target) - 1 for prompt, target in pairs), np.int64)
-    for number in order:
-        sequence = np.asarray(_fed(pairs[number]), np.int64)
-        shared = _common(previous, sequence)
+    for number, sequence, shared in _walk(pairs):
         end[path[shared:]] = size
         new = len(sequence) - shared
         tokens.append(sequence[shared:])
@@ -57,7 +54,6 @@ def build_tree(pairs: Sequence[Pair]) -> TokenTree:
         path = np.concatenate([path[:shared], np.arange(size, size + new)])
         size += new
         nodes_of[number] = path[len(pairs[number][0]) - 1 :]
-        previous = sequence
     end[path] = size
     positions = [np.arange(start, start + len(new)) for start, new in zip(starts, tokens, strict=True)]
     return TokenTree(
@@ -72,12 +68,7 @@ def build_tree(pairs: Sequence[Pair]) -> TokenTree:
 
 def trie_min(pairs: Sequence[Pair]) -> int:
     """The fewest tokens that an engine can compute for the pairs: the nodes of their tree, without building it."""
-    total = 0
-    previous: Ids = ()
-    for sequence in sorted(map(_fed, pairs)):
-        total += len(sequence) - _common(np.asarray(previous), np.asarray(sequence))
-        previous = sequence
-    return total
+    return sum(len(sequence) - shared for _, sequence, shared in _walk(pairs))
 
 
 def packs(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[int]]:
@@ -87,16 +78,13 @@ def packs(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[int]]:
     """
     pack: list[int] = []
     size = 0
-    previous: Ids = ()
-    for number in sorted(range(len(pairs)), key=lambda number: (_fed(pairs[number]), number)):
-        sequence = _fed(pairs[number])
-        new = len(sequence) - (_common(np.asarray(previous), np.asarray(sequence)) if pack else 0)
+    for number, sequence, shared in _walk(pairs):
+        new = len(sequence) - shared
         if pack and size + new > max_tokens:
             yield pack
             pack, size, new = [], 0, len(sequence)
         pack.append(number)
         size += new
-        previous = sequence
     if pack:
         yield pack
 
@@ -104,6 +92,15 @@ def packs(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[int]]:
 def ancestors(tree: TokenTree, node: int) -> np.ndarray:
     """The tokens before `node` that it sees, in order: its path from the root, itself left out."""
     return np.flatnonzero(tree.end_T[:node] > node)
+
+
+def _walk(pairs: Sequence[Pair]) -> Iterator[tuple[int, np.ndarray, int]]:
+    """The pairs in the order of the tree: number, tokens fed, and how many of these the one before begins with too."""
+    previous = np.zeros(0, np.int64)
+    for number in sorted(range(len(pairs)), key=lambda number: _fed(pairs[number])):
+        sequence = np.asarray(_fed(pairs[number]), np.int64)
+        yield number, sequence, _common(previous, sequence)
+        previous = sequence
 
 
 def _fed(pair: Pair) -> Ids:
