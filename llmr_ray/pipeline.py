@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -141,9 +141,8 @@ class Pipeline:
             return planning.upper_costs(self.config)
         return planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
 
-    def to_pay(self) -> str:
-        """The LLM work that scoring still needs, in words."""
-        costs = self.costs()
+    def in_words(self, costs: Sequence[TaskCost]) -> str:
+        """What `costs` found, in a sentence."""
         if not costs:
             return "LLM feedback: nothing to pay."
         pairs, missing, tokens = (sum(getattr(cost, what) for cost in costs) for what in ("pairs", "missing", "tokens"))
@@ -167,8 +166,9 @@ class Pipeline:
             view.add_row(cost.task, cost.feedback, *numbers)
         self.console.print(view)
         mined = self.by_name["mine"].artifact.is_done
-        self.console.print(self.to_pay())
+        self.console.print(self.in_words(costs))
         runtime = self.config.runtime
+        actors = max(1, runtime.llm_actors)
         if probe:
             if not mined:
                 raise ConfigError(
@@ -176,7 +176,6 @@ class Pipeline:
                 )
             prepare, mine = self.by_name["prepare"].artifact, self.by_name["mine"].artifact
             speed = planning.probe(feedback.score_jobs(self.config, prepare, mine), self.client)
-            actors = max(1, runtime.llm_actors)
             tokens_per_second = speed.tokens / speed.seconds / actors
             self.console.print(
                 f"probe: {speed.pairs:,} pairs, {speed.tokens:,} tokens in {speed.seconds:.1f} s on {actors} actors: "
@@ -184,7 +183,6 @@ class Pipeline:
             )
         if tokens_per_second > 0:
             hours = sum(cost.tokens for cost in costs) / tokens_per_second / 3600
-            actors = max(1, runtime.llm_actors)
             self.console.print(
                 f"at {tokens_per_second:,.0f} tokens/s an actor: {hours / actors:,.2f} hours on {actors} actors, "
                 f"{hours * runtime.llm_gpus:,.2f} GPU hours"
@@ -283,7 +281,7 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
             console.print(configs.to_yaml(config), markup=False)
             for row in pipeline.describe():
                 console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
-            console.print(pipeline.to_pay())
+            console.print(pipeline.in_words(pipeline.costs()))
         else:
             command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
             try:

@@ -1,13 +1,12 @@
 """What feedback will cost, before it is paid: pairs and tokens by task, and the speed on a few of the real pairs."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmr_ray.config import Config, TaskScore
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, feedback_tasks
-from llmr_ray.feedback.scoring import Job, sampling_requests, scoring_requests, to_pay
+from llmr_ray.feedback.scoring import ask_jobs, to_pay
 
 PROBE_PAIRS = 200
 _WARM_UP_PAIRS = 16
@@ -73,25 +72,14 @@ def probe(work: ScoreJobs, client: StoreClient) -> Speed:
     warm = 0
     while warm < len(chosen) - 1 and sum(len(job.documents) for job in chosen[: warm + 1]) < _WARM_UP_PAIRS:
         warm += 1
-    _answer(chosen[:warm], client, "probe warm-up")
+    ask_jobs(client, chosen[:warm], "probe warm-up")
     before, started = client.usage.computed_tokens, time.monotonic()
-    _answer(chosen[warm:], client, "probe")
+    ask_jobs(client, chosen[warm:], "probe")
     return Speed(
         pairs=sum(len(job.documents) for job in chosen[warm:]),
         tokens=client.usage.computed_tokens - before,
         seconds=time.monotonic() - started,
     )
-
-
-def _answer(jobs: Sequence[Job], client: StoreClient, label: str) -> None:
-    sampling = [request for job in jobs for request in sampling_requests(job)]
-    samples = {
-        request.request_id: result
-        for request, result in zip(sampling, client.answer(sampling, label=label) if sampling else [], strict=True)
-    }
-    scoring = [request for job in jobs for request in scoring_requests(job, samples)]
-    if scoring:
-        client.answer(scoring, label=label)
 
 
 def _outputs(settings: TaskScore) -> int:

@@ -5,6 +5,7 @@ together with the desired output; then, per candidate, the same outputs (`shared
 under the prompt with it. So rank feedback takes two rounds of requests: sampling, then scoring.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from llmr_ray.artifacts import Counts, canonical_json, seed_of
 from llmr_ray.config import TaskScore
 from llmr_ray.feedback import prompts
-from llmr_ray.feedback.requests import LLMRequest, LLMResult
+from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward, share_of
 
 Row = Mapping[str, Any]
@@ -108,6 +109,25 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
             )
         )
     return requests
+
+
+Results = dict[str, dict[str, LLMResult]]
+"""Results by query and request id."""
+
+
+def ask_jobs(client: LLMClient, jobs: Sequence[Job], label: str) -> tuple[Results, Results]:
+    """Asks all of both rounds; returns the samples and the scores."""
+    samples = _ask(client, [request for job in jobs for request in sampling_requests(job)], f"{label} samples")
+    asked = [request for job in jobs for request in scoring_requests(job, samples[job.query_id])]
+    return samples, _ask(client, asked, label)
+
+
+def _ask(client: LLMClient, requests: Sequence[LLMRequest], label: str) -> Results:
+    results: Results = defaultdict(dict)
+    if requests:
+        for request, result in zip(requests, client.answer(requests, label=label), strict=True):
+            results[request.unit][request.request_id] = result
+    return results
 
 
 def score_rows(

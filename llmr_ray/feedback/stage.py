@@ -1,8 +1,6 @@
 """The stages score (LLM feedback on candidates) and reward."""
 
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
@@ -10,9 +8,9 @@ from llmr_ray.config import Config, identity
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
-from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
+from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.feedback.rewards import reward_rows
-from llmr_ray.feedback.scoring import sampling_requests, score_rows, scoring_requests
+from llmr_ray.feedback.scoring import ask_jobs, score_rows
 from llmr_ray.schemas import table_of
 
 SCORE_VERSION = 1
@@ -49,9 +47,7 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
     for shard in artifact.pending(work.num_shards):
         label = f"score {shard + 1}/{work.num_shards}"
         jobs = work.of_shard(shard)
-        samples = _ask(client, [request for job in jobs for request in sampling_requests(job)], f"{label} samples")
-        asked = [request for job in jobs for request in scoring_requests(job, samples[job.query_id])]
-        scores = _ask(client, asked, label)
+        samples, scores = ask_jobs(client, jobs, label)
         rows: list[dict[str, object]] = []
         counts = Counts()
         for job in jobs:
@@ -65,15 +61,6 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
 def score_jobs(config: Config, prepare: Artifact, candidates: Artifact) -> ScoreJobs:
     """The pairs to judge, from finished artifacts."""
     return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read("candidates"))
-
-
-def _ask(client: LLMClient, requests: Sequence[LLMRequest], label: str) -> dict[str, dict[str, LLMResult]]:
-    """Results by unit (the query) and request id."""
-    results: dict[str, dict[str, LLMResult]] = defaultdict(dict)
-    if requests:
-        for request, result in zip(requests, client.answer(requests, label=label), strict=True):
-            results[request.unit][request.request_id] = result
-    return results
 
 
 # --- reward ----------------------------------------------------------------------------------------------------------
