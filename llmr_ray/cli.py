@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from llmr_ray.errors import exit_on_user_error
 from llmr_ray.feedback import scores_cli
 
 app = typer.Typer(
@@ -20,11 +21,6 @@ ConfigPath = Annotated[str, typer.Argument(help="A YAML file, for example conf/q
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.num_steps=50.")]
 
 
-@app.callback()
-def _main() -> None:
-    """Keeps `run` a named command while it is the only one."""
-
-
 @app.command()
 def run(
     config: ConfigPath,
@@ -37,7 +33,8 @@ def run(
     """Runs a configuration: what is done is kept, what is missing is made, then the report is written."""
     from llmr_ray.pipeline import run_config
 
-    raise typer.Exit(run_config(config, overrides or [], only=stage, dry_run=dry_run))
+    with exit_on_user_error():
+        run_config(config, overrides or [], only=stage, dry_run=dry_run)
 
 
 @app.command()
@@ -52,7 +49,8 @@ def plan(
     """Prints what the LLM feedback of a configuration will cost: pairs, tokens, hours and GPU hours."""
     from llmr_ray.pipeline import plan_config
 
-    raise typer.Exit(plan_config(config, overrides or [], probe=probe, tokens_per_second=tokens_per_second))
+    with exit_on_user_error():
+        plan_config(config, overrides or [], probe=probe, tokens_per_second=tokens_per_second)
 
 
 @app.command()
@@ -60,7 +58,8 @@ def fetch(config: ConfigPath, overrides: Overrides = None) -> None:
     """Downloads the models and data sets that a configuration names, so that the run itself needs no network."""
     from llmr_ray.pipeline import fetch_assets
 
-    raise typer.Exit(fetch_assets(config, overrides or []))
+    with exit_on_user_error():
+        fetch_assets(config, overrides or [])
 
 
 def run_stage(stage: str | None) -> None:
@@ -70,7 +69,8 @@ def run_stage(stage: str | None) -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"usage: python {sys.argv[0]} CONFIG [key=value ...]")
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    raise SystemExit(run_config(sys.argv[1], sys.argv[2:], only=stage))
+    with exit_on_user_error():
+        run_config(sys.argv[1], sys.argv[2:], only=stage)
 
 
 def main() -> None:

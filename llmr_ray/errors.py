@@ -4,6 +4,10 @@ Every class takes a single message, so that it survives the pickling between Ray
 command line returns (0 ok, 1 failed, 2 usage or config, 3 data, 4 resources, 5 budget reached, 6 locked).
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LlmrError(Exception):
     """Base of all errors that are the user's to solve rather than a defect of this code."""
@@ -39,3 +43,13 @@ class LockedError(LlmrError):
     """Another living process works on the same artifact."""
 
     exit_code = 6
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the process with the error's exit code, printed without its traceback; defects keep theirs."""
+    try:
+        yield
+    except LlmrError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from error

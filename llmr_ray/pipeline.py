@@ -8,8 +8,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, locked, write_atomic
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.data import stage as data
-from llmr_ray.errors import ConfigError, DataError, LlmrError
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.evaluation import report
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import planning
@@ -271,64 +270,40 @@ class Pipeline:
         write_atomic(self.run_dir / "config.resolved.yaml", configs.to_yaml(self.config).encode())
 
 
-def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_run: bool = False) -> int:
-    """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call. Returns the exit code."""
+def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_run: bool = False) -> None:
+    """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call."""
     console = Console(highlight=False, soft_wrap=True)
-    with _user_errors(console) as outcome:
-        config = configs.load(path, overrides)
-        pipeline = Pipeline(config, console)
-        if dry_run:
-            console.print(configs.to_yaml(config), markup=False)
-            for row in pipeline.describe():
-                console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
-            console.print(pipeline.in_words(pipeline.costs()))
-        else:
-            command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
-            try:
-                pipeline.run(command, only)
-            finally:
-                cluster.stop()
-    return outcome.exit_code
-
-
-def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> int:
-    """Prints what a configuration's LLM feedback will cost; returns the exit code."""
-    console = Console(highlight=False, soft_wrap=True)
-    with _user_errors(console) as outcome:
-        pipeline = Pipeline(configs.load(path, overrides), console)
-        try:
-            pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
-        finally:
-            pipeline.client.close()
-            cluster.stop()
-    return outcome.exit_code
-
-
-def fetch_assets(path: str, overrides: list[str]) -> int:
-    """Fetches every model and data set that a configuration names; returns the exit code."""
-    console = Console(highlight=False, soft_wrap=True)
-    with _user_errors(console) as outcome:
-        config = configs.load(path, overrides)
-        for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
-            console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
-    return outcome.exit_code
-
-
-@dataclass
-class _Outcome:
-    exit_code: int = 0
-
-
-@contextmanager
-def _user_errors(console: Console) -> Iterator[_Outcome]:
-    """Prints an error that the user can act on without its traceback; defects keep theirs."""
-    outcome = _Outcome()
+    config = configs.load(path, overrides)
+    pipeline = Pipeline(config, console)
+    if dry_run:
+        console.print(configs.to_yaml(config), markup=False)
+        for row in pipeline.describe():
+            console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
+        console.print(pipeline.in_words(pipeline.costs()))
+        return
+    command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
     try:
-        yield outcome
-    except LlmrError as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        console.print(str(error), markup=False)
-        outcome.exit_code = error.exit_code
+        pipeline.run(command, only)
+    finally:
+        cluster.stop()
+
+
+def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
+    """Prints what a configuration's LLM feedback will cost."""
+    pipeline = Pipeline(configs.load(path, overrides), Console(highlight=False, soft_wrap=True))
+    try:
+        pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
+    finally:
+        pipeline.client.close()
+        cluster.stop()
+
+
+def fetch_assets(path: str, overrides: list[str]) -> None:
+    """Fetches every model and data set that a configuration names."""
+    console = Console(highlight=False, soft_wrap=True)
+    config = configs.load(path, overrides)
+    for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
+        console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
 
 
 def _asset_names(config: Config) -> list[str]:

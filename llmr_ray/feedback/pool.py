@@ -5,8 +5,8 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,15 @@ class _Task:
         return singles
 
 
+@dataclass(kw_only=True)
+class _Work:
+    """One call's chunks: those that wait, and those at work by the actor's slot."""
+
+    route: str
+    queue: "deque[_Task]"
+    running: "dict[ray.ObjectRef, tuple[int, _Task]]" = field(default_factory=dict)
+
+
 class RayClient(StoreClient):
     """Answers with a pool of engine actors, which start when something must be computed and live until `close`.
 
@@ -122,75 +131,87 @@ class RayClient(StoreClient):
     def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
         self.budget.start()
         self._start(min(max(1, self.runtime.llm_actors), len(chunks)))
-        route = self._route(chunks, label)
-        queue = deque(_Task(chunk=chunk) for chunk in chunks)
-        running: dict[ray.ObjectRef, tuple[int, _Task]] = {}
-
-        def feed(slot: int) -> None:
-            if queue and not self.budget.is_reached:
-                task = queue.popleft()
-                running[self._actors[slot].compute.remote(task.chunk, route)] = slot, task
-
-        for slot in [*range(len(self._actors))] * IN_FLIGHT:
-            feed(slot)
+        work = _Work(route=self._route(chunks, label), queue=deque(_Task(chunk=chunk) for chunk in chunks))
+        self._feed(work, range(len(self._actors)))
         last, deaths = time.monotonic(), 0
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        while work.running:
+            done, _ = ray.wait(list(work.running), num_returns=1, timeout=1.0)
             if not done and time.monotonic() - last < self.runtime.stall_timeout_s:
                 continue
             try:
-                if not done:
-                    raise _Stalled(f"gave no answer in {self.runtime.stall_timeout_s:g} s")
-                computed = ray.get(done[0])
+                computed = self._result(done)
             except (RayActorError, _Stalled) as error:
-                if isinstance(error, RayActorError) and error.actor_init_failed:
-                    self.close()
-                    raise ResourceError(f"an LLM actor could not be started: {error}") from error
                 deaths += 1
-                slots = {running[done[0]][0]} if done else {slot for slot, _ in running.values()}
-                lost = [ref for ref, (slot, _) in running.items() if slot in slots]
                 if deaths > MAX_DEATHS or (deaths > 1 and not done):
                     self.close()
-                    raise ResourceError(self._gave_up(deaths, error, len(running), len(queue))) from error
-                reason = str(error).splitlines()[0]
-                log.warning("an LLM actor was lost (%s); starting another, asking %d chunks again", reason, len(lost))
-                suspects = set(slots)
-                for ref in lost:
-                    slot, task = running.pop(ref)
-                    if slot not in suspects:
-                        queue.appendleft(task)
-                        continue
-                    # An actor works in the order of asking, so it died over the first. That one waits till the others
-                    # are answered, lest it takes one actor after the other down.
-                    suspects.remove(slot)
-                    again = task.after_death(self.scorer_id)
-                    queue.extend(again)
-                    if not again:
-                        yield _killed(task)
-                for slot in slots:
-                    self._replace(slot)
-                for slot in [*slots] * IN_FLIGHT:
-                    feed(slot)
-                last = time.monotonic()
-                continue
-            except RayTaskError as error:
-                if isinstance(error.cause, LlmrError):
-                    raise error.cause from None
-                raise
-            last, deaths = time.monotonic(), 0
-            slot, _ = running.pop(done[0])
-            self.budget.tokens += sum(answer.num_computed_tokens for answer in computed)
-            feed(slot)
-            yield computed
-        if queue:
-            raise self.budget.error(len(queue))
+                    raise ResourceError(self._gave_up(deaths, error, work)) from error
+                yield from self._recover(work, done, error)
+            else:
+                deaths = 0
+                slot, _ = work.running.pop(done[0])
+                self.budget.tokens += sum(answer.num_computed_tokens for answer in computed)
+                self._feed(work, [slot], depth=1)
+                yield computed
+            last = time.monotonic()
+        if work.queue:
+            raise self.budget.error(len(work.queue))
 
-    def _gave_up(self, deaths: int, error: Exception, running: int, queued: int) -> str:
+    def _feed(self, work: "_Work", slots: Iterable[int], depth: int = IN_FLIGHT) -> None:
+        """Sends each of the actors up to `depth` chunks more, round by round."""
+        for slot in [*slots] * depth:
+            if work.queue and not self.budget.is_reached:
+                task = work.queue.popleft()
+                work.running[self._actors[slot].compute.remote(task.chunk, work.route)] = slot, task
+
+    def _result(self, done: Sequence[ray.ObjectRef]) -> list[Answer]:
+        """The answers of a chunk that ended; typed errors of the actor are raised as themselves."""
+        if not done:
+            raise _Stalled(f"gave no answer in {self.runtime.stall_timeout_s:g} s")
+        try:
+            return list(ray.get(done[0]))
+        except RayActorError as error:
+            if not error.actor_init_failed:
+                raise
+            self.close()
+            raise ResourceError(f"an LLM actor could not be started: {error}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, LlmrError):
+                raise error.cause from None
+            raise
+
+    def _recover(self, work: "_Work", done: Sequence[ray.ObjectRef], error: Exception) -> Iterator[list[Answer]]:
+        """Replaces the actor that died, or all when none answers, and asks their chunks again.
+
+        Yields:
+            Errors for the requests over which actors died every time.
+        """
+        slots = {work.running[done[0]][0]} if done else {slot for slot, _ in work.running.values()}
+        lost = [ref for ref, (slot, _) in work.running.items() if slot in slots]
+        reason = str(error).splitlines()[0]
+        log.warning("an LLM actor was lost (%s); starting another, asking %d chunks again", reason, len(lost))
+        suspects = set(slots)
+        for ref in lost:
+            slot, task = work.running.pop(ref)
+            if slot not in suspects:
+                work.queue.appendleft(task)
+                continue
+            # An actor works in the order of asking, so it died over the first. That one waits till the others are
+            # answered, lest it takes one actor after the other down.
+            suspects.remove(slot)
+            again = task.after_death(self.scorer_id)
+            work.queue.extend(again)
+            if not again:
+                yield _killed(task)
+        for slot in slots:
+            self._replace(slot)
+        self._feed(work, slots)
+
+    def _gave_up(self, deaths: int, error: Exception, work: "_Work") -> str:
         return (
             f"{deaths} LLM actors in a row died or hung without an answer between; the last one {error}. "
-            f"{running} chunks were at work on {len(self._actors)} actors ({self.settings.engine}, "
-            f"{self.settings.path}), {queued} more queued. Either the engine cannot run here (memory, GPU), or it is "
-            "slower than runtime.stall_timeout_s: then raise that. What was answered is kept."
+            f"{len(work.running)} chunks were at work on {len(self._actors)} actors ({self.settings.engine}, "
+            f"{self.settings.path}), {len(work.queue)} more queued. Either the engine cannot run here (memory, GPU), "
+            "or it is slower than runtime.stall_timeout_s: then raise that. What was answered is kept."
         )
 
     def _route(self, chunks: Sequence[Chunk], label: str) -> str:

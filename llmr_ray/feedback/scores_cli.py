@@ -1,15 +1,14 @@
 """The command `llmr scores`: what the LLM was paid for, looked at, compared, tidied and taken elsewhere."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmr_ray.errors import LlmrError
+from llmr_ray.errors import exit_on_user_error
 
 app = typer.Typer(help="The store of LLM answers: what it holds, and keeping it in shape.", no_args_is_help=True)
 
@@ -26,7 +25,7 @@ def stats(store: Store, scorer: Scorer = None, as_json: AsJSON = False) -> None:
     A key is one likelihood target, or one question to sample texts from. Prompt tokens are summed over keys, so a
     prompt counts once for each of its targets. Duplicate rows are answers that a later one replaced.
     """
-    with _user_errors():
+    with exit_on_user_error():
         from llmr_ray.feedback.inspection import scorer_folders, store_stats
 
         folders = scorer_folders(store, scorer)
@@ -46,7 +45,7 @@ def diff(
     hashes the scorer id, which names model, engine, dtype and token limit, so two kinds of engine share no key. The
     folders of one scorer each are compared whatever they are called, so that a renamed copy can be checked.
     """
-    with _user_errors():
+    with exit_on_user_error():
         from llmr_ray.feedback.inspection import diff_stores, pair_scorers
 
         pairs = pair_scorers(store_a, store_b, scorer)
@@ -59,7 +58,7 @@ def compact(store: Store, scorer: Scorer = None, as_json: AsJSON = False) -> Non
 
     It may be killed at any time and run beside jobs that read and write the store, but not twice at once.
     """
-    with _user_errors():
+    with exit_on_user_error():
         from llmr_ray.feedback.compaction import compact as compact_folder
         from llmr_ray.feedback.inspection import scorer_folders
 
@@ -75,22 +74,12 @@ def export(
     as_json: AsJSON = False,
 ) -> None:
     """Writes all answers into one Parquet file, sorted by key: scorer, key and what was answered."""
-    with _user_errors():
+    with exit_on_user_error():
         from llmr_ray.feedback.export import export_answers
         from llmr_ray.feedback.inspection import scorer_folders
 
         rows = export_answers(scorer_folders(store, scorer), out)
         _show({str(out): {"answers": rows, "bytes": out.stat().st_size}}, as_json)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Prints an error that the user can act on without its traceback; defects keep theirs."""
-    try:
-        yield
-    except LlmrError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 def _show(records: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
