@@ -88,6 +88,9 @@ class LLMConfig:
     """Prompt and output together. Longer prompts lose candidate text first, never the desired output."""
     max_candidate_tokens: int = 512
     """A candidate is cut to this many LLM tokens before it enters a prompt (methods.md A.4.2)."""
+    chat_template: bool = False
+    """Ask in the model's own chat template: the prompt is the user's turn, the output the assistant's. Running text
+    (lrlm) is continued without it. Off as in LLM-Embedder's code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ put in front differs, or the comparison would be void.
 from collections.abc import Sequence
 
 from llmr_ray.evaluation.protocols import Judgement, Row, behind, mean_logprob
-from llmr_ray.feedback.prompts import candidate_text, feedback_segments, target_text
+from llmr_ray.feedback.prompts import candidate_text, continues_text, feedback_segments, target_text
 from llmr_ray.feedback.requests import LLMRequest, LLMResult, Segment
 
 
@@ -64,4 +64,10 @@ def _in_text_order(documents: Sequence[Row]) -> list[tuple[int, Row]]:
 
 def _scored(request_id: str, query: Row, segments: Sequence[Segment]) -> LLMRequest:
     target = target_text(query["task"], query["targets"][0])
-    return LLMRequest(request_id=request_id, unit=query["query_id"], segments=tuple(segments), targets=(target,))
+    return LLMRequest(
+        request_id=request_id,
+        unit=query["query_id"],
+        segments=tuple(segments),
+        targets=(target,),
+        continues_text=continues_text(query["task"]),
+    )

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from llmr_ray.errors import DataError, LlmrError, ResourceError
+from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk, plan_chunks
 from llmr_ray.feedback.engine import Engine, Sampling
 from llmr_ray.feedback.fitting import FitError, Fitted, fit_prompt, fit_targets
@@ -47,11 +48,13 @@ class StoreClient(ABC):
     Args:
         scorer_id: what answers (engine.scorer_id).
         store: the answers of that scorer.
+        template: put around every prompt that is no running text.
     """
 
-    def __init__(self, scorer_id: str, store: LLMStore) -> None:
+    def __init__(self, scorer_id: str, store: LLMStore, template: ChatTemplate | None = None) -> None:
         self.scorer_id = scorer_id
         self.store = store
+        self.template = template
         self.usage = Usage()
 
     @abstractmethod
@@ -60,6 +63,7 @@ class StoreClient(ABC):
 
     def answer(self, requests: Sequence[LLMRequest], *, label: str) -> list[LLMResult]:
         """As in LLMClient. Raises DataError when more than 1% of the requests fail; engine failures pass through."""
+        requests = self._asked(requests)
         keys = self._keys(requests)
         stored = self.store.get([key for of_request in keys for key in of_request])
         answers, fresh = dict(stored), set[bytes]()
@@ -87,11 +91,12 @@ class StoreClient(ABC):
 
     def missing(self, requests: Sequence[LLMRequest]) -> int:
         """As in LLMClient."""
-        return len(self.store.missing(key for of_request in self._keys(requests) for key in of_request))
+        keys = self._keys(self._asked(requests))
+        return len(self.store.missing(key for of_request in keys for key in of_request))
 
     def stored(self, requests: Sequence[LLMRequest]) -> list[LLMResult | None]:
         """The results that need no LLM; None for requests of which anything is missing."""
-        keys = self._keys(requests)
+        keys = self._keys(self._asked(requests))
         found = self.store.get([key for of_request in keys for key in of_request])
         return [
             _result(request, [found[key] for key in of_request], [], cached=True)
@@ -99,6 +104,9 @@ class StoreClient(ABC):
             else None
             for request, of_request in zip(requests, keys, strict=True)
         ]
+
+    def _asked(self, requests: Sequence[LLMRequest]) -> Sequence[LLMRequest]:
+        return self.template.wrap(requests) if self.template else requests
 
     def _keys(self, requests: Sequence[LLMRequest]) -> list[list[bytes]]:
         for request in requests:

@@ -114,6 +114,8 @@ def scorer_id(fingerprint: str, llm: LLMConfig) -> str:
     if llm.engine == "openai":
         # Where it is served may change; what is served may not.
         what.append(llm.endpoint_model)
+    if llm.chat_template:
+        what.append("chat template")
     return f"{llm.engine}-{llm.dtype}-{sha256_text(canonical_json(what))[:16]}"
 
 

@@ -19,6 +19,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.errors import LlmrError, ResourceError
 from llmr_ray.feedback.budget import Budget
+from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk
 from llmr_ray.feedback.client import LocalClient, StoreClient, compute_chunk
 from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
@@ -116,7 +117,8 @@ class RayClient(StoreClient):
 
     def __init__(self, config: Config, llm: Asset) -> None:
         name = scorer_id(llm.fingerprint, config.llm)
-        super().__init__(name, LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name))
+        store = LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name)
+        super().__init__(name, store, ChatTemplate.load(llm.path) if config.llm.chat_template else None)
         self.runtime, self.budget = config.runtime, Budget(config.budget)
         self.settings = EngineSettings.of(config, llm.path)
         self._actors: list[Any] = []

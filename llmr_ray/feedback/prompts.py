@@ -90,5 +90,10 @@ def stop_strings(task: str) -> tuple[str, ...]:
     return _STOP[task]
 
 
+def continues_text(task: str) -> bool:
+    """Whether the desired output goes on in the prompt's own text, so that no chat template fits around the prompt."""
+    return task == "lrlm"
+
+
 def _exact(task: str, text: str) -> str:
     return text if task == "lrlm" else text.strip()

@@ -43,6 +43,8 @@ class LLMRequest:
     """0: greedy, and then num_samples must be 1."""
     seed: int = 0
     stop: tuple[str, ...] = ()
+    continues_text: bool = False
+    """The prompt is running text that goes on in the output, not a question: no chat template is put around it."""
 
 
 @dataclass(frozen=True, kw_only=True)

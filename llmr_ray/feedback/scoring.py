@@ -78,6 +78,7 @@ def sampling_requests(job: Job) -> list[LLMRequest]:
             temperature=job.settings.sample_temperature,
             seed=seed_of(job.seed, "sample", job.query_id, *([] if document is None else [document["doc_id"]])),
             stop=prompts.stop_strings(job.task),
+            continues_text=prompts.continues_text(job.task),
         )
         for document in documents
     ]
@@ -106,6 +107,7 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
                 segments=_segments(job, document),
                 targets=tuple(prompts.target_text(job.task, text) for text in (job.target, *texts)),
                 max_new_tokens=job.settings.max_new_tokens,
+                continues_text=prompts.continues_text(job.task),
             )
         )
     return requests
