@@ -7,7 +7,7 @@ was killed in between, and a kill costs at most the chunk at work.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 from llmr_ray.errors import DataError, LlmrError, ResourceError
 from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk, plan_chunks
-from llmr_ray.feedback.engine import Engine, Sampling
+from llmr_ray.feedback.engine import Engine, Rival, Sampling
 from llmr_ray.feedback.fitting import FitError, Fitted, fit_prompt, fit_targets
 from llmr_ray.feedback.progress import AnswerProgress
 from llmr_ray.feedback.requests import LLMRequest, LLMResult
@@ -164,6 +164,7 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
     """Asks the engine for the `wanted` keys of a chunk, starting from an empty prefix cache. Rows may fail."""
     answers: dict[bytes, Answer] = {}
     to_score: dict[bytes, Fitted] = {}
+    rivals: dict[bytes, Rival] = {}
     to_sample: dict[bytes, tuple[Fitted, Sampling]] = {}
     for request in chunk.requests:
         keys = request_keys(scorer_id, request)
@@ -179,6 +180,7 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
                     answers[key] = Answer(key=key, error=str(fitted))
                 else:
                     to_score[key] = fitted
+            rivals |= _rivals(engine, request, {key: to_score[key] for key in open_keys if key in to_score})
         elif keys[0] in wanted and keys[0] not in to_sample:
             try:
                 fitted = fit_prompt(engine.tokenizer, request, engine.max_model_tokens)
@@ -196,7 +198,9 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
         else:
             least += sampled.num_output_tokens
             answers[key] = _answer(key, fitted, sampled.num_computed_tokens, texts=sampled.texts)
-    for (key, fitted), scored in zip(to_score.items(), _ask(engine, engine.likelihood, pairs), strict=True):
+    contests = [(pair, rivals.get(key)) for key, pair in zip(to_score, pairs, strict=True)]
+    found = _ask(engine, lambda some: engine.likelihood(*zip(*some, strict=True)), contests)
+    for (key, fitted), scored in zip(to_score.items(), found, strict=True):
         if isinstance(scored, str):
             answers[key] = Answer(key=key, error=scored)
             continue
@@ -209,6 +213,17 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
     # What all share cannot be told apart, so the first answer stands for the chunk's lower bound.
     first, *rest = answers.values()
     return [replace(first, num_least_tokens=least), *rest]
+
+
+def _rivals(engine: Engine, request: LLMRequest, wanted: Mapping[bytes, Fitted]) -> dict[bytes, Rival]:
+    """For targets that are only compared with the request's first one: that one. What differs from its key is."""
+    if not request.rank_by or not wanted:
+        return {}
+    [first] = fit_targets(engine.tokenizer, request, request.targets[:1], engine.max_model_tokens)
+    if isinstance(first, FitError):
+        return {}
+    rival = Rival(pair=(first.prompt_ids, first.target_ids), rank_by=request.rank_by)
+    return {key: rival for key, fitted in wanted.items() if fitted != first}
 
 
 _UNFED: Ids = (0,)

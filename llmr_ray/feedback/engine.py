@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llmr_ray.artifacts import canonical_json, sha256_text
 from llmr_ray.config import Config, LLMConfig
 from llmr_ray.errors import ConfigError, ResourceError
-from llmr_ray.feedback.trie import Ids
+from llmr_ray.feedback.trie import Ids, Pair
 
 FITTING_VERSION = 1
 """Raised whenever tokenising, trimming or scoring rules change, so that old answers in the store are not mixed in."""
@@ -25,6 +25,14 @@ class Scored:
 
     logprobs: tuple[float, ...]
     num_computed_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """What a continuation is compared with: another pair, by "mean" or "sum" (LLMRequest.rank_by)."""
+
+    pair: Pair
+    rank_by: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,12 @@ class Engine(Protocol):
         """Forgets what was computed before, so that the next answers do not depend on it."""
         ...
 
-    def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
-        """log P(target token | prompt, earlier target tokens), natural log, for each (prompt ids, target ids)."""
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
+        """log P(target token | prompt, earlier target tokens), natural log, for each (prompt ids, target ids).
+
+        Of a pair with a rival (rivals are by pair, or none at all) it is enough to know whether it is likelier: an
+        engine may read less of it and give 0 for the rest (LLMRequest.rank_by).
+        """
         ...
 
     def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:

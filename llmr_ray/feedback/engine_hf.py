@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
-from llmr_ray.feedback.trie import Ids
+from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
+from llmr_ray.feedback.trie import Ids, Pair
 
 
 def load_model(settings: EngineSettings) -> tuple[Any, torch.device]:
@@ -47,8 +47,8 @@ class TransformersEngine:
     def begin(self) -> None:
         """Nothing is kept between calls."""
 
-    def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
-        """As in Engine."""
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
+        """As in Engine; reads everything."""
         return [
             Scored(
                 logprobs=tuple(plain_logprobs(self.model, prompt_ids, target_ids).tolist()),

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import openai
 
 from llmr_ray.errors import ConfigError, ResourceError
-from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
 from llmr_ray.feedback.trie import Ids, Pair
 
 MAX_RETRIES = 10
@@ -49,7 +49,7 @@ class OpenAIEngine:
     def begin(self) -> None:
         """As in Engine: nothing is kept here; what the endpoint keeps is its own affair."""
 
-    def likelihood(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
         """As in Engine. Tokens are those the endpoint was sent; what it shares between prompts it does not tell."""
         batches = [pairs[start : start + PROMPTS_PER_CALL] for start in range(0, len(pairs), PROMPTS_PER_CALL)]
         return [scored for batch in self._at_once(self._score, batches) for scored in batch]

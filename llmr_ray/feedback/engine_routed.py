@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmr_ray.errors import ConfigError
-from llmr_ray.feedback.engine import Engine, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import Engine, Rival, Sampled, Sampling, Scored
 from llmr_ray.feedback.engine_tree import TreeScorer
 from llmr_ray.feedback.trie import Pair
 
@@ -49,10 +49,10 @@ class RoutedEngine:
         if self._sampler is not None:
             self._sampler.begin()
 
-    def likelihood(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
         """As in Engine, by the chosen route."""
         tree = None if self.route == ENGINE else self._scorer()
-        return self._engine().likelihood(pairs) if tree is None else tree.likelihood(pairs)
+        return self._engine().likelihood(pairs, rivals) if tree is None else tree.likelihood(pairs, rivals)
 
     def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
         """As in Engine."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from llmr_ray.artifacts import seed_of
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored
-from llmr_ray.feedback.trie import Ids
+from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
+from llmr_ray.feedback.trie import Ids, Pair
 
 _CPU_BLOCK = 32
 """The smallest cache block that vLLM's CPU attention takes; its default of 128 would share less."""
@@ -60,8 +60,8 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise DataError("vLLM did not empty its prefix cache: a request is still running. This is a defect.")
 
-    def likelihood(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scored]:
-        """As in Engine. Pairs of one prompt should stand together; equal pairs should be asked once."""
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
+        """As in Engine; reads everything. Pairs of one prompt should stand together, equal ones be asked once."""
         outputs = self._ask(pairs, read_cache=True)
         wasted = [_computed(output) for output in outputs]
         # Valid only if the prompt's last token was computed in this very request (see the module's docstring).

@@ -43,6 +43,10 @@ class LLMRequest:
     """0: greedy, and then num_samples must be 1."""
     seed: int = 0
     stop: tuple[str, ...] = ()
+    rank_by: str = ""
+    """mean or sum: of the targets behind the first it matters only which are likelier than the first by this measure
+    (rewards.likelihood). Then tokens that can change nothing may stay unread; their log-probability is given as 0, the
+    highest there is, so that a likelihood is an upper bound and every comparison comes out the same."""
     continues_text: bool = False
     """The prompt is running text that goes on in the output, not a question: no chat template is put around it."""
 
@@ -51,7 +55,7 @@ class LLMRequest:
 class LLMResult:
     """The answer to one request. With `error` set the rest is empty.
 
-    token_logprobs: for each target, the natural-log probability of each of its tokens.
+    token_logprobs: for each target, the natural-log probability of each of its tokens (see `rank_by`).
     texts: the sampled outputs, without the stop string.
     cached: nothing was computed, all came from the store.
     num_computed_tokens: tokens the LLM really processed for this answer (prompt and output; 0 when cached).

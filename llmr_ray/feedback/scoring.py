@@ -22,6 +22,9 @@ Row = Mapping[str, Any]
 
 _CHARS_PER_TOKEN = 4
 
+LONG_OUTPUT = 16
+"""Sampled outputs of so many tokens are read only until their rank is settled; shorter ones are read at once."""
+
 NO_TARGET = "the query has no desired output"
 
 
@@ -107,6 +110,7 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
                 segments=_segments(job, document),
                 targets=tuple(prompts.target_text(job.task, text) for text in (job.target, *texts)),
                 max_new_tokens=job.settings.max_new_tokens,
+                rank_by=_rank_by(job),
                 continues_text=prompts.continues_text(job.task),
             )
         )
@@ -257,6 +261,12 @@ def _draws(job: Job, document: Row | None, samples: Mapping[str, LLMResult]) -> 
 
 def _segments(job: Job, document: Row | None) -> tuple[Any, ...]:
     return prompts.feedback_segments(job.task, job.query, document, max_candidate_tokens=job.max_candidate_tokens)
+
+
+def _rank_by(job: Job) -> str:
+    """By what outputs are compared, where they are long enough for an engine to save by stopping early."""
+    may_stop = job.settings.feedback == "rank" and job.settings.max_new_tokens >= LONG_OUTPUT
+    return job.settings.normalization if may_stop else ""
 
 
 def _request_id(what: str, job: Job, document: Row | None) -> str:

@@ -58,12 +58,18 @@ class Answer:
 def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
     """The keys of a request: one per target, or one for all its samples.
 
-    `max_new_tokens` belongs to a target's key too, because the prompt leaves room for it (feedback/fitting.py).
+    `max_new_tokens` belongs to a target's key too, because the prompt leaves room for it (feedback/fitting.py). A
+    target that is only compared with the first has another key than the same target read to its end.
     """
     segments = [[item.text, item.trim_order, item.trim_side, item.max_tokens] for item in request.segments]
     prompt = hashlib.sha256(_bytes([scorer_id, segments, request.max_new_tokens])).hexdigest()
     if request.targets:
-        return [hashlib.sha256(_bytes([prompt, "target", target])).digest() for target in request.targets]
+        first = request.targets[0]
+        against = [request.rank_by, first] if request.rank_by else []
+        return [
+            hashlib.sha256(_bytes([prompt, "target", target, *(against if target != first else [])])).digest()
+            for target in request.targets
+        ]
     seed = request.seed if request.temperature > 0 else 0
     what = [prompt, "sample", request.num_samples, request.temperature, seed, list(request.stop)]
     return [hashlib.sha256(_bytes(what)).digest()]

@@ -1,8 +1,9 @@
 """Attention over a token tree, for any transformers decoder: an attention function that the models look up by name.
 
-Tokens are taken in blocks of consecutive rows. What a block sees besides itself are ancestors of its first token,
-because an ancestor outside the block has descendants up to the row itself, the block's first row among them. So a block
-is one dense product with few masked columns, and no T x T matrix exists.
+Tokens are taken in blocks of consecutive rows. Where all of a tree is computed at once, what a block sees besides
+itself are ancestors of its first token, because an ancestor outside the block has descendants up to the row itself, the
+block's first row among them. So a block is one dense product with few masked columns, and no T x T matrix exists. A
+tree may also be computed in parts, each with the keys and values of the parts before it.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from llmr_ray.feedback.trie import TokenTree, ancestors
+from llmr_ray.feedback.trie import TokenTree
 
 NAME = "llmr_tree"
 
@@ -25,14 +26,16 @@ BLOCK_ROWS = 128
 
 @dataclass(kw_only=True)
 class TreeLayout:
-    """What the attention function needs to know about a tree; handed through the model's forward as `tree`.
+    """What the attention function needs to know about the rows it computes; handed through the model's forward as
+    `tree`.
 
-    blocks: (first row, one past the last, rows of the keys, visible [rows, keys] as bool).
-    position_T: depth of each token, for models with a sliding window.
+    blocks: (first row, one past the last, places of the keys, visible [rows, keys] as bool).
+    position_R, position_K: depth of each row and of each key, for models with a sliding window.
     """
 
     blocks: Sequence[tuple[int, int, torch.Tensor, torch.Tensor]]
-    position_T: torch.Tensor
+    position_R: torch.Tensor
+    position_K: torch.Tensor
     _bias: dict[tuple[int | None, torch.dtype], list[torch.Tensor]] = field(default_factory=dict)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -43,25 +46,38 @@ class TreeLayout:
             for start, stop, keys_K, visible_RK in self.blocks:
                 seen = visible_RK
                 if window is not None:
-                    near = self.position_T[start:stop, None] - self.position_T[keys_K][None] < window
+                    near = self.position_R[start:stop, None] - self.position_K[keys_K][None] < window
                     seen = seen & near
                 bias_RK = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
                 self._bias[key].append(bias_RK.masked_fill_(~seen, -math.inf))
         return self._bias[key]
 
 
-def layout(tree: TokenTree, device: torch.device, block_rows: int = BLOCK_ROWS) -> TreeLayout:
-    """Blocks of a tree on a device."""
+def layout(tree: TokenTree, device: torch.device, rows_R: np.ndarray, held_K: np.ndarray) -> TreeLayout:
+    """Blocks of rows of a tree on a device.
+
+    Args:
+        tree: the whole tree.
+        device: where the tensors are put.
+        rows_R: the tokens to compute, ascending; what they see is among these and `held_K`.
+        held_K: the tokens whose keys are there already, in the order of the keys.
+    """
+    keys_K = np.concatenate([held_K, rows_R])
+    end_K = tree.end_T[keys_K]
     blocks = []
-    for start in range(0, len(tree), block_rows):
-        stop = min(len(tree), start + block_rows)
-        keys_K = np.concatenate([ancestors(tree, start), np.arange(start, stop)])
-        rows_R = np.arange(start, stop)[:, None]
-        visible_RK = (keys_K[None] <= rows_R) & (rows_R < tree.end_T[keys_K][None])
+    for start in range(0, len(rows_R), BLOCK_ROWS):
+        block_R = rows_R[start : start + BLOCK_ROWS]
+        # Seen by some row of the block: a row stands between the token and the end of its descendants.
+        seen_K = np.flatnonzero(np.searchsorted(block_R, keys_K) < np.searchsorted(block_R, end_K))
+        visible_RK = (keys_K[seen_K][None] <= block_R[:, None]) & (block_R[:, None] < end_K[seen_K][None])
         blocks.append(
-            (start, stop, torch.from_numpy(keys_K).to(device), torch.from_numpy(visible_RK).to(device)),
+            (start, start + len(block_R), torch.from_numpy(seen_K).to(device), torch.from_numpy(visible_RK).to(device)),
         )
-    return TreeLayout(blocks=blocks, position_T=torch.from_numpy(tree.position_T).to(device))
+    return TreeLayout(
+        blocks=blocks,
+        position_R=torch.from_numpy(tree.position_T[rows_R]).to(device),
+        position_K=torch.from_numpy(tree.position_T[keys_K]).to(device),
+    )
 
 
 def tree_attention(
@@ -77,7 +93,7 @@ def tree_attention(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of transformers' interface. query [1, H, T, D], key and value [1, Hkv, T, D].
+    """The attention function of transformers' interface. query [1, H, R, D], key and value [1, Hkv, K, D].
 
     Raises:
         NotImplementedError: the model caps its scores or has attention sinks, which this function does not compute.

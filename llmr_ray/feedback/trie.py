@@ -37,6 +37,12 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.token_T)
 
+    def paths(self, nodes: np.ndarray) -> np.ndarray:
+        """bool [T]: the tokens on the paths from the roots to some nodes, these included."""
+        marked = np.bincount(nodes, minlength=len(self) + 1)
+        before = np.concatenate([[0], np.cumsum(marked)])
+        return np.asarray(before[self.end_T] > before[: len(self)])
+
 
 def build_tree(pairs: Sequence[Pair]) -> TokenTree:
     """The tree of some pairs, which may repeat."""
@@ -87,11 +93,6 @@ def packs(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[int]]:
         size += new
     if pack:
         yield pack
-
-
-def ancestors(tree: TokenTree, node: int) -> np.ndarray:
-    """The tokens before `node` that it sees, in order: its path from the root, itself left out."""
-    return np.flatnonzero(tree.end_T[:node] > node)
 
 
 def _walk(pairs: Sequence[Pair]) -> Iterator[tuple[int, np.ndarray, int]]:

@@ -222,7 +222,7 @@ class CountingEngine:
     def begin(self):
         self.begun += 1
 
-    def likelihood(self, pairs):
+    def likelihood(self, pairs, rivals=()):
         if len(self.scored) >= self.fail_after:
             raise RuntimeError("the engine broke")
         self.scored += pairs
@@ -289,7 +289,7 @@ def test_answers_are_durable_before_the_call_ends(tmp_path, tokenizer, monkeypat
     seen = []  # what another process would find in the store at each question to the engine
     scored = engine.likelihood
 
-    def spying(pairs):
+    def spying(pairs, rivals):
         seen.append(len(LLMStore(tmp_path)))
         return scored(pairs)
 
@@ -303,7 +303,7 @@ def test_a_row_the_engine_cannot_digest_costs_no_neighbour(tmp_path, tokenizer):
     engine = CountingEngine(tokenizer)
     scored = engine.likelihood
 
-    def choking(pairs):
+    def choking(pairs, rivals):
         if any("Question 3:" in tokenizer.decode(prompt) for prompt, _ in pairs):
             raise FloatingPointError("poison")
         return scored(pairs)
@@ -320,7 +320,7 @@ def test_a_row_the_engine_cannot_digest_costs_no_neighbour(tmp_path, tokenizer):
 def test_garbage_from_the_engine_is_an_error_of_the_row(tmp_path, tokenizer, logprobs):
     """A NaN or a missing token stored as a score would be served to every later run."""
     engine = CountingEngine(tokenizer)
-    engine.likelihood = lambda pairs: [Scored(logprobs=logprobs, num_computed_tokens=1) for _ in pairs]
+    engine.likelihood = lambda pairs, rivals: [Scored(logprobs=logprobs, num_computed_tokens=1) for _ in pairs]
     client = LocalClient("s", LLMStore(tmp_path), engine)
     [result] = client.answer([request("Q:", targets=(" a",))], label="test")
     assert "finite" in result.error

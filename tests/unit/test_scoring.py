@@ -8,8 +8,11 @@ import pytest
 from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset
 from llmr_ray.config import TaskMine, TaskScore
+from llmr_ray.feedback import scoring
 from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
+from llmr_ray.feedback.engine_routed import RoutedEngine
+from llmr_ray.feedback.engine_tree import TreeScorer
 from llmr_ray.feedback.planning import PROBE_PAIRS, costs, probe, upper_costs
 from llmr_ray.feedback.stage import reward_spec, run_reward, run_score, score_jobs, score_spec
 from llmr_ray.feedback.store import LLMStore
@@ -79,6 +82,27 @@ def test_rank_scores_against_a_naive_walk(tmp_path, llm, samples):
         assert row["rank_without"] == rank(alone, drawn[alone], target)
         assert row["rank_with"] == rank(shown, drawn[alone if samples == "shared" else shown], target)
         assert row["llm_score"] == row["rank_without"] - row["rank_with"]
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+def test_ranks_that_were_settled_early_are_the_same(tmp_path, llm, monkeypatch, normalization):
+    """Tokens that can change no rank are not read; every row of llm_scores is what it is when all are."""
+    score = TaskScore(feedback="rank", num_samples=8, max_new_tokens=24, normalization=normalization)
+    rows, tokens = [], []
+    for root, long_output in ((tmp_path / "early", 16), (tmp_path / "whole", 10**6)):
+        monkeypatch.setattr(scoring, "LONG_OUTPUT", long_output)
+        config = make_config(root, score=score)
+        prepare, candidates = make_world(root)
+        client = make_client(config, llm, root)
+        sampler, settings = client.engine, EngineSettings.of(config, llm.path)
+        client.engine = RoutedEngine(sampler.tokenizer, 128, lambda s=sampler: s, lambda s=settings: TreeScorer(s))
+        artifact = scored(config, client, llm, prepare, candidates)
+        rows.append(artifact.read("llm_scores").to_pylist())
+        tokens.append(artifact.manifest["counts"]["llm_tokens"])
+    for early, whole in zip(*rows, strict=True):
+        assert early == whole | {"llm_score": pytest.approx(whole["llm_score"], abs=1e-5)}
+    assert len({row["rank_with"] for row in rows[0]}) > 2, "the test needs ranks that differ"
+    assert tokens[0] < tokens[1]
 
 
 def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):

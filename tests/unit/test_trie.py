@@ -18,10 +18,12 @@ from transformers import (
 
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback import engine_tree, tree_attention
-from llmr_ray.feedback.engine import EngineSettings
+from llmr_ray.feedback.engine import EngineSettings, Rival
+from llmr_ray.feedback.engine_hf import plain_logprobs
 from llmr_ray.feedback.engine_routed import RoutedEngine
 from llmr_ray.feedback.engine_tree import TreeScorer
-from llmr_ray.feedback.trie import ancestors, build_tree, packs, trie_min
+from llmr_ray.feedback.rewards import likelihood
+from llmr_ray.feedback.trie import build_tree, packs, trie_min
 
 
 def random_pairs(rng, count, vocabulary=4):
@@ -45,7 +47,7 @@ def test_nodes_are_the_distinct_prefixes(seed):
     """A prefix that stands twice is paid twice; one that is missing gives another sequence's probabilities."""
     pairs = random_pairs(np.random.default_rng(seed), 40)
     tree = build_tree(pairs)
-    paths = [tuple(tree.token_T[[*ancestors(tree, node), node]].tolist()) for node in range(len(tree))]
+    paths = [tuple(tree.token_T[tree.paths(np.array([node]))].tolist()) for node in range(len(tree))]
     assert len(set(paths)) == len(paths)
     assert set(paths) == prefixes(pairs)
     assert tree.position_T.tolist() == [len(path) - 1 for path in paths]
@@ -61,7 +63,7 @@ def test_predictions_stand_where_their_prefix_ends(seed):
         own = slice(tree.bounds[number], tree.bounds[number + 1])
         assert tree.predict_id_P[own].tolist() == list(target)
         for place, node in enumerate(tree.predict_node_P[own]):
-            path = tree.token_T[[*ancestors(tree, node), node]].tolist()
+            path = tree.token_T[tree.paths(np.array([node]))].tolist()
             assert path == [*prompt, *target[:place]]
 
 
@@ -99,9 +101,10 @@ FAMILIES = {
 }
 
 
-def save(config, folder):
+def save(config, folder, sharpness=1.0):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data *= sharpness
     model.save_pretrained(folder)
     return model.eval()
 
@@ -138,6 +141,48 @@ def test_tree_gives_the_plain_forward_pass(family, tmp_path, monkeypatch):
     assert trie_min(pairs) <= computed < sum(len(prompt) + len(target) for prompt, target in pairs) / 2
 
 
+@pytest.mark.parametrize("rank_by", ["mean", "sum"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_stops_where_the_comparison_is_settled(family, rank_by, tmp_path, monkeypatch):
+    """Every comparison comes out as if all had been read; what was read is the model's own; and less is read."""
+    monkeypatch.setattr(tree_attention, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(engine_tree, "FIRST_TOKENS", 2)
+    # Outputs that are about equally likely, as those of random weights are, would not be settled early.
+    model = save(FAMILIES[family], tmp_path, sharpness=6.0)
+    rng = np.random.default_rng(5)
+    pairs, rivals = [], []
+    for prompt, _ in random_pairs(rng, 6):
+        drawn = [tuple(rng.integers(2, 6, length).tolist()) for length in (3, 7, 12, 20, 30)]
+        likely = _greedy(model, prompt, 30)
+        outputs = [*drawn, likely, drawn[3][:10] + drawn[4], likely[:15] + drawn[1]]
+        first = likely[:6] if rng.random() < 0.7 else drawn[1]
+        pairs += [(prompt, first), *((prompt, output) for output in outputs)]
+        rivals += [None, *[Rival(pair=(prompt, first), rank_by=rank_by)] * len(outputs)]
+    scorer = TreeScorer(settings(tmp_path, max_batched_tokens=512))
+    scored = scorer.likelihood(pairs, rivals)
+    whole = [plain_logprobs(model, *pair).tolist() for pair in pairs]
+    for pair, rival, result, expected in zip(pairs, rivals, scored, whole, strict=True):
+        logprobs, expected = np.array(result.logprobs), np.array(expected)
+        unread = (logprobs == 0) & (expected < -1e-4)
+        assert rival or not unread.any()
+        assert not logprobs[np.argmax(unread) :].any() or not unread.any()
+        np.testing.assert_allclose(logprobs[~unread], expected[~unread], atol=1e-4)
+        if rival:
+            other = likelihood(whole[pairs.index(rival.pair)], rank_by)
+            margin = likelihood(expected.tolist(), rank_by) - other
+            assert abs(margin) < 1e-3 or (likelihood(result.logprobs, rank_by) > other) == (margin > 0), pair
+    read, everything = (sum(r.num_computed_tokens for r in results) for results in (scored, scorer.likelihood(pairs)))
+    assert read < 0.9 * everything, (read, everything)
+
+
+def _greedy(model, prompt, length):
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(length):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tuple(ids[0, len(prompt) :].tolist())
+
+
 def test_a_model_the_tree_does_not_cover_is_refused(tmp_path, monkeypatch):
     """Capped attention scores left out, or a mask that is wrong, would give plausible numbers."""
     save(Gemma2Config(**SMALL), tmp_path / "capped")
@@ -146,8 +191,8 @@ def test_a_model_the_tree_does_not_cover_is_refused(tmp_path, monkeypatch):
     save(FAMILIES["llama"], tmp_path / "llama")
     broken = tree_attention.layout
 
-    def blind(tree, device):
-        result = broken(tree, device)
+    def blind(*asked):
+        result = broken(*asked)
         for _, _, _, visible in result.blocks:
             visible[:, : visible.shape[1] // 2] = True
         return result
@@ -160,7 +205,7 @@ def test_a_model_the_tree_does_not_cover_is_refused(tmp_path, monkeypatch):
 class FixedEngine:
     """Answers every pair alike."""
 
-    def likelihood(self, pairs):
+    def likelihood(self, pairs, rivals=()):
         return ["engine"] * len(pairs)
 
 
