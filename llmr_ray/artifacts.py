@@ -15,10 +15,8 @@ The shard is the unit of retry, order and determinism: whatever order shards fin
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmr_ray.durable import remove, write_atomic
 from llmr_ray.errors import DataError, LockedError
 from llmr_ray.schemas import SCHEMAS, conform
 from llmr_ray.ticking import ticking
@@ -59,27 +58,6 @@ def seed_of(*parts: object) -> int:
     """A 63-bit seed that is a pure function of (seed, purpose, epoch, id, ...); the only source of randomness."""
     digest = hashlib.sha256(canonical_json([str(part) for part in parts]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees all of it or nothing: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    with temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    commit_rename(temporary, path)
-
-
-def commit_rename(temporary: Path, path: Path) -> None:
-    """Renames a finished file or folder into place and makes the rename durable."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -230,11 +208,8 @@ class Artifact:
         """Creates the folder, records the identity and sweeps the temporary files that a killed run left."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.json", (canonical_json(self.spec.identity) + "\n").encode())
-        for stale in self.path.rglob("*.tmp-*"):
-            if stale.is_dir():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink()
+        for stale in sorted(self.path.rglob("*.tmp-*")):
+            remove(stale)
 
     def write_shard(
         self, shard: int, tables: dict[str, pa.Table], counts: Counts, *, files: tuple[str, ...] = ()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from llmr_ray.artifacts import canonical_json, commit_rename, sha256_file, sha256_text
+from llmr_ray.artifacts import canonical_json, sha256_file, sha256_text
+from llmr_ray.durable import staged
 from llmr_ray.errors import ResourceError
 
 PROGRESS_SECONDS = 10.0
@@ -207,13 +207,9 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
             return
         for stale in cache.glob(f"{folder.name}.tmp-*"):
             shutil.rmtree(stale)
-        temporary = cache / f"{folder.name}.tmp-{uuid.uuid4().hex}"
-        temporary.mkdir()
-        try:
+        with staged(folder) as temporary:
+            temporary.mkdir()
             make(temporary)
-            commit_rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _download(package: Package, target: Path) -> None:

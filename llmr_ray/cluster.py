@@ -2,16 +2,22 @@
 
 Ray Data holds one logical CPU for each read, write and actor; a plan that asks for more than there are does not fail,
 it waits for ever. ``start`` therefore gives a local Ray more logical CPUs than the machine has cores (the work itself
-is bounded by the threads each actor uses), and ``map_shards`` refuses a plan that cannot be placed.
+is bounded by the threads each actor uses), and ``map_shards`` refuses a plan that cannot be placed. A driver whose
+local Ray dies would wait for ever too; ``or_lost`` ends it.
 """
 
+import _thread
 import json
 import logging
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -20,6 +26,12 @@ from llmr_ray.config import RuntimeConfig
 from llmr_ray.errors import ResourceError
 
 log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 2.0
+"""How often it is looked whether a local Ray still lives."""
+
+LOST_GRACE_SECONDS = 40.0
+"""How long a driver whose Ray is gone may take to end in good order."""
 
 
 def start(runtime: RuntimeConfig) -> None:
@@ -48,6 +60,61 @@ def start(runtime: RuntimeConfig) -> None:
 def stop() -> None:
     """Disconnects; a Ray that `start` started ends with it."""
     ray.shutdown()
+
+
+@contextmanager
+def or_lost(resume: str) -> Iterator[None]:
+    """Ends the block with ResourceError when a process that holds a local Ray together dies; then stops Ray.
+
+    Without its raylet or its control store Ray neither answers nor fails, so the driver would wait for ever. One that
+    does not come to an end within LOST_GRACE_SECONDS is ended at once: what is committed is durable at any time.
+
+    Args:
+        resume: the command that goes on, for the error.
+    """
+    lost: list[str] = []
+    ended = threading.Event()
+
+    def message() -> str:
+        return (
+            f"the local Ray was lost: its process {lost[0]} ended, by a kill or for want of memory. What was committed "
+            f"is kept; run the same command again: {resume}"
+        )
+
+    def watch() -> None:
+        daemons: dict[psutil.Process, str] = {}
+        while not ended.wait(WATCH_SECONDS):
+            if not daemons and ray.is_initialized():
+                children = {child: child.name() for child in psutil.Process().children()}
+                daemons = {child: name for child, name in children.items() if name in ("raylet", "gcs_server")}
+            lost.extend(f"{name} (pid {child.pid})" for child, name in daemons.items() if not _lives(child))
+            if lost:
+                _thread.interrupt_main()
+                if not ended.wait(LOST_GRACE_SECONDS):
+                    print(f"{ResourceError.__name__}: {message()}", file=sys.stderr, flush=True)
+                    os._exit(ResourceError.exit_code)
+                return
+
+    threading.Thread(target=watch, daemon=True, name="ray-watch").start()
+    try:
+        yield
+    except BaseException as error:
+        if lost:
+            raise ResourceError(message()) from error
+        raise
+    finally:
+        if not lost:
+            ended.set()
+        stop()
+        ended.set()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether a child runs; one that ended stays a zombie until it is waited for."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def require(cpus: float, gpus: float, purpose: str) -> None:

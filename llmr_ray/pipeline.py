@@ -21,10 +21,11 @@ from rich.table import Table
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster
 from llmr_ray import config as configs
-from llmr_ray.artifacts import Artifact, ArtifactSpec, locked, write_atomic
+from llmr_ray.artifacts import Artifact, ArtifactSpec, locked
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.data import stage as data
+from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.evaluation import report
 from llmr_ray.evaluation import stage as evaluation
@@ -282,20 +283,18 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
         console.print(pipeline.in_words(pipeline.costs()))
         return
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
-    try:
+    with cluster.or_lost(command):
         pipeline.run(command, only)
-    finally:
-        cluster.stop()
 
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
     """Prints what a configuration's LLM feedback will cost."""
     pipeline = Pipeline(configs.load(path, overrides), Console(highlight=False, soft_wrap=True))
-    try:
-        pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
-    finally:
-        pipeline.client.close()
-        cluster.stop()
+    with cluster.or_lost(" ".join(["llmr plan", path, *overrides])):
+        try:
+            pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
+        finally:
+            pipeline.client.close()
 
 
 def fetch_assets(path: str, overrides: list[str]) -> None:

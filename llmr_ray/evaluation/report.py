@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import uuid
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from llmr_ray.artifacts import Artifact, commit_rename, write_atomic
+from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config, to_yaml
+from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
@@ -77,7 +77,8 @@ def write_report(
     write_trec(run_dir / "trec", evaluate.read("run"), prepare.read("qrels"), datasets)
     write_atomic(run_dir / "report.html", _html(config, artifacts, results).encode())
     if "checkpoint" in artifacts:
-        _copy(artifacts["checkpoint"].file("embedder"), run_dir / "embedder")
+        with staged(run_dir / "embedder") as temporary:
+            shutil.copytree(artifacts["checkpoint"].file("embedder"), temporary)
     return results
 
 
@@ -171,12 +172,3 @@ def _histograms(artifacts: dict[str, Artifact]) -> Markup | None:
     for row in joined.select(["dataset", "reward"]).to_pylist():
         by_dataset[row["dataset"]].append(row["reward"])
     return Markup(plots.reward_histograms(by_dataset))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Puts a copy of a folder in place so that a reader never sees half of it."""
-    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
-    shutil.copytree(source, temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    commit_rename(temporary, target)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llmr_ray.artifacts import write_atomic
+from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation.metrics import trec_scores
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmr_ray.artifacts import commit_rename
+from llmr_ray.durable import commit_rename
 from llmr_ray.feedback.segments import GROUP_ROWS, SCHEMA, key_array, settled
 from llmr_ray.feedback.store import LLMStore
 

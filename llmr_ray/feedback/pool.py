@@ -14,9 +14,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from llmr_ray import cluster
-from llmr_ray.artifacts import canonical_json, write_atomic
+from llmr_ray.artifacts import canonical_json
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
+from llmr_ray.durable import write_atomic
 from llmr_ray.errors import LlmrError, ResourceError
 from llmr_ray.feedback.budget import Budget
 from llmr_ray.feedback.chat import ChatTemplate

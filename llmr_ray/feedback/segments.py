@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmr_ray.artifacts import commit_rename, sha256_file
+from llmr_ray.artifacts import sha256_file
+from llmr_ray.durable import commit_rename
 from llmr_ray.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,6 @@ A range is a contiguous slice of the flat vectors, which FAISS searches in place
 Shape suffixes: Q queries of a call, M of one range, N documents of the shard, D embedding, K results, F fetched.
 """
 
-import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from llmr_ray.artifacts import Artifact, commit_rename, sha256_file
+from llmr_ray.artifacts import Artifact, sha256_file
+from llmr_ray.durable import staged
 from llmr_ray.errors import DataError
 from llmr_ray.index.topk import (
     MISSING,
@@ -71,12 +70,8 @@ def write_shard(vector_ND: np.ndarray, path: Path) -> None:
         )
     index = faiss.IndexFlatIP(vector_ND.shape[1])
     index.add(np.ascontiguousarray(vector_ND, np.float32))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    faiss.write_index(index, str(temporary))
-    with temporary.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    commit_rename(temporary, path)
+    with staged(path) as temporary:
+        faiss.write_index(index, str(temporary))
 
 
 def file_name(shard: int) -> str:

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from llmr_ray import cluster
-from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json, write_atomic
+from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig
 from llmr_ray.data.text import document_text
+from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index import shards
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table

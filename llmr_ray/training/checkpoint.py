@@ -9,7 +9,6 @@ holds one record per step.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmr_ray.artifacts import canonical_json, commit_rename, sha256_file, write_atomic
+from llmr_ray.artifacts import canonical_json, sha256_file
+from llmr_ray.durable import staged, write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.modeling.embedder import Embedder
 
@@ -83,25 +83,19 @@ def save(
         state: what else resuming needs, as JSON values.
     """
     folder = root / f"ckpt-{step:08d}"
-    staging = root / f"{folder.name}.tmp-writing"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    embedder.save(staging / "embedder", prompts)
     tensors = {
         f"{name}/{entry}": value.detach().cpu().contiguous()
         for name, parameter in names.items()
         for entry, value in optimizer.state[parameter].items()
     }
-    save_file(tensors, staging / "optimizer.safetensors")
-    write_atomic(staging / "state.json", (canonical_json({"step": step, **state}) + "\n").encode())
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    manifest = {str(path.relative_to(staging)): sha256_file(path) for path in files}
-    write_atomic(staging / MANIFEST, (canonical_json(manifest) + "\n").encode())
-    if folder.exists():
-        shutil.rmtree(folder)
-    commit_rename(staging, folder)
+    with staged(folder) as staging:
+        staging.mkdir()
+        embedder.save(staging / "embedder", prompts)
+        save_file(tensors, staging / "optimizer.safetensors")
+        (staging / "state.json").write_text(canonical_json({"step": step, **state}) + "\n")
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(staging)): sha256_file(path) for path in files}
+        (staging / MANIFEST).write_text(canonical_json(manifest) + "\n")
     for old in _folders(root)[:-KEEP]:
         shutil.rmtree(old)
     return folder
@@ -186,8 +180,3 @@ def _records(lines: bytes) -> list[dict[str, Any]]:
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("ckpt-*") if path.is_dir() and path.name[5:].isdigit())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())

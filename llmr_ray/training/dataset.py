@@ -4,7 +4,6 @@ A folder of .npy files (no pickle) and one Parquet file; it appears by rename, s
 Legend: Q queries, P pool documents of all queries, T distinct (instruction, text) pairs.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmr_ray.artifacts import commit_rename
+from llmr_ray.durable import staged
 from llmr_ray.training.groups import Pool
 
 _CHUNK = 8192
@@ -138,13 +137,11 @@ def write_training_data(
         "pool_reward": np.asarray(pool_reward, dtype=np.float32),
         "has_rewards": np.asarray(has_rewards, dtype=bool),
     }
-    staging = folder.with_name(f"{folder.name}.tmp-writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name in _ARRAYS:
-        np.save(staging / f"{name}.npy", arrays[name], allow_pickle=False)
-    pq.write_table(groups.select(["query_id", "task", "dataset"]), staging / "rows.parquet")
-    commit_rename(staging, folder)
+    with staged(folder) as staging:
+        staging.mkdir()
+        for name in _ARRAYS:
+            np.save(staging / f"{name}.npy", arrays[name], allow_pickle=False)
+        pq.write_table(groups.select(["query_id", "task", "dataset"]), staging / "rows.parquet")
 
 
 def read_training_data(folder: Path) -> TrainingData:

@@ -20,17 +20,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from llmr_ray import cluster
-from llmr_ray.artifacts import (
-    SHARD_ROWS,
-    Artifact,
-    ArtifactSpec,
-    Counts,
-    canonical_json,
-    commit_rename,
-    write_atomic,
-)
+from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity
+from llmr_ray.durable import staged, write_atomic
 from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
@@ -319,12 +312,8 @@ def _publish(artifact: Artifact, work: Path, num_steps: int, num_groups: int) ->
             "records. Run again: it continues from the newest valid checkpoint."
         )
     target = artifact.file("embedder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    staging = target.with_name("embedder.tmp-publish")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(last.embedder, staging)
-    commit_rename(staging, target)
+    with staged(target) as temporary:
+        shutil.copytree(last.embedder, temporary)
     files = tuple(str(path.relative_to(artifact.path)) for path in sorted(target.rglob("*")) if path.is_file())
     table = pa.Table.from_pylist(steps, schema=STEPS_SCHEMA)
     artifact.write_shard(0, {"steps": table}, Counts(rows_in=num_groups, ok=num_groups), files=files)

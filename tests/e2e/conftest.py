@@ -32,24 +32,34 @@ class Runner:
     def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*extra), capture_output=True, text=True, timeout=900, env=environment())
 
+    @property
+    def log(self) -> str:
+        """What the disturbed run printed."""
+        return (self.folder / "disturbed.log").read_text()
+
     def run_and_kill(self, when: Callable[["Runner"], bool], victim: Callable[[psutil.Process], psutil.Process]) -> int:
         """Starts a run, kills -9 one of its processes once `when` holds, and returns the driver's exit code."""
-        log = (self.folder / "killed.log").open("w")
-        driver = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment())
+        return self.run_disturbed(when, lambda driver: victim(driver).send_signal(signal.SIGKILL))
+
+    def run_disturbed(self, when: Callable[["Runner"], bool], disturb: Callable[[psutil.Process], None]) -> int:
+        """Starts a run, calls `disturb` with its driver once `when` holds, and returns the driver's exit code."""
+        with (self.folder / "disturbed.log").open("w") as log:
+            driver = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment())
         family = psutil.Process(driver.pid)
         try:
             deadline = time.monotonic() + 900
             while not when(self):
-                assert driver.poll() is None, (self.folder / "killed.log").read_text()
-                assert time.monotonic() < deadline, (self.folder / "killed.log").read_text()
+                assert driver.poll() is None, self.log
+                assert time.monotonic() < deadline, self.log
                 time.sleep(0.2)
             children = family.children(recursive=True)
-            victim(family).send_signal(signal.SIGKILL)
+            disturb(family)
             code = driver.wait(timeout=900)
         finally:
             driver.kill()
         # A killed driver leaves its Ray behind, which ends by itself; the next run must not meet it half dead.
-        psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive, f"processes that nobody ends: {alive}"
         return code
 
 

@@ -1,7 +1,12 @@
-"""kill -9 of any process, then the same command: the same artifacts, and nothing paid twice."""
+"""kill -9 of any process, a full disk, a Ray that is gone; then the same command: the same files, none paid twice."""
 
 import json
+import os
+import random
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -77,10 +82,97 @@ def test_killed_worker(
     victim: Callable[[psutil.Process], psutil.Process],
 ) -> None:
     """A worker dies: the run replaces it and ends by itself with the artifacts of an undisturbed run."""
-    assert runner.run_and_kill(when, victim) == 0, (runner.folder / "killed.log").read_text()
+    assert runner.run_and_kill(when, victim) == 0, runner.log
     rows = store_rows(runner)
     assert len(rows) == len(set(rows)), "a committed LLM score was paid for again"
     assert files(runner) == files(finished)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_lost_ray(runner: Runner, finished: Runner, daemon: str) -> None:
+    """Without its daemons Ray neither answers nor fails: the run must end by itself and leave nothing behind."""
+    killed: list[float] = []
+
+    def kill(driver: psutil.Process) -> None:
+        next(child for child in driver.children() if child.name() == daemon).kill()
+        killed.append(time.monotonic())
+
+    assert runner.run_disturbed(scoring_began, kill) == 4, runner.log
+    assert time.monotonic() - killed[0] < 120  # the end of the run (60 s) and of every process it had started
+    assert f"the local Ray was lost: its process {daemon}" in runner.log
+    assert "run the same command again: llmr run" in runner.log
+    done = runner.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert files(runner) == files(finished)
+
+
+@pytest.mark.timeout(1800)
+def test_random_kills(runner: Runner, finished: Runner) -> None:
+    """A minute in which some worker dies every few seconds: the run ends by itself with the same artifacts."""
+    rng = random.Random(0)
+
+    def disturb(driver: psutil.Process) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
+            workers = [child for child in driver.children(recursive=True) if "ray::" in _title(child)]
+            if workers:
+                rng.choice(workers).kill()
+            time.sleep(rng.uniform(3, 8))
+
+    assert runner.run_disturbed(scoring_began, disturb) == 0, runner.log
+    rows = store_rows(runner)
+    assert len(rows) == len(set(rows)), "a committed LLM score was paid for again"
+    assert files(runner) == files(finished)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.parametrize(("folder", "kilobytes"), [("llm_store", 64), ("index", 64), ("train", 40_000)])
+def test_full_disk(runner: Runner, finished: Runner, folder: str, kilobytes: int) -> None:
+    """No room for scores, an index or a checkpoint: the run says where, keeps what is whole and goes on with room."""
+    disk = runner.folder / "artifacts" / folder
+    disk.mkdir(parents=True)
+    _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk))
+    try:
+        for _ in range(2):
+            full = runner.run()
+            assert full.returncode == 4, full.stdout + full.stderr
+            assert str(disk) in full.stderr
+            assert "No space left" in full.stderr
+            assert "Traceback" not in full.stderr
+        _mount("-o", "remount,size=4g", str(disk))
+        done = runner.run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert files(runner) == files(finished)
+        assert not [path for path in _all(disk) if ".tmp-" in path.name], "what could not be written was left behind"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def _all(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.timeout(300)
+def test_too_few_cpus(runner: Runner) -> None:
+    """Ray Data waits for ever for CPUs that do not exist; the run must say so instead."""
+    started = time.monotonic()
+    done = runner.run("runtime.logical_cpus=2")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "logical CPUs" in done.stderr
+    assert time.monotonic() - started < 120
 
 
 def test_segments_bound_what_a_kill_can_cost(finished: Runner) -> None:

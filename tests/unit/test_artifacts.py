@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from llmr_ray import artifacts
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, locked, seed_of
 from llmr_ray.errors import DataError, LockedError
 
@@ -151,17 +150,3 @@ def test_seeds_are_the_same_everywhere() -> None:
     """A seed that depended on the process (like hash()) would give every worker its own run."""
     assert seed_of(1, "plan", 0, "q1") == 1713354064085355744
     assert seed_of(1, "plan", 0, "q1") != seed_of(1, "plan", 1, "q1")
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk in the middle of a write must not cost the version that was there."""
-    path = tmp_path / "file"
-    artifacts.write_atomic(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(artifacts.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        artifacts.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
