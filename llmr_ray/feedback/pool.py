@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from llmr_ray import cluster
 from llmr_ray.artifacts import canonical_json
@@ -143,7 +143,7 @@ class RayClient(StoreClient):
                 continue
             try:
                 computed = self._result(done)
-            except (RayActorError, _Stalled) as error:
+            except _Lost as error:
                 deaths += 1
                 if deaths > MAX_DEATHS or (deaths > 1 and not done):
                     self.close()
@@ -167,20 +167,20 @@ class RayClient(StoreClient):
                 work.running[self._actors[slot].compute.remote(task.chunk, work.route)] = slot, task
 
     def _result(self, done: Sequence[ray.ObjectRef]) -> list[Answer]:
-        """The answers of a chunk that ended; typed errors of the actor are raised as themselves."""
+        """The answers of a chunk that ended; typed errors of the actor are raised as themselves, its loss as _Lost."""
         if not done:
-            raise _Stalled(f"gave no answer in {self.runtime.stall_timeout_s:g} s")
+            raise _Lost(f"gave no answer in {self.runtime.stall_timeout_s:g} s")
         try:
             return list(ray.get(done[0]))
-        except RayActorError as error:
-            if not error.actor_init_failed:
-                raise
-            self.close()
-            raise ResourceError(f"an LLM actor could not be started: {error}") from error
         except RayTaskError as error:
             if isinstance(error.cause, LlmrError):
                 raise error.cause from None
             raise
+        except RayError as error:  # died, was ended for want of memory, its node is gone
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                self.close()
+                raise ResourceError(f"an LLM actor could not be started: {error}") from error
+            raise _Lost(f"{type(error).__name__}: {error}") from error
 
     def _recover(self, work: "_Work", done: Sequence[ray.ObjectRef], error: Exception) -> Iterator[list[Answer]]:
         """Replaces the actor that died, or all when none answers, and asks their chunks again.
@@ -266,8 +266,8 @@ class RayClient(StoreClient):
         return ray.remote(EngineActor).options(**options).remote(self.settings, self.scorer_id, self.store.folder)
 
 
-class _Stalled(Exception):
-    """No actor answered in time."""
+class _Lost(Exception):
+    """An actor is gone, or none answered in time."""
 
 
 def _killed(task: _Task) -> list[Answer]:
