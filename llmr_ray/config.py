@@ -276,6 +276,7 @@ class RuntimeConfig:
     llm_actors: int = 1
     llm_threads: int = 2
     llm_gpus: float = 0
+    """GPUs of each actor; over more than one, vLLM spreads the model (tensor parallel)."""
     llm_kv_cache_gb: float = 1.0
     llm_max_batched_tokens: int = 2048
     llm_max_sequences: int = 64

@@ -97,6 +97,7 @@ class EngineSettings:
     scoring: str = "auto"
     endpoint: str = ""
     endpoint_model: str = ""
+    num_gpus: int = 0
 
     @classmethod
     def of(cls, config: Config, path: Path) -> "EngineSettings":
@@ -113,6 +114,7 @@ class EngineSettings:
             scoring=config.runtime.llm_scoring,
             endpoint=config.llm.endpoint,
             endpoint_model=config.llm.endpoint_model,
+            num_gpus=int(config.runtime.llm_gpus),
         )
 
 
@@ -180,6 +182,13 @@ def open_engine(settings: EngineSettings) -> Engine:
 
         return VllmEngine(settings, tokenizer)
 
+    if settings.num_gpus > 1:
+        if settings.scoring == TREE:
+            raise ConfigError(
+                f"runtime.llm_scoring=tree holds the model on one GPU, but runtime.llm_gpus is {settings.num_gpus}. "
+                "Leave llm_scoring out: vLLM spreads the model and scores it."
+            )
+        return open_vllm()
     return RoutedEngine(
         tokenizer,
         settings.max_model_tokens,

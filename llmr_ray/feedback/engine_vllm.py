@@ -5,8 +5,12 @@ default is overridden here, which makes 1 + N continuations of one prompt about 
 log-probabilities of cached positions are not computed (their memory holds garbage), and the first target token is
 predicted by the prompt's last position. So a result counts only where at least that position was computed; other pairs
 are asked again with the default. This happens when the prompt fills whole cache blocks, or a pair was asked before.
+
+vLLM's newer runner on GPUs scores given tokens at given positions alone, without the output layer on the rest of the
+prompt. Where it does, and gives what the default gives, that is what is asked.
 """
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -17,8 +21,13 @@ from llmr_ray.errors import DataError
 from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
 from llmr_ray.feedback.trie import Ids, Pair
 
+log = logging.getLogger(__name__)
+
 _CPU_BLOCK = 32
 """The smallest cache block that vLLM's CPU attention takes; its default of 128 would share less."""
+
+_AGREEMENT = 0.1
+"""How far two ways of scoring may be apart, in bfloat16; a wrong row is off by whole units."""
 
 
 class VllmEngine:
@@ -43,17 +52,21 @@ class VllmEngine:
         # The CPU engine is up in seconds only without compilation, and shares prefixes finely only with small blocks.
         dependent: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK} if on_cpu else {}
         dependent["dtype"] = settings.dtype
+        # The ranks of a model that is spread over GPUs are processes of the actor, which owns all of these GPUs.
+        spread = settings.num_gpus > 1
+        dependent |= {"tensor_parallel_size": settings.num_gpus} if spread else {}
         self._llm = LLM(
             model=settings.path,
             max_model_len=settings.max_model_tokens + 1,
             max_num_seqs=settings.max_sequences,
             max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_sequences),
             enable_prefix_caching=True,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="mp" if spread else "uni",
             disable_log_stats=True,
             seed=0,
             **dependent,
         )
+        self._scores_tokens = not on_cpu and self._can_score_tokens()
 
     def begin(self) -> None:
         """Empties the prefix cache."""
@@ -69,6 +82,7 @@ class VllmEngine:
             row
             for row, (output, (prompt_ids, _)) in enumerate(zip(outputs, pairs, strict=True))
             if (output.num_cached_tokens or 0) > len(prompt_ids) - 1
+            or (self._scores_tokens and output.prompt_token_id_logprobs is None)
         ]
         for row, output in zip(again, self._ask([pairs[row] for row in again], read_cache=False), strict=True):
             outputs[row] = output
@@ -106,15 +120,48 @@ class VllmEngine:
     def _ask(self, pairs: Sequence[tuple[Ids, Ids]], *, read_cache: bool) -> list[Any]:
         if not pairs:
             return []
-        params = self._params(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            skip_reading_prefix_cache=not read_cache,
-        )
+        params = []
+        for prompt_ids, target_ids in pairs:
+            what: dict[str, Any] = {"prompt_logprobs": 0}
+            if self._scores_tokens:
+                # Row i of the ids is what the prompt's position start + i predicts.
+                what = {
+                    "prompt_logprob_token_ids": [[token] for token in target_ids],
+                    "prompt_logprob_start": len(prompt_ids) - 1,
+                }
+            params.append(
+                self._params(
+                    max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=not read_cache, **what
+                )
+            )
         prompts = [self._prompt(prompt_token_ids=[*prompt_ids, *target_ids]) for prompt_ids, target_ids in pairs]
         return list(self._llm.generate(prompts, params, use_tqdm=False))
+
+    def _can_score_tokens(self) -> bool:
+        """Whether this vLLM scores given tokens, and as it scores whole prompts; warns where it fails to."""
+        pairs: list[Pair] = [(tuple(range(5, 40)), (7, 8, 9)), (tuple(range(5, 40)), (3,))]
+        self._scores_tokens = False
+        expected = self.likelihood(pairs)
+        self.begin()
+        self._scores_tokens = True
+        try:
+            found = self.likelihood(pairs)
+        except (ValueError, TypeError) as error:
+            log.info("vLLM does not score given tokens (%s); it scores whole prompts", error)
+            return False
+        finally:
+            self.begin()
+        difference = max(
+            abs(got - wanted)
+            for one, other in zip(found, expected, strict=True)
+            for got, wanted in zip(one.logprobs, other.logprobs, strict=True)
+        )
+        if not difference <= _AGREEMENT:
+            log.warning(
+                "vLLM's scores of given tokens are off by %.2g from those of whole prompts: not used", difference
+            )
+            return False
+        return True
 
 
 def _prepare_environment(settings: EngineSettings, on_cpu: bool) -> None:
@@ -134,6 +181,9 @@ def _computed(output: Any) -> int:
 
 
 def _tail(output: Any, target_ids: Ids) -> tuple[float, ...]:
+    scores = getattr(output, "prompt_token_id_logprobs", None)
+    if scores is not None:
+        return tuple(float(row[0]) for row in scores)
     # Aligned at the end: with cache reads some vLLM runners return only the computed positions.
     entries = output.prompt_logprobs[-len(target_ids) :]
     return tuple(float(entry[token].logprob) for entry, token in zip(entries, target_ids, strict=True))
