@@ -146,7 +146,7 @@ class VllmEngine:
         self._scores_tokens = True
         try:
             found = self.likelihood(pairs)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whichever of its own vLLM raises: the other way remains
             log.info("vLLM does not score given tokens (%s); it scores whole prompts", error)
             return False
         finally:

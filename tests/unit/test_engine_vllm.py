@@ -21,6 +21,10 @@ def logprob(ids, position):
     return -((sum((n + 1) * token for n, token in enumerate(ids[: position + 1])) % 97) / 10 + 0.1)
 
 
+class NotSupportedError(Exception):
+    """vLLM's own errors have no common base with Python's."""
+
+
 class StandIn:
     """Caches whole blocks; rows of cached positions are garbage, or, for given tokens, no scores at all."""
 
@@ -48,7 +52,7 @@ class StandIn:
         )
         if "prompt_logprob_token_ids" in params:
             if not self.scores_tokens:
-                raise ValueError("requires the V2 model runner")
+                raise NotSupportedError
             start = params["prompt_logprob_start"]
             assert [row[0] for row in params["prompt_logprob_token_ids"]] == list(ids[start + 1 :])
             if known <= start:
