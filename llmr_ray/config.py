@@ -286,6 +286,8 @@ class RuntimeConfig:
     train_workers: int = 2
     train_threads: int = 1
     train_gpus: bool = False
+    train_grad_cache: bool = False
+    """Large batches in small memory: activations of one pass at a time, for one more forward pass; same gradient."""
     train_max_failures: int = 3
     index_actors: int = 2
     index_shards: int = 2

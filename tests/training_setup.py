@@ -72,7 +72,7 @@ def make_data(folder: Path, base: Path, groups: pa.Table) -> Path:
     return folder
 
 
-def make_trainer(root: Path, base: Path, data: Path, **changes: object) -> Trainer:
+def make_trainer(root: Path, base: Path, data: Path, *, grad_cache: bool = False, **changes: object) -> Trainer:
     """A trainer in `root`; `changes` go to TrainConfig."""
     settings: dict[str, object] = {
         "num_steps": 8,
@@ -95,4 +95,5 @@ def make_trainer(root: Path, base: Path, data: Path, **changes: object) -> Train
         seed=11,
         prompts={"query": "query: "},
         root=root,
+        grad_cache=grad_cache,
     )

@@ -197,6 +197,7 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
         train_loop_config={
             "settings": config.train,
             "num_threads": runtime.train_threads,
+            "grad_cache": runtime.train_grad_cache,
             "spec": artifact.spec.config,
             "tasks": training_tasks(config),
             # Absolute, since a worker need not start in this folder.
@@ -292,6 +293,7 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
         seed=spec["seed"],
         prompts=spec["prompts"],
         root=work,
+        grad_cache=arguments["grad_cache"],
     )
 
     def on_step(record: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from llmr_ray.artifacts import seed_of
 from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.modeling.embedder import Embedder, pack
-from llmr_ray.training import checkpoint
+from llmr_ray.training import checkpoint, gradient
 from llmr_ray.training.batches import MIXED, Plan
 from llmr_ray.training.dataset import TrainingData
 from llmr_ray.training.gather import agree, is_distributed, place, total
@@ -61,6 +61,7 @@ class Trainer:
         seed: of the run.
         prompts: stored with saved models.
         root: holds checkpoints and the step records; shared by all ranks.
+        grad_cache: hold the activations of one pass at a time (gradient.cached_backward).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Trainer:
         seed: int,
         prompts: dict[str, str],
         root: Path,
+        grad_cache: bool = False,
     ) -> None:
         self.config, self.tasks, self.data, self.seed, self.prompts, self.root = (
             config,
@@ -83,6 +85,7 @@ class Trainer:
             prompts,
             root,
         )
+        self.backward = gradient.cached_backward if grad_cache else gradient.backward
         self.rank, self.world_size = place()
         if config.global_batch_size % self.world_size:
             raise ConfigError(f"{config.global_batch_size} queries do not divide over {self.world_size} workers.")
@@ -170,16 +173,18 @@ class Trainer:
         # Dropout draws from torch's generator: seeding it by step makes a resumed run repeat an uninterrupted one.
         torch.manual_seed(seed_of(self.seed, "dropout", step, self.rank))
         tokens = [self.data.text(int(number)) for number in batch.texts]
-        embedding_TD = self.encoder(tokens)
-        query_BD = embedding_TD[torch.from_numpy(batch.query_B).to(self.device)]
-        doc_BGD = embedding_TD[torch.from_numpy(batch.doc_BG).to(self.device)]
-        loss = batch_loss(query_BD, doc_BGD, batch, tasks=self.tasks, temperature=config.temperature)
+
+        def loss_of(embedding_TD: torch.Tensor) -> torch.Tensor:
+            query_BD = embedding_TD[torch.from_numpy(batch.query_B).to(self.device)]
+            doc_BGD = embedding_TD[torch.from_numpy(batch.doc_BG).to(self.device)]
+            return batch_loss(query_BD, doc_BGD, batch, tasks=self.tasks, temperature=config.temperature)
+
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.backward(self.encoder, tokens, loss_of)
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.names.values(), config.max_grad_norm or math.inf, foreach=True)
         )
-        local = self._local_sums(float(loss.detach()), tokens, batch)
+        local = self._local_sums(float(loss), tokens, batch)
         sums = total(torch.tensor(local, dtype=torch.float64, device=self.device))
         mean_loss = float(sums[0]) / self.world_size
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from llmr_ray.training import checkpoint, objective
+from llmr_ray.training import checkpoint, objective, step
 from llmr_ray.training.gather import agree, gather_with_gradient, place, total
 from tests.tiny import tiny_bert
 from tests.training_setup import TASKS, groups_table, make_data, make_trainer
@@ -41,10 +41,12 @@ def gathered_without_gradient(rows):
 def worker(rank, world_size, root):
     """Everything that needs a process group, in one start of it."""
     dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=world_size)
+    step.PACK_TOKENS["cpu"] = 40  # several passes a step
     assert place() == (rank, world_size)
     assert agree(rank + 7) == 7
     assert total(torch.tensor([rank + 1.0])).tolist() == [3.0]
     found = {name: gradient(make(root, name, root / "two" / name)) for name in CASES}
+    found["cached"] = gradient(make(root, "mixed", root / "two" / "cached", grad_cache=True))
     objective.gather_with_gradient = gathered_without_gradient
     found["ablation"] = gradient(make(root, "qa", root / "two" / "ablation"))
     objective.gather_with_gradient = gather_with_gradient
@@ -76,6 +78,30 @@ def test_two_workers_have_the_gradient_of_one(root, tmp_path, name):
     """Prevents a factor of W or 1/W, which would make the mix of tasks depend on the number of workers."""
     one = gradient(make(root, name, tmp_path))
     ratio, cosine = compare(one, np.load(root / "two.npz")[name])
+    assert ratio == pytest.approx(1, abs=1e-5)
+    assert cosine > 1 - 1e-6
+
+
+@pytest.fixture
+def small_passes(monkeypatch):
+    """Several passes a step, as a large batch has."""
+    monkeypatch.setitem(step.PACK_TOKENS, "cpu", 40)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_cached_gradient_is_the_plain_one(root, tmp_path, small_passes, name, dropout):
+    """A pass that draws other random numbers the second time gets a gradient of something that was never embedded."""
+    plain = gradient(make(root, name, tmp_path / "plain", dropout=dropout))
+    trainer = make(root, name, tmp_path / "cached", dropout=dropout, grad_cache=True)
+    ratio, cosine = compare(plain, gradient(trainer))
+    assert ratio == pytest.approx(1, abs=1e-5)
+    assert cosine > 1 - 1e-6
+
+
+def test_cached_gradient_of_two_workers_is_that_of_one(root, tmp_path, small_passes):
+    """Workers that exchange gradients before the last pass average some passes twice and others never."""
+    ratio, cosine = compare(gradient(make(root, "mixed", tmp_path)), np.load(root / "two.npz")["cached"])
     assert ratio == pytest.approx(1, abs=1e-5)
     assert cosine > 1 - 1e-6
 
