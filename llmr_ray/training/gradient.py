@@ -1,7 +1,7 @@
 """The gradient of a loss over the embeddings of many texts: at once, or with the memory of one pass.
 
 A contrastive loss needs the embeddings of a whole batch, and plain backpropagation keeps the activations of all of
-them. Gradient caching (GradCache, 2101.06983) embeds without keeping anything, takes the loss's gradient with respect to
+them. Gradient caching (GradCache, 2101.06983) embeds without keeping anything, takes the gradient with respect to
 the embeddings, then embeds pass by pass once more and sends each pass its part. The gradient is the same, dropout
 included: each pass repeats the random numbers it drew the first time. The price is one more forward pass.
 """

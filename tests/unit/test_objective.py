@@ -63,13 +63,13 @@ def test_equal_texts_have_one_key_and_are_tokenised_once(tmp_path):
 
 def test_data_is_written_once_and_whole(tmp_path):
     """Prevents a restarted worker from tokenising again, or from reading what a killed one left."""
-    (tmp_path / "data.tmp-writing").mkdir()
-    (tmp_path / "data.tmp-writing" / "tokens.npy").write_text("torn")
+    (tmp_path / "data.tmp-0123").mkdir()
+    (tmp_path / "data.tmp-0123" / "tokens.npy").write_text("torn")
     write(groups_table(2), tmp_path / "data")
     before = (tmp_path / "data" / "tokens.npy").stat().st_mtime_ns
     write(groups_table(4), tmp_path / "data")
     assert (tmp_path / "data" / "tokens.npy").stat().st_mtime_ns == before
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert [path.name for path in tmp_path.glob("*.tmp-*")] == ["data.tmp-0123"]
 
 
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])
