@@ -1,20 +1,12 @@
-"""The configuration: frozen dataclasses, values in YAML, merged left to right, an unknown key fails.
+"""The configuration: frozen dataclasses, one per part, with defaults. loading.py reads them from YAML and checks them.
 
 Everything outside `runtime` is identity: it changes numbers and is hashed into artifact ids. `runtime` changes only
 speed and place and never is. This module stays light: it imports neither torch, ray nor vllm.
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from llmr_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +75,7 @@ class LLMConfig:
     endpoint_model: str = ""
     """openai only: the model's name there."""
     dtype: str = "float32"
-    """float32 or bfloat16."""
+    """float32, bfloat16, or auto: bfloat16 where this machine multiplies it natively, three times as fast."""
     max_model_tokens: int = 1024
     """Prompt and output together. Longer prompts lose candidate text first, never the desired output."""
     max_candidate_tokens: int = 512
@@ -152,12 +144,24 @@ class TaskTrain:
     """random, first, lowest or highest by reward; sampled anew at every step."""
     contrastive_weight: float = 0.0
     """Weight of the contrastive loss (A.5.2)."""
+    full_contrastive_weight: float = 0.0
+    """Weight of the contrastive loss with queries and positives as negatives too (B.8; LLM-R: 0.2 beside KL)."""
     graded_weight: float = 0.0
     """Weight of graded distillation (A.5.4)."""
     kl_weight: float = 0.0
     """Weight of the group KL (A.5.3)."""
+    listwise_weight: float = 0.0
+    """Weight of the listwise loss on graded labels (C.3)."""
+    pairwise_weight: float = 0.0
+    """Weight of the pairwise loss on graded labels (C.3; ARL2: 0.5 beside listwise)."""
     reward_temperature: float = 1.0
     """Softmax temperature on rewards (teacher)."""
+    reward_form: str = "raw"
+    """Rewards as the softmax of graded and KL takes them: raw, exp (probabilities of likelihoods), zscore, minmax."""
+    student_temperature: float = 1.0
+    """kl: divides the similarities once more."""
+    kl_direction: str = "teacher_student"
+    """kl: teacher_student, KL(teacher || student), or student_teacher."""
     tie_policy: str = "sorted"
     """graded: strict (tied documents are not each other's negatives) or sorted (released code)."""
     position0: str = "gold_first"
@@ -205,10 +209,19 @@ class TrainConfig:
     """linear decay to 0, or constant, after a linear warm-up."""
     temperature: float = 0.02
     """Divides cosines in every loss. Published: 0.01."""
+    matryoshka_dimensions: list[int] = field(default_factory=list)
+    """The loss is the mean over embeddings cut to these sizes, beside the whole one (2205.13147); none: the whole."""
     max_grad_norm: float = 1.0
     """0: no clipping."""
     batching: str = "homogeneous"
-    """homogeneous (one data set per batch) or mixed."""
+    """homogeneous (one data set or task per batch) or mixed."""
+    batch_by: str = "dataset"
+    """homogeneous: dataset (as published) or task."""
+    mix: str = "proportional"
+    """homogeneous, the share of each in the steps: proportional (one pass over everything per epoch), temperature, or
+    round_robin (equal)."""
+    mix_temperature: float = 1.0
+    """temperature: blocks ** (1 / T); 1 is proportional, more favours the small."""
     self_paced: bool = True
     """lr = schedule * sqrt(L / L0) per task (A.6.2)."""
     self_paced_interval: int = 25
@@ -288,6 +301,8 @@ class RuntimeConfig:
     train_gpus: bool = False
     train_grad_cache: bool = False
     """Large batches in small memory: activations of one pass at a time, for one more forward pass; same gradient."""
+    train_checkpointing: bool = False
+    """Long texts in small memory: activations of one layer at a time, for one more forward pass; same gradient."""
     train_max_failures: int = 3
     index_actors: int = 2
     index_shards: int = 2
@@ -315,124 +330,6 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
-    "pooling": ("auto", "cls", "mean", "last"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "engine": ("vllm", "transformers", "openai"),
-    "llm_scoring": ("auto", "tree", "engine"),
-    "dtype": ("float32", "bfloat16"),
-    "feedback": ("none", "likelihood", "rank"),
-    "samples": ("fresh", "shared"),
-    "normalization": ("mean", "sum"),
-    "positive": ("first", "random", "teacher", "teacher_gold"),
-    "negatives": ("random", "first", "lowest", "highest"),
-    "tie_policy": ("strict", "sorted"),
-    "position0": ("gold_first", "by_reward"),
-    "schedule": ("linear", "constant"),
-    "batching": ("homogeneous", "mixed"),
-}
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, the files it names under `base` (first), and ``key=value`` overrides (last).
-
-    Raises:
-        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
-    """
-    merged: Any = OmegaConf.create({})
-    for layer in _layers(Path(path), ()):
-        merged = OmegaConf.merge(merged, layer)
-    for item in overrides or []:
-        if "=" not in item:
-            raise ConfigError(f"'{item}' is not an override. Write key=value, for example train.num_steps=50.")
-    merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides or [])))
-    plain = OmegaConf.to_container(merged, resolve=True)
-    _check_keys(plain, Config, "")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    _check_values(config, "")
-    _check_run(config)
-    return config
-
-
 def identity(value: Any) -> Any:
     """A config object as plain JSON values, for hashing and for the run's record."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-
-
-def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
-    if not path.exists():
-        raise ConfigError(f"there is no config file {path}. Look in conf/ or give a path to your own YAML.")
-    if path in seen:
-        raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
-    try:
-        layer: Any = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []
-    layers = []
-    for base in [bases] if isinstance(bases, str) else bases:
-        layers += _layers((path.parent / base).resolve(), (*seen, path))
-    return [*layers, layer]
-
-
-def _check_keys(value: Any, kind: Any, where: str) -> None:
-    """Fails on keys no dataclass knows; OmegaConf's own message does not name the nearest one."""
-    if not dataclasses.is_dataclass(kind) or not isinstance(value, dict):
-        return
-    fields = {item.name: item.type for item in dataclasses.fields(kind)}
-    for key, inner in value.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
-            hint = f" Did you mean '{where}{near[0]}'?" if near else f" Known keys: {sorted(fields)}."
-            raise ConfigError(f"unknown setting '{where}{key}'.{hint}")
-        inner_kind: Any = fields[key]
-        if getattr(inner_kind, "__origin__", None) is dict and dataclasses.is_dataclass(inner_kind.__args__[1]):
-            for name, item in (inner or {}).items():
-                _check_keys(item, inner_kind.__args__[1], f"{where}{key}.{name}.")
-        else:
-            _check_keys(inner, inner_kind, f"{where}{key}.")
-
-
-def _check_values(value: Any, where: str) -> None:
-    for item in dataclasses.fields(value):
-        inner = getattr(value, item.name)
-        if dataclasses.is_dataclass(inner):
-            _check_values(inner, f"{where}{item.name}.")
-        elif isinstance(inner, dict):
-            for name, entry in inner.items():
-                if dataclasses.is_dataclass(entry):
-                    _check_values(entry, f"{where}{item.name}.{name}.")
-        elif item.name in CHOICES and inner not in CHOICES[item.name]:
-            raise ConfigError(f"'{where}{item.name}' is '{inner}', but must be one of {', '.join(CHOICES[item.name])}.")
-        elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward",):
-            raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
-
-
-def _check_run(config: Config) -> None:
-    for name, dataset in config.datasets.items():
-        if dataset.task not in config.tasks:
-            raise ConfigError(
-                f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
-                f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
-            )
-    if config.train.global_batch_size % max(1, config.runtime.train_workers):
-        raise ConfigError(
-            f"train.global_batch_size {config.train.global_batch_size} does not divide over "
-            f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
-        )
-    if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
-        raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
-    if config.train.group_size < 2:
-        raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
-    if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
-        raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")

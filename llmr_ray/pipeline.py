@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
-from llmr_ray import cluster
-from llmr_ray import config as configs
+from llmr_ray import cluster, loading
 from llmr_ray.artifacts import Artifact, ArtifactSpec, locked
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
@@ -268,16 +267,16 @@ class Pipeline:
 
     def _record(self, record: dict[str, Any]) -> None:
         write_atomic(self.run_dir / "run.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-        write_atomic(self.run_dir / "config.resolved.yaml", configs.to_yaml(self.config).encode())
+        write_atomic(self.run_dir / "config.resolved.yaml", loading.to_yaml(self.config).encode())
 
 
 def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_run: bool = False) -> None:
     """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call."""
     console = Console(highlight=False, soft_wrap=True)
-    config = configs.load(path, overrides)
+    config = loading.load(path, overrides)
     pipeline = Pipeline(config, console)
     if dry_run:
-        console.print(configs.to_yaml(config), markup=False)
+        console.print(loading.to_yaml(config), markup=False)
         for row in pipeline.describe():
             console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
         console.print(pipeline.in_words(pipeline.costs()))
@@ -289,7 +288,7 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
     """Prints what a configuration's LLM feedback will cost."""
-    pipeline = Pipeline(configs.load(path, overrides), Console(highlight=False, soft_wrap=True))
+    pipeline = Pipeline(loading.load(path, overrides), Console(highlight=False, soft_wrap=True))
     with cluster.or_lost(" ".join(["llmr plan", path, *overrides])):
         try:
             pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
@@ -300,7 +299,7 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
 def fetch_assets(path: str, overrides: list[str]) -> None:
     """Fetches every model and data set that a configuration names."""
     console = Console(highlight=False, soft_wrap=True)
-    config = configs.load(path, overrides)
+    config = loading.load(path, overrides)
     for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
         console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
 

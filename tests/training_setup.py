@@ -20,6 +20,8 @@ TASKS = {
     "icl": TaskTrain(positive="teacher", graded_weight=0.5, contrastive_weight=0.2, tie_policy="sorted"),
     "tool": TaskTrain(positive="random", contrastive_weight=1.0),
     "chat": TaskTrain(positive="teacher", kl_weight=1.0, reward_temperature=0.1),
+    "convsearch": TaskTrain(positive="first", kl_weight=1.0, full_contrastive_weight=0.2, reward_form="zscore"),
+    "lrlm": TaskTrain(positive="teacher", listwise_weight=1.0, pairwise_weight=0.5, reward_temperature=0.2),
 }
 
 
@@ -72,8 +74,8 @@ def make_data(folder: Path, base: Path, groups: pa.Table) -> Path:
     return folder
 
 
-def make_trainer(root: Path, base: Path, data: Path, *, grad_cache: bool = False, **changes: object) -> Trainer:
-    """A trainer in `root`; `changes` go to TrainConfig."""
+def make_trainer(root: Path, base: Path, data: Path, *, memory: str = "", **changes: object) -> Trainer:
+    """A trainer in `root`, which may save memory by grad_cache or checkpointing; `changes` go to TrainConfig."""
     settings: dict[str, object] = {
         "num_steps": 8,
         "global_batch_size": 8,
@@ -95,5 +97,6 @@ def make_trainer(root: Path, base: Path, data: Path, *, grad_cache: bool = False
         seed=11,
         prompts={"query": "query: "},
         root=root,
-        grad_cache=grad_cache,
+        grad_cache=memory == "grad_cache",
+        checkpointing=memory == "checkpointing",
     )

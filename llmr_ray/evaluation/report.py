@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from llmr_ray.artifacts import Artifact
-from llmr_ray.config import Config, to_yaml
+from llmr_ray.config import Config
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.tables import METHOD_NAMES, effect, p_text, tables
 from llmr_ray.evaluation.trec import write_trec
+from llmr_ray.loading import to_yaml
 
 
 def write_report(

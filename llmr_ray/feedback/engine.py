@@ -14,6 +14,7 @@ from llmr_ray.artifacts import canonical_json, sha256_text
 from llmr_ray.config import Config, LLMConfig
 from llmr_ray.errors import ConfigError, ResourceError
 from llmr_ray.feedback.trie import Ids, Pair
+from llmr_ray.precision import resolve_precision
 
 FITTING_VERSION = 1
 """Raised whenever tokenising, trimming or scoring rules change, so that old answers in the store are not mixed in."""
@@ -105,7 +106,7 @@ class EngineSettings:
         return cls(
             path=str(path),
             engine=config.llm.engine,
-            dtype=config.llm.dtype,
+            dtype=resolve_precision(config.llm.dtype),
             max_model_tokens=config.llm.max_model_tokens,
             num_threads=config.runtime.llm_threads,
             kv_cache_gb=config.runtime.llm_kv_cache_gb,
@@ -124,13 +125,14 @@ def scorer_id(fingerprint: str, llm: LLMConfig) -> str:
     The engine is part of it although both compute the same model: an oracle served from the other engine's answers
     would prove nothing, and samples differ.
     """
-    what = [FITTING_VERSION, fingerprint, llm.engine, llm.dtype, llm.max_model_tokens]
+    dtype = resolve_precision(llm.dtype)
+    what = [FITTING_VERSION, fingerprint, llm.engine, dtype, llm.max_model_tokens]
     if llm.engine == "openai":
         # Where it is served may change; what is served may not.
         what.append(llm.endpoint_model)
     if llm.chat_template:
         what.append("chat template")
-    return f"{llm.engine}-{llm.dtype}-{sha256_text(canonical_json(what))[:16]}"
+    return f"{llm.engine}-{dtype}-{sha256_text(canonical_json(what))[:16]}"
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:

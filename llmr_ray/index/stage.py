@@ -21,6 +21,7 @@ from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index import shards
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
+from llmr_ray.precision import resolve_precision
 
 EMBED_VERSION = 1
 INDEX_VERSION = 1
@@ -30,8 +31,6 @@ INDEX_VERSION = 1
 
 def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSpec:
     """What determines embeddings: the weights, how texts are cut and pooled, the precision, the instructions."""
-    from llmr_ray.modeling.embedder import resolve_precision
-
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
     return ArtifactSpec(
         stage="embed",

@@ -15,6 +15,7 @@ import numpy as np
 
 from llmr_ray.artifacts import canonical_json, sha256_file, sha256_text
 from llmr_ray.errors import ConfigError, ResourceError
+from llmr_ray.precision import resolve_precision
 
 if TYPE_CHECKING:
     import torch
@@ -30,25 +31,6 @@ PADDING_ALLOWANCE = 0.03
 """A batch is closed when a further text would raise its padding above this share (and above MIN_PADDING tokens)."""
 MIN_PADDING = 64
 """Padding tokens that cost no more than starting another batch does."""
-
-
-def resolve_precision(name: str) -> str:
-    """The precision meant by `name` on this machine: "float32" or "bfloat16".
-
-    "auto" is bfloat16 where the hardware multiplies it natively (CUDA from sm80, CPUs with avx512_bf16 or amx_bf16):
-    elsewhere it is emulated and slower. The resolved value is part of the identity of what it computes.
-    """
-    if name in ("float32", "bfloat16"):
-        return name
-    if name != "auto":
-        raise ConfigError(f"precision is '{name}', but must be auto, float32 or bfloat16.")
-    import torch
-
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return "bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32"
 
 
 def pack(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -131,6 +113,8 @@ class Embedder:
         model.max_seq_length = longest
         model[0].query_length, model[0].document_length = max_query_tokens, max_document_tokens
         self.tokenizer = self.module.tokenizer
+        if self.tokenizer.pad_token_id is None:  # decoders: padding is masked, whatever token it is
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "right"
         self.tokenizer.padding_side = "right"
 
@@ -143,6 +127,11 @@ class Embedder:
     def fingerprint(self) -> str:
         """Changes when the embeddings do: a hash of the folder's weights, configuration and tokenizer files."""
         return fingerprint_of(self.path)
+
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes each layer's activations again instead of keeping them."""
+        model: Any = self.module
+        model[0].model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def tokenize(self, texts: Sequence[str], *, instruction: str, max_tokens: int) -> list[list[int]]:
         """Token ids of ``instruction + text``, special tokens included, cut on the right to `max_tokens`."""

@@ -18,7 +18,7 @@ MIXED = "mixed"
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The global batch of one step: rows of the groups table, int64 [N]."""
+    """The global batch of one step: rows of the groups table, int64 [N]; `dataset` names their source."""
 
     dataset: str
     epoch: int
@@ -33,18 +33,25 @@ class Block:
 class Plan:
     """Which rows each step trains on.
 
-    homogeneous: a block holds one data set; every epoch each data set is shuffled, cut into blocks, and the blocks of
-    all data sets are shuffled. A data set occurs `repeat` times per epoch, each time in another order. Rows that do
-    not fill a block wait for another epoch, but a data set smaller than a block fills one cyclically: the released
-    code loses such a data set altogether.
-    mixed: the rows of all data sets together are shuffled and cut.
+    homogeneous: a block holds one source of rows, a data set or a task. Each source is shuffled and cut into blocks,
+    and shuffled anew when they are used up; the blocks of an epoch are shuffled together. A source occurs `repeat`
+    times, each time in another order. Rows that do not fill a block wait for another pass, but a source smaller than a
+    block fills one cyclically: the released code loses such a data set altogether.
+    mixed: the rows of all sources together are shuffled and cut.
+
+    An epoch has as many blocks as all sources together. How many of them each source gets:
+      proportional: its own, so that an epoch is one pass over everything (the released mode `epoch`);
+      temperature: in proportion to its own to the power of 1 / T, so that small sources are seen more often;
+      round_robin: equally many, one of each in turn.
 
     Args:
-        rows: row numbers of each data set, in a fixed order.
-        repeats: how often each data set occurs in an epoch (1 where it is not named).
+        rows: row numbers of each source, in a fixed order.
+        repeats: how often each source occurs (1 where it is not named).
         batch_size: queries of a block, over all workers.
         batching: homogeneous or mixed.
         seed: of the run.
+        mix: proportional, temperature or round_robin.
+        mix_temperature: T; 1 is proportional.
     """
 
     def __init__(
@@ -55,17 +62,22 @@ class Plan:
         batch_size: int,
         batching: str,
         seed: int,
+        mix: str = "proportional",
+        mix_temperature: float = 1.0,
     ) -> None:
         filled = {name: np.asarray(numbers, dtype=np.int64) for name, numbers in sorted(rows.items()) if len(numbers)}
+        if not filled:
+            raise DataError("there is no group to train on. Look at the reasons why queries were left out.")
         times = {name: repeats.get(name, 1) for name in filled}
-        if batching == MIXED and filled:
+        if batching == MIXED:
             filled = {MIXED: np.concatenate([np.tile(numbers, times[name]) for name, numbers in filled.items()])}
             times = {MIXED: 1}
-        self._sources = [(name, turn) for name in filled for turn in range(times[name])]
         self._rows, self._batch_size, self._seed = filled, batch_size, seed
-        self.blocks_per_epoch = sum(max(1, len(filled[name]) // batch_size) for name, _ in self._sources)
-        if not self.blocks_per_epoch:
-            raise DataError("there is no group to train on. Look at the reasons why queries were left out.")
+        self._takes_turns = mix == "round_robin"
+        sources = [(name, turn) for name in filled for turn in range(times[name])]
+        self._num_blocks = {source: max(1, len(filled[source[0]]) // batch_size) for source in sources}
+        self._quotas = _quotas(self._num_blocks, mix, mix_temperature)
+        self.blocks_per_epoch = sum(self._quotas.values())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def block(self, step: int) -> Block:
@@ -74,14 +86,41 @@ class Plan:
         return self._epoch(epoch)[number]
 
     def _make_epoch(self, epoch: int) -> list[Block]:
-        blocks = []
-        for name, turn in self._sources:
-            rng = np.random.default_rng(seed_of(self._seed, "rows", epoch, f"{name}/{turn}"))
-            shuffled = rng.permutation(self._rows[name])
-            if len(shuffled) < self._batch_size:
-                shuffled = np.resize(shuffled, self._batch_size)
-            for number in range(len(shuffled) // self._batch_size):
-                cut = shuffled[number * self._batch_size : (number + 1) * self._batch_size]
-                blocks.append(Block(dataset=name, epoch=epoch, rows=cut))
-        order = np.random.default_rng(seed_of(self._seed, "blocks", epoch, "")).permutation(len(blocks))
-        return [blocks[number] for number in order]
+        of_source = [self._of_source(source, epoch) for source in self._quotas]
+        rng = np.random.default_rng(seed_of(self._seed, "blocks", epoch, ""))
+        if self._takes_turns:
+            orders = [rng.permutation(len(of_source)) for _ in of_source[0]]
+            return [of_source[place][turn] for turn, order in enumerate(orders) for place in order]
+        blocks = [block for blocks in of_source for block in blocks]
+        return [blocks[number] for number in rng.permutation(len(blocks))]
+
+    def _of_source(self, source: tuple[str, int], epoch: int) -> list[Block]:
+        """The source's next blocks: its passes follow each other, whatever the epochs."""
+        (name, turn), quota, num_blocks = source, self._quotas[source], self._num_blocks[source]
+        size, passes, blocks = self._batch_size, dict[int, np.ndarray](), []
+        for place in range(epoch * quota, (epoch + 1) * quota):
+            number_of_pass, number = divmod(place, num_blocks)
+            if number_of_pass not in passes:
+                rng = np.random.default_rng(seed_of(self._seed, "rows", number_of_pass, f"{name}/{turn}"))
+                shuffled = rng.permutation(self._rows[name])
+                passes[number_of_pass] = np.resize(shuffled, max(size, len(shuffled)))
+            cut = passes[number_of_pass][number * size : (number + 1) * size]
+            blocks.append(Block(dataset=name, epoch=epoch, rows=cut))
+        return blocks
+
+
+def _quotas(num_blocks: dict[tuple[str, int], int], mix: str, temperature: float) -> dict[tuple[str, int], int]:
+    """Blocks of each source in an epoch; at least one."""
+    total = sum(num_blocks.values())
+    if mix == "proportional":
+        return num_blocks
+    if mix == "round_robin":
+        return dict.fromkeys(num_blocks, -(-total // len(num_blocks)))
+    counts = np.asarray(list(num_blocks.values()), dtype=np.float64)
+    weights = (counts / counts.max()) ** (1 / temperature)
+    exact = total * weights / weights.sum()
+    quotas = np.floor(exact).astype(int)
+    # The blocks that rounding left over go to the largest remainders, ties to the first.
+    for place in np.argsort(-(exact - quotas), kind="stable")[: total - quotas.sum()]:
+        quotas[place] += 1
+    return {source: max(1, int(quota)) for source, quota in zip(num_blocks, quotas, strict=True)}

@@ -58,10 +58,11 @@ class TrainingData:
         """Token ids of a text."""
         return self.tokens[int(self.token_offsets[number]) : int(self.token_offsets[number + 1])]
 
-    def rows_by_dataset(self) -> dict[str, np.ndarray]:
-        """Row numbers of each data set."""
-        names = np.asarray(self.datasets, dtype=object)
-        return {str(name): np.flatnonzero(names == name) for name in sorted(set(self.datasets))}
+    def rows_by(self, what: str) -> dict[str, np.ndarray]:
+        """Row numbers of each data set or of each task; `what` is dataset or task."""
+        of_row = self.tasks if what == "task" else self.datasets
+        names = np.asarray(of_row, dtype=object)
+        return {str(name): np.flatnonzero(names == name) for name in sorted(set(of_row))}
 
     def _part(self, row: int) -> slice:
         return slice(int(self.pool_offsets[row]), int(self.pool_offsets[row + 1]))

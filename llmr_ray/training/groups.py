@@ -131,3 +131,24 @@ def in_batch_negatives(keys_NG: np.ndarray, gold_keys: Sequence[np.ndarray], row
     keys_C = keys_NG.reshape(-1)
     barred = [np.append(gold, keys_NG[row]) for row, gold in zip(rows, gold_keys, strict=True)]
     return np.stack([~np.isin(keys_C, own) for own in barred])
+
+
+def peers(
+    positive_keys_N: np.ndarray, gold_keys: Sequence[np.ndarray], query_text_N: np.ndarray, rows: range
+) -> np.ndarray:
+    """Which other queries of the global batch ask for something else: bool [B, N].
+
+    A query of the same text, or one whose positive is a positive or gold document of this one, is no negative.
+
+    Args:
+        positive_keys_N: text keys of the positives of all N queries.
+        gold_keys: text keys of the gold documents, for each of the B queries.
+        query_text_N: numbers of the queries' texts.
+        rows: the B consecutive queries of this rank.
+    """
+    return np.stack(
+        [
+            ~np.isin(positive_keys_N, np.append(gold, positive_keys_N[row])) & (query_text_N != query_text_N[row])
+            for row, gold in zip(rows, gold_keys, strict=True)
+        ]
+    )

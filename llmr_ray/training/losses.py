@@ -1,4 +1,4 @@
-"""The training losses, as pure functions of similarities: contrastive, group KL and graded distillation.
+"""The training losses, as pure functions of similarities: contrastive, distilled from rewards, and on graded labels.
 
 Tensor legend: B queries of this rank, G documents of a query's group (position 0 is the chosen positive), C documents
 of all ranks. `sim` is cosine / temperature; half types are widened to float32. Every function returns one loss per
@@ -29,18 +29,116 @@ def contrastive(
     return _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC)[:, 0]
 
 
-def group_kl(sim_BG: torch.Tensor, rewards_BG: torch.Tensor, *, reward_temperature: float) -> torch.Tensor:
-    """KL(softmax(reward / T) || softmax(sim)) within each query's own group (methods.md A.5.3).
+def full_contrastive(
+    sim_BC: torch.Tensor,
+    own_BG: torch.Tensor,
+    same_BGG: torch.Tensor,
+    others_BC: torch.Tensor,
+    sim_BX: torch.Tensor,
+    others_BX: torch.Tensor,
+) -> torch.Tensor:
+    """The contrastive loss with every kind of pair as negatives (LLM-R, methods.md B.8).
 
-    As in the released code. All-equal rewards give a uniform target, a group of one gives 0 without gradient, and
-    documents whose target probability is 0 contribute 0.
+    To the query's own negatives come its positive against other queries, the query against other queries, and its
+    positive against other positives. A batch of one query has none of these.
+
+    Args:
+        sim_BC, own_BG, same_BGG, others_BC: see above.
+        sim_BX: the further similarities of each query (or of its positive).
+        others_BX: which of them are of true negatives.
 
     Returns:
         float32 [B].
     """
-    teacher_BG = F.softmax(_wide(rewards_BG) / reward_temperature, dim=1)
-    student_BG = F.log_softmax(_wide(sim_BG), dim=1)
-    return F.kl_div(student_BG, teacher_BG, reduction="none").sum(dim=1)
+    further_B = _logsumexp(_wide(sim_BX), others_BX)
+    return _cross_entropies(sim_BC, own_BG, ~same_BGG[:, :1], others_BC, further_B)[:, 0]
+
+
+def teacher_scores(rewards_BG: torch.Tensor, form: str) -> torch.Tensor:
+    """Rewards as the teacher's softmax takes them: float32 [B, G].
+
+    raw: as they are. exp: e to the reward, which makes probabilities of likelihoods (REPLUG's formula, methods.md F).
+    zscore, minmax: standardised within the group, so that one temperature fits queries of any spread; rewards that are
+    all equal become 0.
+    """
+    rewards_BG = _wide(rewards_BG)
+    if form == "raw":
+        return rewards_BG
+    if form == "exp":
+        return rewards_BG.exp()
+    if form == "zscore":
+        centred, spread = rewards_BG - rewards_BG.mean(dim=1, keepdim=True), rewards_BG.std(dim=1, correction=0)
+    elif form == "minmax":
+        low, high = rewards_BG.aminmax(dim=1)
+        centred, spread = rewards_BG - low[:, None], high - low
+    else:
+        raise ValueError(f"reward_form is '{form}', but must be raw, exp, zscore or minmax")
+    # By values, not by the spread: that of equal rewards need not round to 0.
+    is_flat = (rewards_BG == rewards_BG[:, :1]).all(dim=1)
+    return centred.masked_fill(is_flat[:, None], 0.0) / spread.masked_fill(is_flat, 1.0)[:, None]
+
+
+def group_kl(
+    sim_BG: torch.Tensor,
+    rewards_BG: torch.Tensor,
+    *,
+    reward_temperature: float,
+    reward_form: str = "raw",
+    student_temperature: float = 1.0,
+    direction: str = "teacher_student",
+) -> torch.Tensor:
+    """KL divergence between softmax(reward / T) and softmax(sim / T_s) within each query's own group (A.5.3, F).
+
+    teacher_student is KL(teacher || student), as in LLM-Embedder, LLM-R and the code of REPLUG and Atlas;
+    student_teacher is REPLUG's formula. All-equal rewards give a uniform teacher, a group of one gives 0 without
+    gradient, and documents whose probability under the first is 0 contribute 0. The batch's loss is a mean over
+    queries (REPLUG's code divides by the group's size as well).
+
+    Returns:
+        float32 [B].
+    """
+    teacher_BG = F.log_softmax(teacher_scores(rewards_BG, reward_form) / reward_temperature, dim=1)
+    student_BG = F.log_softmax(_wide(sim_BG) / student_temperature, dim=1)
+    first, second = (teacher_BG, student_BG) if direction == "teacher_student" else (student_BG, teacher_BG)
+    return F.kl_div(second, first, reduction="none", log_target=True).sum(dim=1)
+
+
+def listwise(
+    sim_BC: torch.Tensor,
+    own_BG: torch.Tensor,
+    labels_BG: torch.Tensor,
+    same_BGG: torch.Tensor,
+    others_BC: torch.Tensor,
+    *,
+    label_temperature: float,
+) -> torch.Tensor:
+    """Cross-entropy with softmax(label / T) over the group as target and all in-batch documents at 0 (methods.md C.3).
+
+    A text that stands in the group twice counts once. A query all of whose labels are 0 (or less) says nothing about
+    what is relevant and gives 0 without gradient.
+
+    Returns:
+        float32 [B].
+    """
+    sim_BC, labels_BG = _wide(sim_BC), _wide(labels_BG)
+    is_first_BG = ~same_BGG.tril(diagonal=-1).any(dim=2)
+    target_BG = F.softmax((labels_BG / label_temperature).masked_fill(~is_first_BG, -torch.inf), dim=1)
+    own_sim_BG = sim_BC.gather(1, own_BG)
+    all_B = torch.logaddexp(_logsumexp(own_sim_BG, is_first_BG), _logsumexp(sim_BC, others_BC))
+    loss_B = (target_BG * (all_B[:, None] - own_sim_BG)).sum(dim=1)
+    return torch.where((labels_BG > 0).any(dim=1), loss_B, loss_B.detach() * 0)
+
+
+def pairwise(sim_BG: torch.Tensor, labels_BG: torch.Tensor) -> torch.Tensor:
+    """Mean over the group's pairs of unequal label of gap * softplus(-(difference of similarity)) (methods.md C.3).
+
+    Returns:
+        float32 [B]; 0 where all labels are equal.
+    """
+    sim_BG, labels_BG = _wide(sim_BG), _wide(labels_BG)
+    gap_BGG = labels_BG[:, :, None] - labels_BG[:, None, :]
+    each_BGG = gap_BGG.clamp(min=0) * F.softplus(sim_BG[:, None, :] - sim_BG[:, :, None])
+    return each_BGG.sum(dim=(1, 2)) / (gap_BGG > 0).sum(dim=(1, 2)).clamp(min=1)
 
 
 def graded_distillation(
@@ -53,6 +151,7 @@ def graded_distillation(
     tie_policy: str,
     position0: str,
     reward_temperature: float,
+    reward_form: str = "raw",
 ) -> torch.Tensor:
     """Each document of the group against the worse ones and all in-batch negatives, weighted by softmax(reward).
 
@@ -70,7 +169,7 @@ def graded_distillation(
         float32 [B].
     """
     rewards_BG = _wide(rewards_BG)
-    weights_BG = F.softmax(rewards_BG / reward_temperature, dim=1)
+    weights_BG = F.softmax(teacher_scores(rewards_BG, reward_form) / reward_temperature, dim=1)
     negative_BGG = worse(rewards_BG, tie_policy=tie_policy, position0=position0) & ~same_BGG
     return (weights_BG * _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC)).sum(dim=1)
 
@@ -94,12 +193,21 @@ def worse(rewards_BG: torch.Tensor, *, tie_policy: str, position0: str) -> torch
 
 
 def _cross_entropies(
-    sim_BC: torch.Tensor, own_BG: torch.Tensor, negative_BIG: torch.Tensor, others_BC: torch.Tensor
+    sim_BC: torch.Tensor,
+    own_BG: torch.Tensor,
+    negative_BIG: torch.Tensor,
+    others_BC: torch.Tensor,
+    further_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """-log softmax of own documents 0..I-1, each against itself, its own negatives and the in-batch ones: [B, I]."""
+    """-log softmax of own documents 0..I-1, each against itself, its own negatives and the in-batch ones: [B, I].
+
+    `further_B` is the logsumexp of negatives that stand in no column.
+    """
     sim_BC = _wide(sim_BC)
     own_sim_BG = sim_BC.gather(1, own_BG)
     in_batch_B = _logsumexp(sim_BC, others_BC)
+    if further_B is not None:
+        in_batch_B = torch.logaddexp(in_batch_B, further_B)
     num_items = negative_BIG.shape[1]
     itself_IG = torch.eye(num_items, own_BG.shape[1], dtype=torch.bool, device=sim_BC.device)
     own_BI = _logsumexp(own_sim_BG[:, None, :].expand_as(negative_BIG), negative_BIG | itself_IG)

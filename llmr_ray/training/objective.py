@@ -4,8 +4,9 @@ Tensor legend: B queries of this rank, N over all ranks, G documents of a group,
 embedding, T distinct texts of this rank.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ class LocalBatch:
     """What a rank needs of a step, from the global plan: no communication is needed to make it.
 
     texts: numbers of the T distinct texts to encode. query_B, doc_BG: positions in `texts`. rewards_BG: 0 where
-    has_rewards_B is False. same_BGG, others_BC: see losses.py. tasks_B: the task of each query.
+    has_rewards_B is False. same_BGG, others_BC: see losses.py. peers_BN: groups.peers. has_peers: whether
+    a query of any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each query's task.
     """
 
     dataset: str
@@ -36,6 +38,8 @@ class LocalBatch:
     has_rewards_B: np.ndarray
     same_BGG: np.ndarray
     others_BC: np.ndarray
+    peers_BN: np.ndarray
+    has_peers: bool
     tasks_B: list[str]
 
 
@@ -71,6 +75,7 @@ def local_batch(
     texts, where = np.unique(np.concatenate([query_text_B, doc_text_BG.reshape(-1)]), return_inverse=True)
     rewards = [pools[place].rewards for place in mine]
     own_BG = keys_NG[mine.start : mine.stop]
+    gold = [pools[place].keys[pools[place].is_gold] for place in mine]
     return LocalBatch(
         dataset=block.dataset,
         epoch=block.epoch,
@@ -86,7 +91,9 @@ def local_batch(
         ),
         has_rewards_B=np.asarray([given is not None for given in rewards]),
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
-        others_BC=groups.in_batch_negatives(keys_NG, [pools[place].keys[pools[place].is_gold] for place in mine], mine),
+        others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
+        has_peers=any(tasks[data.tasks[row]].full_contrastive_weight for row in block.rows),
+        peers_BN=groups.peers(keys_NG[:, 0], gold, np.asarray(data.query_text[block.rows]), mine),
         tasks_B=[data.tasks[row] for row in rows_B],
     )
 
@@ -101,39 +108,127 @@ def batch_loss(
 ) -> torch.Tensor:
     """The mean loss over this rank's queries, each with the terms and weights of its task; scalar with gradient.
 
-    Documents of all ranks are in-batch candidates of the contrastive and graded terms; the KL term looks at the own
-    group alone. Weights apply whatever other terms there are (the released code ignores the distillation weight when
-    it is the only term, methods.md I.8).
+    Documents of all ranks are in-batch candidates of the contrastive, graded and listwise terms; KL and pairwise terms
+    look at the own group alone. Weights apply whatever other terms there are (the released code ignores the
+    distillation weight when it is the only term, methods.md I.8).
     """
     device = query_BD.device
     num_queries, group_size = batch.doc_BG.shape
-    doc_CD = gather_with_gradient(doc_BGD.flatten(0, 1))
-    sim_BC = (query_BD @ doc_CD.T) / temperature
+    if batch.has_peers:
+        # In one piece: of two gathers, one may be no part of some rank's loss, whose backward would then not take part.
+        all_NGD = gather_with_gradient(torch.cat([query_BD[:, None], doc_BGD], dim=1))
+        query_ND, doc_CD = all_NGD[:, 0], all_NGD[:, 1:].flatten(0, 1)
+    else:
+        doc_CD = gather_with_gradient(doc_BGD.flatten(0, 1))
     own_BG = torch.arange(num_queries * group_size, device=device).view(num_queries, group_size)
-    own_BG = own_BG + batch.first * group_size
     rewards_BG, same_BGG, others_BC = (
         torch.from_numpy(array).to(device) for array in (batch.rewards_BG, batch.same_BGG, batch.others_BC)
     )
+    scored = Scored(
+        sim_BC=(query_BD @ doc_CD.T) / temperature,
+        own_BG=own_BG + batch.first * group_size,
+        rewards_BG=rewards_BG,
+        same_BGG=same_BGG,
+        others_BC=others_BC,
+    )
+    if batch.has_peers:
+        positive_BD, positive_ND = doc_BGD[:, 0], doc_CD[::group_size]
+        pairs = ((positive_BD, query_ND), (query_BD, query_ND), (positive_BD, positive_ND))
+        scored.sim_BX = torch.cat([(left @ right.T) / temperature for left, right in pairs], dim=1)
+        scored.others_BX = torch.from_numpy(batch.peers_BN).to(device).repeat(1, len(pairs))
     loss = query_BD.new_zeros(())
     for task in sorted(set(batch.tasks_B)):
         rows = torch.tensor([row for row, of in enumerate(batch.tasks_B) if of == task], device=device)
-        terms, sim, own = tasks[task], sim_BC[rows], own_BG[rows]
-        if terms.contrastive_weight:
-            each = losses.contrastive(sim, own, same_BGG[rows], others_BC[rows])
-            loss = loss + terms.contrastive_weight * each.sum()
-        if terms.graded_weight:
-            each = losses.graded_distillation(
-                sim,
-                own,
-                rewards_BG[rows],
-                same_BGG[rows],
-                others_BC[rows],
-                tie_policy=terms.tie_policy,
-                position0=terms.position0,
-                reward_temperature=terms.reward_temperature,
-            )
-            loss = loss + terms.graded_weight * each.sum()
-        if terms.kl_weight:
-            each = losses.group_kl(sim.gather(1, own), rewards_BG[rows], reward_temperature=terms.reward_temperature)
-            loss = loss + terms.kl_weight * each.sum()
+        of_task = scored.rows(rows)
+        for setting, term in TERMS.items():
+            weight = getattr(tasks[task], setting)
+            if weight:
+                loss = loss + weight * term(of_task, tasks[task]).sum()
     return loss / num_queries
+
+
+@dataclass(kw_only=True)
+class Scored:
+    """What the losses of B queries are made of (see losses.py); X columns only where a task uses full_contrastive."""
+
+    sim_BC: torch.Tensor
+    own_BG: torch.Tensor
+    rewards_BG: torch.Tensor
+    same_BGG: torch.Tensor
+    others_BC: torch.Tensor
+    sim_BX: torch.Tensor | None = None
+    others_BX: torch.Tensor | None = None
+
+    @property
+    def own_sim_BG(self) -> torch.Tensor:
+        """Similarities within the group."""
+        return self.sim_BC.gather(1, self.own_BG)
+
+    def rows(self, rows: torch.Tensor) -> "Scored":
+        """Those of some queries."""
+        cut: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            cut[item.name] = None if value is None else value[rows]
+        return Scored(**cut)
+
+
+def _contrastive(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.contrastive(of.sim_BC, of.own_BG, of.same_BGG, of.others_BC)
+
+
+def _full_contrastive(of: Scored, task: TaskTrain) -> torch.Tensor:
+    assert of.sim_BX is not None
+    assert of.others_BX is not None
+    return losses.full_contrastive(of.sim_BC, of.own_BG, of.same_BGG, of.others_BC, of.sim_BX, of.others_BX)
+
+
+def _graded(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.graded_distillation(
+        of.sim_BC,
+        of.own_BG,
+        of.rewards_BG,
+        of.same_BGG,
+        of.others_BC,
+        tie_policy=task.tie_policy,
+        position0=task.position0,
+        reward_temperature=task.reward_temperature,
+        reward_form=task.reward_form,
+    )
+
+
+def _group_kl(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.group_kl(
+        of.own_sim_BG,
+        of.rewards_BG,
+        reward_temperature=task.reward_temperature,
+        reward_form=task.reward_form,
+        student_temperature=task.student_temperature,
+        direction=task.kl_direction,
+    )
+
+
+def _listwise(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.listwise(
+        of.sim_BC,
+        of.own_BG,
+        of.rewards_BG,
+        of.same_BGG,
+        of.others_BC,
+        label_temperature=task.reward_temperature,
+    )
+
+
+def _pairwise(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.pairwise(of.own_sim_BG, of.rewards_BG)
+
+
+TERMS: dict[str, Callable[[Scored, TaskTrain], torch.Tensor]] = {
+    "contrastive_weight": _contrastive,
+    "full_contrastive_weight": _full_contrastive,
+    "graded_weight": _graded,
+    "kl_weight": _group_kl,
+    "listwise_weight": _listwise,
+    "pairwise_weight": _pairwise,
+}
+"""The terms of the loss by the setting that holds their weight: per-query losses [B] of a task's queries."""

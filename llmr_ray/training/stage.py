@@ -25,6 +25,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
+from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
 from llmr_ray.training.pools import group_row, join_pools
@@ -51,6 +52,7 @@ STEPS_SCHEMA = pa.schema(
         ("reward_margin", pa.float64()),
     ]
 )
+
 """What the artifact keeps of each step: not how long it took, which no rerun could repeat."""
 
 
@@ -132,8 +134,6 @@ def run_group(config: Config, artifact: Artifact, prepare: Artifact, candidates:
 
 def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
     """What determines the trained embedder. The number of workers does not: the global batch is fixed."""
-    from llmr_ray.modeling.embedder import resolve_precision
-
     train = identity(config.train)
     del train["checkpoint_interval"]
     return ArtifactSpec(
@@ -198,6 +198,7 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
             "settings": config.train,
             "num_threads": runtime.train_threads,
             "grad_cache": runtime.train_grad_cache,
+            "checkpointing": runtime.train_checkpointing,
             "spec": artifact.spec.config,
             "tasks": training_tasks(config),
             # Absolute, since a worker need not start in this folder.
@@ -294,6 +295,7 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
         prompts=spec["prompts"],
         root=work,
         grad_cache=arguments["grad_cache"],
+        checkpointing=arguments["checkpointing"],
     )
 
     def on_step(record: dict[str, Any]) -> None:

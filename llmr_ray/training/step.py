@@ -62,6 +62,7 @@ class Trainer:
         prompts: stored with saved models.
         root: holds checkpoints and the step records; shared by all ranks.
         grad_cache: hold the activations of one pass at a time (gradient.cached_backward).
+        checkpointing: hold the activations of one layer at a time.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trainer:
         prompts: dict[str, str],
         root: Path,
         grad_cache: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         self.config, self.tasks, self.data, self.seed, self.prompts, self.root = (
             config,
@@ -90,15 +92,29 @@ class Trainer:
         if config.global_batch_size % self.world_size:
             raise ConfigError(f"{config.global_batch_size} queries do not divide over {self.world_size} workers.")
         self.plan = Plan(
-            data.rows_by_dataset(),
-            repeats={name: tasks[task].repeat for name, task in zip(data.datasets, data.tasks, strict=True)},
+            data.rows_by(config.batch_by),
+            repeats={
+                name: tasks[task].repeat
+                for name, task in zip(
+                    data.tasks if config.batch_by == "task" else data.datasets, data.tasks, strict=True
+                )
+            },
             batch_size=config.global_batch_size,
             batching=config.batching,
             seed=seed,
+            mix=config.mix,
+            mix_temperature=config.mix_temperature,
         )
         found = self._resume_point()
         self.embedder = load(found.embedder if found else base)
         self.device = self.embedder.device
+        if too_long := [size for size in config.matryoshka_dimensions if not 0 < size < self.embedder.dimension]:
+            raise ConfigError(
+                f"train.matryoshka_dimensions {too_long} are not between 1 and {self.embedder.dimension - 1}: the "
+                f"embedder has {self.embedder.dimension} dimensions, and the whole is always trained."
+            )
+        if checkpointing:
+            self.embedder.checkpoint_activations()
         encoder = PackedEncoder(self.embedder)
         encoder.train(config.dropout)
         freeze_unused(encoder, data.text(0))
@@ -175,9 +191,12 @@ class Trainer:
         tokens = [self.data.text(int(number)) for number in batch.texts]
 
         def loss_of(embedding_TD: torch.Tensor) -> torch.Tensor:
-            query_BD = embedding_TD[torch.from_numpy(batch.query_B).to(self.device)]
-            doc_BGD = embedding_TD[torch.from_numpy(batch.doc_BG).to(self.device)]
-            return batch_loss(query_BD, doc_BGD, batch, tasks=self.tasks, temperature=config.temperature)
+            where_B, where_BG = (torch.from_numpy(at).to(self.device) for at in (batch.query_B, batch.doc_BG))
+            each = [
+                batch_loss(cut[where_B], cut[where_BG], batch, tasks=self.tasks, temperature=config.temperature)
+                for cut in nested(embedding_TD, config.matryoshka_dimensions)
+            ]
+            return torch.stack(each).mean()
 
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(self.encoder, tokens, loss_of)
@@ -227,6 +246,11 @@ class Trainer:
         rewarded_BG = batch.rewards_BG[batch.has_rewards_B]
         margin = float((rewarded_BG.max(axis=1) - rewarded_BG.min(axis=1)).sum()) if len(rewarded_BG) else 0.0
         return [loss, float(sum(lengths)), float(padded), margin, float(len(rewarded_BG))]
+
+
+def nested(embedding_TD: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """The embeddings whole and cut to their first dimensions, each of unit norm."""
+    return [embedding_TD, *(torch.nn.functional.normalize(embedding_TD[:, :size], dim=1) for size in sizes)]
 
 
 def freeze_unused(encoder: PackedEncoder, tokens: np.ndarray) -> None:

@@ -9,13 +9,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from llmr_ray.errors import ConfigError
 from llmr_ray.training import checkpoint, objective, step
 from llmr_ray.training.gather import agree, gather_with_gradient, place, total
 from tests.tiny import tiny_bert
 from tests.training_setup import TASKS, groups_table, make_data, make_trainer
 
 CASES = {task: (task,) for task in TASKS} | {"mixed": tuple(TASKS)}
-"""qa: graded strict; icl: graded sorted and contrastive; tool: contrastive; chat: group KL; mixed: all in one batch."""
+"""qa: graded strict; icl: graded sorted and contrastive; tool: contrastive; chat: group KL; convsearch: KL and full
+contrastive; lrlm: listwise and pairwise; mixed: all in one batch."""
+
+MEMORY = ("grad_cache", "checkpointing")
 
 
 def gradient(trainer):
@@ -46,7 +50,8 @@ def worker(rank, world_size, root):
     assert agree(rank + 7) == 7
     assert total(torch.tensor([rank + 1.0])).tolist() == [3.0]
     found = {name: gradient(make(root, name, root / "two" / name)) for name in CASES}
-    found["cached"] = gradient(make(root, "mixed", root / "two" / "cached", grad_cache=True))
+    for memory in MEMORY:
+        found[memory] = gradient(make(root, "mixed", root / "two" / memory, memory=memory))
     objective.gather_with_gradient = gathered_without_gradient
     found["ablation"] = gradient(make(root, "qa", root / "two" / "ablation"))
     objective.gather_with_gradient = gather_with_gradient
@@ -88,20 +93,21 @@ def small_passes(monkeypatch):
     monkeypatch.setitem(step.PACK_TOKENS, "cpu", 40)
 
 
+@pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_cached_gradient_is_the_plain_one(root, tmp_path, small_passes, name, dropout):
+def test_gradient_in_small_memory_is_the_plain_one(root, tmp_path, small_passes, name, dropout, memory):
     """A pass that draws other random numbers the second time gets a gradient of something that was never embedded."""
     plain = gradient(make(root, name, tmp_path / "plain", dropout=dropout))
-    trainer = make(root, name, tmp_path / "cached", dropout=dropout, grad_cache=True)
-    ratio, cosine = compare(plain, gradient(trainer))
+    ratio, cosine = compare(plain, gradient(make(root, name, tmp_path / "small", dropout=dropout, memory=memory)))
     assert ratio == pytest.approx(1, abs=1e-5)
     assert cosine > 1 - 1e-6
 
 
-def test_cached_gradient_of_two_workers_is_that_of_one(root, tmp_path, small_passes):
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradient_in_small_memory_of_two_workers_is_that_of_one(root, tmp_path, small_passes, memory):
     """Workers that exchange gradients before the last pass average some passes twice and others never."""
-    ratio, cosine = compare(gradient(make(root, "mixed", tmp_path)), np.load(root / "two.npz")["cached"])
+    ratio, cosine = compare(gradient(make(root, "mixed", tmp_path)), np.load(root / "two.npz")[memory])
     assert ratio == pytest.approx(1, abs=1e-5)
     assert cosine > 1 - 1e-6
 
@@ -132,3 +138,24 @@ def test_alone_the_gather_is_the_identity():
     assert gather_with_gradient(rows) is rows
     assert place() == (0, 1)
     assert agree(5) == 5
+
+
+def test_matryoshka_loss_is_the_mean_over_cut_embeddings(root, tmp_path):
+    """Prevents cut embeddings that keep their length, whose cosines would not be cosines."""
+    trainer = make(root, "tool", tmp_path, matryoshka_dimensions=[4, 8])
+    batch = objective.local_batch(
+        trainer.data, trainer.plan.block(0), tasks=TASKS, group_size=4, seed=11, rank=0, world_size=1
+    )
+    with torch.no_grad():
+        whole = trainer.encoder([trainer.data.text(int(number)) for number in batch.texts]).double()
+    expected = []
+    for size in (16, 4, 8):
+        cut = whole[:, :size] / whole[:, :size].norm(dim=1, keepdim=True)
+        query, docs = cut[torch.from_numpy(batch.query_B)], cut[torch.from_numpy(batch.doc_BG)]
+        expected.append(float(objective.batch_loss(query, docs, batch, tasks=TASKS, temperature=0.1)))
+    assert trainer.train_step()["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_matryoshka_sizes_must_be_smaller_than_the_embedding(root, tmp_path):
+    with pytest.raises(ConfigError, match="16 dimensions"):
+        make(root, "tool", tmp_path, matryoshka_dimensions=[8, 16])

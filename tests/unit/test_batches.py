@@ -71,3 +71,45 @@ def test_nothing_to_train_on_is_said():
     """Prevents a division by zero in place of a reason."""
     with pytest.raises(DataError, match="no group"):
         plan(rows={"empty": np.zeros(0, np.int64)})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [
+        (1.0, {"big": 6, "small": 1, "twice": 4}),
+        (2.0, {"big": 4.29, "small": 1.75, "twice": 4.95}),  # 6, 1, 2 and 2 blocks, by their square roots
+        (1e9, {"big": 2.75, "small": 2.75, "twice": 5.5}),
+    ],
+)
+def test_temperature_favours_small_data_sets(temperature, expected):
+    """Prevents a data set of a hundred times the rows from taking a hundred times the steps."""
+    made = plan(mix="temperature", mix_temperature=temperature)
+    assert made.blocks_per_epoch == 11
+    shares = Counter(made.block(step).dataset for step in range(11))
+    assert shares == {name: pytest.approx(share, abs=1) for name, share in expected.items()}
+
+
+@pytest.mark.parametrize("mix", ["temperature", "round_robin"])
+def test_every_row_has_its_turn_before_any_has_a_second(mix):
+    """Prevents epochs that cut a data set short from training on its first rows for ever."""
+    made = plan(mix=mix, mix_temperature=5.0)
+    blocks = [made.block(step) for step in range(made.blocks_per_epoch * 7)]
+    of_big = [block.rows for block in blocks if block.dataset == "big"]
+    for start in range(0, len(of_big) - 5, 6):  # a pass over 50 rows is 6 blocks of 8
+        rows = np.concatenate(of_big[start : start + 6])
+        assert len(set(rows.tolist())) == 48
+    assert [plan(mix=mix, mix_temperature=5.0).block(step).rows.tolist() for step in (60, 3)] == [
+        blocks[step].rows.tolist() for step in (60, 3)
+    ]
+
+
+def test_round_robin_takes_one_of_each_in_turn():
+    made = plan(mix="round_robin")
+    for step in range(0, 24, 4):
+        turn = Counter(made.block(step + place).dataset for place in range(4))
+        assert turn == {"big": 1, "small": 1, "twice": 2}
+
+
+def test_plan_of_the_published_mode_stays_as_it_is():
+    """A plan that changes with the code would turn a resumed run into another."""
+    assert [int(plan().block(step).rows[0]) for step in range(6)] == [5, 43, 18, 64, 51, 65]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmr_ray import config as configs
+from llmr_ray import loading
 from llmr_ray.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -36,7 +36,7 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
 def test_wrong_settings_are_refused(override: str, message: str) -> None:
     """A misspelt or impossible setting that is silently ignored costs a whole run."""
     with pytest.raises(ConfigError, match=message):
-        configs.load(CONF / "quickstart.yaml", [override])
+        loading.load(CONF / "quickstart.yaml", [override])
 
 
 def test_layers_merge_left_to_right(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_layers_merge_left_to_right(tmp_path: Path) -> None:
     write(tmp_path, "train: {num_steps: 7, group_size: 3}\n", "a.yaml")
     write(tmp_path, "train: {num_steps: 8}\n", "b.yaml")
     path = write(tmp_path, "base: [a.yaml, b.yaml]\nseed: 5\n")
-    config = configs.load(path, ["train.learning_rate=0.1"])
+    config = loading.load(path, ["train.learning_rate=0.1"])
     assert (config.train.num_steps, config.train.group_size, config.seed, config.train.learning_rate) == (8, 3, 5, 0.1)
 
 
@@ -53,27 +53,27 @@ def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
     write(tmp_path, "base: b.yaml\n", "a.yaml")
     write(tmp_path, "base: a.yaml\n", "b.yaml")
     with pytest.raises(ConfigError, match="names itself"):
-        configs.load((tmp_path / "a.yaml").resolve())
+        loading.load((tmp_path / "a.yaml").resolve())
 
 
 def test_broken_yaml_and_missing_file_are_clear(tmp_path: Path) -> None:
     """A parser's traceback does not tell a user which file is broken."""
     with pytest.raises(ConfigError, match=r"c\.yaml is not valid YAML"):
-        configs.load(write(tmp_path, "train: {num_steps: [}\n"))
+        loading.load(write(tmp_path, "train: {num_steps: [}\n"))
     with pytest.raises(ConfigError, match="no config file"):
-        configs.load(tmp_path / "absent.yaml")
+        loading.load(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
     """A config that ships but does not load is the first thing a user would meet."""
-    assert configs.load(path).tasks or path.stem not in ("quickstart", "small")
+    assert loading.load(path).tasks or path.stem not in ("quickstart", "small")
 
 
 def test_resolved_config_loads_again(tmp_path: Path) -> None:
     """The record of a run must reproduce the run."""
-    config = configs.load(CONF / "quickstart.yaml")
-    assert configs.load(write(tmp_path, configs.to_yaml(config))) == config
+    config = loading.load(CONF / "quickstart.yaml")
+    assert loading.load(write(tmp_path, loading.to_yaml(config))) == config
 
 
 def test_config_imports_without_heavy_libraries() -> None:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 
 from llmr_ray.errors import ConfigError, ResourceError
-from llmr_ray.modeling.embedder import Embedder, fingerprint_of, pack, resolve_precision
+from llmr_ray.modeling.embedder import Embedder, fingerprint_of, pack
+from llmr_ray.precision import resolve_precision
 from tests.tiny import tiny_bert
+from tests.tiny_llm import save_model
 
 TEXTS = ["a b c", "d", "", "a a a a a a a a b b b b c c", "e f g h i j", "d", "k l"]
 
@@ -130,3 +135,22 @@ def test_pack_covers_every_text_once_within_budget_and_with_little_padding():
     assert 1 - lengths.sum() / sum(padded) < 0.05
     assert pack([], 10) == []
     assert [list(rows) for rows in pack([50, 3], 10)] == [[0], [1]]
+
+
+def test_decoder_llm_embeds_by_its_last_token(tmp_path):
+    """Prevents padding from being pooled, and a decoder without a padding token from being refused."""
+    folder = save_model(tmp_path)
+    embedder = Embedder(
+        folder, pooling="last", max_query_tokens=32, max_document_tokens=32, precision="float32", device="cpu"
+    )
+    texts = ["the river", "hello there, how are you doing today?", "a"]
+    found = embedder.encode(texts, instruction="Question: ", max_tokens=32, batch_tokens=1000)
+    model = AutoModel.from_pretrained(folder).eval()
+    for text, vector in zip(texts, found, strict=True):
+        ids = torch.tensor([embedder.tokenizer("Question: " + text)["input_ids"]])
+        with torch.inference_mode():
+            last = model(input_ids=ids).last_hidden_state[0, -1]
+        np.testing.assert_allclose(vector, (last / last.norm()).numpy(), atol=1e-5)
+    embedder.save(tmp_path / "saved", {})
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(again.encode(["Question: " + text for text in texts]), found, atol=1e-5)

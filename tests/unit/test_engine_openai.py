@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llmr_ray import config as configs
+from llmr_ray import loading
 from llmr_ray.errors import ConfigError, ResourceError
 from llmr_ray.feedback import engine_openai
 from llmr_ray.feedback.engine import EngineSettings, Sampling
@@ -153,4 +153,4 @@ def test_a_configuration_names_the_endpoint(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("llm: {engine: openai, endpoint: 'http://x/v1'}\n")
     with pytest.raises(ConfigError, match="endpoint_model"):
-        configs.load(path)
+        loading.load(path)

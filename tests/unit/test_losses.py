@@ -193,3 +193,157 @@ def test_unknown_tie_policy_is_refused():
     """Prevents a typo from silently choosing the other policy."""
     with pytest.raises(ValueError, match="tie_policy"):
         losses.worse(REWARDS, tie_policy="loose", position0="gold_first")
+
+
+# --- LLM-R -----------------------------------------------------------------------------------------------------------
+
+LLMR_QUERIES = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.1, 1.0]], dtype=torch.float64))
+LLMR_DOCS = torch.nn.functional.normalize(
+    torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.9], [-0.3, 1.0]], dtype=torch.float64)
+)
+
+
+def further(queries, positives, temperature):
+    """Positive-query, query-query and positive-positive similarities, and which are of others."""
+    parts = [positives @ queries.T, queries @ queries.T, positives @ positives.T]
+    other = ~torch.eye(len(queries), dtype=torch.bool)
+    return torch.cat(parts, dim=1) / temperature, other.repeat(1, 3)
+
+
+def test_llm_r_worked_numbers():
+    """Prevents a missing block, self pairs among the negatives, or a wrong weight between the two terms."""
+    own, same, others = layout(2, 2)
+    sim = LLMR_QUERIES @ LLMR_DOCS.T / 0.1
+    contrast = losses.full_contrastive(sim, own, same, others, *further(LLMR_QUERIES, LLMR_DOCS[::2], 0.1)).mean()
+    kl = losses.group_kl(
+        sim.gather(1, own), torch.tensor([[2.0, -1.0], [0.5, 0.0]], dtype=torch.float64), reward_temperature=1.0
+    ).mean()
+    assert float(contrast) == pytest.approx(0.3323606, abs=1e-6)
+    assert float(kl) == pytest.approx(0.0339605, abs=1e-6)
+    assert float(kl + 0.2 * contrast) == pytest.approx(0.1004326, abs=1e-6)
+
+
+def test_full_contrastive_equals_the_loop():
+    generator = torch.Generator().manual_seed(7)
+    own, same, others = layout(4, 3)
+    sim, more = (torch.randn(4, size, generator=generator) * 3 for size in (12, 12))
+    kept = torch.rand(4, 12, generator=generator) > 0.4
+    others &= torch.rand(4, 12, generator=generator) > 0.3
+    same[2, 0, 1] = same[2, 1, 0] = True
+    for b, loss in enumerate(losses.full_contrastive(sim, own, same, others, more, kept).tolist()):
+        terms = [float(sim[b, own[b, 0]])]
+        terms += [float(sim[b, own[b, j]]) for j in (1, 2) if not same[b, 0, j]]
+        terms += [float(sim[b, c]) for c in range(12) if others[b, c]]
+        terms += [float(more[b, x]) for x in range(12) if kept[b, x]]
+        assert loss == pytest.approx(math.log(sum(map(math.exp, terms))) - terms[0], abs=1e-5)
+
+
+def test_full_contrastive_of_one_query_is_the_contrastive_loss():
+    """Prevents NaN: with one query no other queries or positives exist."""
+    own, same, others = layout(1, 3)
+    sim = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    loss = losses.full_contrastive(sim, own, same, others, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(loss, losses.contrastive(sim, own, same, others))
+    loss.sum().backward()
+    assert torch.isfinite(sim.grad).all()
+
+
+# --- REPLUG and the forms of a teacher --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("direction", "expected"), [("student_teacher", 0.204307), ("teacher_student", 0.265677)])
+def test_replug_worked_numbers(direction, expected):
+    """Prevents the likelihood's logarithm where the formula has the probability, and a direction that is swapped."""
+    loss = losses.group_kl(
+        torch.tensor([[0.9, 0.7, 0.5]], dtype=torch.float64),
+        torch.tensor([[0.30, 0.25, 0.10]], dtype=torch.float64).log(),
+        reward_temperature=0.1,
+        reward_form="exp",
+        student_temperature=0.1,
+        direction=direction,
+    )
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
+def test_kl_equals_its_definition_and_vanishes_only_at_the_teacher(direction):
+    generator = torch.Generator().manual_seed(1)
+    sim, rewards = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    teacher, student = torch.softmax(rewards / 0.5, 1), torch.softmax(sim, 1)
+    p, q = (teacher, student) if direction == "teacher_student" else (student, teacher)
+    loss = losses.group_kl(sim, rewards, reward_temperature=0.5, direction=direction)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(1))
+    same = losses.group_kl(rewards / 0.5, rewards, reward_temperature=0.5, direction=direction)
+    torch.testing.assert_close(same, torch.zeros_like(same))
+
+
+def test_standardised_rewards_do_not_know_scale_or_offset():
+    """Prevents one temperature from meaning another sharpness for each query; equal rewards must not become NaN."""
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1]])
+    for form in ("zscore", "minmax"):
+        scores = losses.teacher_scores(rewards, form)
+        torch.testing.assert_close(scores, losses.teacher_scores(rewards * 7 - 3, form), rtol=1e-4, atol=1e-5)
+        assert scores[1].tolist() == [0.0, 0.0, 0.0]
+    zscores = losses.teacher_scores(rewards, "zscore")[0]
+    assert float(zscores.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(zscores.pow(2).mean()) == pytest.approx(1, abs=1e-5)
+    assert losses.teacher_scores(rewards, "minmax")[0].tolist() == pytest.approx([0, 1 / 3, 1])
+
+
+# --- graded labels ----------------------------------------------------------------------------------------------------
+
+
+def test_listwise_equals_the_loop():
+    generator = torch.Generator().manual_seed(5)
+    own, same, others = layout(3, 4)
+    sim = torch.randn(3, 12, generator=generator) * 3
+    labels = torch.tensor([[1.0, 0.5, 0.0, 0.0], [0.5, 0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    others &= torch.rand(3, 12, generator=generator) > 0.3
+    same[1, 0, 1] = same[1, 1, 0] = True
+    loss = losses.listwise(sim, own, labels, same, others, label_temperature=0.2)
+    for b, counted in ((0, [0, 1, 2, 3]), (1, [0, 2, 3])):
+        weights = [math.exp(float(labels[b, i]) / 0.2) for i in counted]
+        scores = [float(sim[b, own[b, i]]) for i in counted]
+        total = math.log(
+            sum(map(math.exp, scores)) + sum(math.exp(float(sim[b, c])) for c in range(12) if others[b, c])
+        )
+        expected = sum(w / sum(weights) * (total - s) for w, s in zip(weights, scores, strict=True))
+        assert float(loss[b]) == pytest.approx(expected, abs=1e-5)
+    assert float(loss[2]) == 0, "labels of 0 alone do not say what is relevant"
+
+
+def test_query_without_relevant_document_moves_nothing():
+    own, same, others = layout(2, 3)
+    sim = (COSINES / 0.1).requires_grad_()
+    labels = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    losses.listwise(sim, own, labels, same, others, label_temperature=0.2).sum().backward()
+    assert (sim.grad[0] == 0).all()
+    assert (sim.grad[1] != 0).any()
+
+
+def test_pairwise_equals_the_loop():
+    sim = torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 2.0]])
+    labels = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]])
+    each = [
+        (float(labels[0, i] - labels[0, j])) * math.log1p(math.exp(-float(sim[0, i] - sim[0, j])))
+        for i in range(3)
+        for j in range(3)
+        if labels[0, i] > labels[0, j]
+    ]
+    assert losses.pairwise(sim, labels).tolist() == pytest.approx([sum(each) / len(each), 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_widened(dtype):
+    """Prevents overflow and a softmax that cannot tell: cosines over 0.01 span 200."""
+    own, same, others = layout(2, 3)
+    sim, rewards = (COSINES / 0.01).to(dtype), REWARDS.to(dtype)
+    found = [
+        losses.full_contrastive(sim, own, same, others, sim, others),
+        losses.group_kl(sim.gather(1, own), rewards, reward_temperature=0.1, direction="student_teacher"),
+        losses.listwise(sim, own, rewards, same, others, label_temperature=0.2),
+        losses.pairwise(sim.gather(1, own), rewards),
+    ]
+    for loss in found:
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(loss).all()

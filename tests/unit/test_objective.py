@@ -76,7 +76,7 @@ def test_data_is_written_once_and_whole(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_cut_the_batch_of_one_worker(data, batching, world_size):
     """Prevents groups, masks or rewards that depend on how many workers there are."""
-    plan = Plan(data.rows_by_dataset(), repeats={}, batch_size=8, batching=batching, seed=3)
+    plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=8, batching=batching, seed=3)
 
     def take(step, rank, ranks):
         return local_batch(data, plan.block(step), tasks=TASKS, group_size=4, seed=3, rank=rank, world_size=ranks)

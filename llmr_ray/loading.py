@@ -1,0 +1,134 @@
+"""Configurations from YAML: files merged left to right, overrides last, every key and value checked."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from llmr_ray.config import Config
+from llmr_ray.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
+    "pooling": ("auto", "cls", "mean", "last"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "engine": ("vllm", "transformers", "openai"),
+    "llm_scoring": ("auto", "tree", "engine"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "feedback": ("none", "likelihood", "rank"),
+    "samples": ("fresh", "shared"),
+    "normalization": ("mean", "sum"),
+    "positive": ("first", "random", "teacher", "teacher_gold"),
+    "negatives": ("random", "first", "lowest", "highest"),
+    "tie_policy": ("strict", "sorted"),
+    "position0": ("gold_first", "by_reward"),
+    "reward_form": ("raw", "exp", "zscore", "minmax"),
+    "kl_direction": ("teacher_student", "student_teacher"),
+    "schedule": ("linear", "constant"),
+    "batching": ("homogeneous", "mixed"),
+    "batch_by": ("dataset", "task"),
+    "mix": ("proportional", "temperature", "round_robin"),
+}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, the files it names under `base` (first), and ``key=value`` overrides (last).
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
+    """
+    merged: Any = OmegaConf.create({})
+    for layer in _layers(Path(path), ()):
+        merged = OmegaConf.merge(merged, layer)
+    for item in overrides or []:
+        if "=" not in item:
+            raise ConfigError(f"'{item}' is not an override. Write key=value, for example train.num_steps=50.")
+    merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides or [])))
+    plain = OmegaConf.to_container(merged, resolve=True)
+    _check_keys(plain, Config, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    _check_values(config, "")
+    _check_run(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
+    if not path.exists():
+        raise ConfigError(f"there is no config file {path}. Look in conf/ or give a path to your own YAML.")
+    if path in seen:
+        raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
+    try:
+        layer: Any = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []
+    layers = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        layers += _layers((path.parent / base).resolve(), (*seen, path))
+    return [*layers, layer]
+
+
+def _check_keys(value: Any, kind: Any, where: str) -> None:
+    """Fails on keys no dataclass knows; OmegaConf's own message does not name the nearest one."""
+    if not dataclasses.is_dataclass(kind) or not isinstance(value, dict):
+        return
+    fields = {item.name: item.type for item in dataclasses.fields(kind)}
+    for key, inner in value.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f" Did you mean '{where}{near[0]}'?" if near else f" Known keys: {sorted(fields)}."
+            raise ConfigError(f"unknown setting '{where}{key}'.{hint}")
+        inner_kind: Any = fields[key]
+        if getattr(inner_kind, "__origin__", None) is dict and dataclasses.is_dataclass(inner_kind.__args__[1]):
+            for name, item in (inner or {}).items():
+                _check_keys(item, inner_kind.__args__[1], f"{where}{key}.{name}.")
+        else:
+            _check_keys(inner, inner_kind, f"{where}{key}.")
+
+
+def _check_values(value: Any, where: str) -> None:
+    for item in dataclasses.fields(value):
+        inner = getattr(value, item.name)
+        if dataclasses.is_dataclass(inner):
+            _check_values(inner, f"{where}{item.name}.")
+        elif isinstance(inner, dict):
+            for name, entry in inner.items():
+                if dataclasses.is_dataclass(entry):
+                    _check_values(entry, f"{where}{item.name}.{name}.")
+        elif item.name in CHOICES and inner not in CHOICES[item.name]:
+            raise ConfigError(f"'{where}{item.name}' is '{inner}', but must be one of {', '.join(CHOICES[item.name])}.")
+        elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward",):
+            raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
+
+
+def _check_run(config: Config) -> None:
+    for name, dataset in config.datasets.items():
+        if dataset.task not in config.tasks:
+            raise ConfigError(
+                f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
+                f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
+            )
+    if config.train.global_batch_size % max(1, config.runtime.train_workers):
+        raise ConfigError(
+            f"train.global_batch_size {config.train.global_batch_size} does not divide over "
+            f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
+        )
+    if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
+        raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
+    if config.train.group_size < 2:
+        raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
+    if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
+        raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")

@@ -1,0 +1,24 @@
+"""Which floating-point type this machine multiplies fast."""
+
+from pathlib import Path
+
+from llmr_ray.errors import ConfigError
+
+
+def resolve_precision(name: str) -> str:
+    """The precision meant by `name` on this machine: "float32" or "bfloat16".
+
+    "auto" is bfloat16 where the hardware multiplies it natively (CUDA from sm80, CPUs with avx512_bf16 or amx_bf16):
+    elsewhere it is emulated and slower. The resolved value is part of the identity of what it computes.
+    """
+    if name in ("float32", "bfloat16"):
+        return name
+    if name != "auto":
+        raise ConfigError(f"precision is '{name}', but must be auto, float32 or bfloat16.")
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return "bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32"
