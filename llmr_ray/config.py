@@ -169,6 +169,21 @@ class TaskTrain:
     repeat: int = 1
     """How often the data set occurs in an epoch."""
 
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether a loss, or the choice of a document, needs rewards."""
+        by_reward = self.positive in ("teacher", "teacher_gold") or self.negatives in ("lowest", "highest")
+        return self._weights_on_rewards > 0 or by_reward
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether any term of the loss has weight."""
+        return self.contrastive_weight + self.full_contrastive_weight + self._weights_on_rewards > 0
+
+    @property
+    def _weights_on_rewards(self) -> float:
+        return self.graded_weight + self.kl_weight + self.listwise_weight + self.pairwise_weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:

@@ -32,7 +32,7 @@ from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
 
 GROUP_VERSION = 2
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600
 """Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""
@@ -50,9 +50,10 @@ STEPS_SCHEMA = pa.schema(
         ("num_tokens", pa.int64()),
         ("padding_fraction", pa.float64()),
         ("reward_margin", pa.float64()),
+        ("num_false_negatives", pa.int64()),
+        ("uniformity", pa.float64()),
     ]
 )
-
 """What the artifact keeps of each step: not how long it took, which no rerun could repeat."""
 
 
@@ -65,14 +66,12 @@ def training_tasks(config: Config) -> dict[str, TaskConfig]:
     names = sorted({dataset.task for dataset in config.datasets.values() if dataset.num_train})
     for name in names:
         task = config.tasks[name]
-        terms = task.train
-        if not (terms.contrastive_weight or terms.graded_weight or terms.kl_weight):
+        if not task.train.has_loss:
             raise ConfigError(f"task '{name}' has training data but no loss. Set one of its weights in `train`.")
-        asks = terms.graded_weight or terms.kl_weight or terms.positive in ("teacher", "teacher_gold")
-        if task.score.feedback == "none" and (asks or terms.negatives in ("lowest", "highest")):
+        if task.score.feedback == "none" and task.train.learns_from_rewards:
             raise ConfigError(
-                f"task '{name}' trains on rewards (graded_weight, kl_weight, a teacher positive, negatives by reward), "
-                "but its score.feedback is none. Set feedback, or train it with contrastive_weight alone."
+                f"task '{name}' trains on rewards (a loss of them, a teacher positive or negatives by reward), but its "
+                "score.feedback is none. Set feedback, or train it with contrastive_weight alone."
             )
     return {name: config.tasks[name] for name in names}
 

@@ -189,8 +189,10 @@ class Trainer:
         # Dropout draws from torch's generator: seeding it by step makes a resumed run repeat an uninterrupted one.
         torch.manual_seed(seed_of(self.seed, "dropout", step, self.rank))
         tokens = [self.data.text(int(number)) for number in batch.texts]
+        seen: list[torch.Tensor] = []
 
         def loss_of(embedding_TD: torch.Tensor) -> torch.Tensor:
+            seen.append(embedding_TD.detach())
             where_B, where_BG = (torch.from_numpy(at).to(self.device) for at in (batch.query_B, batch.doc_BG))
             each = [
                 batch_loss(cut[where_B], cut[where_BG], batch, tasks=self.tasks, temperature=config.temperature)
@@ -203,7 +205,7 @@ class Trainer:
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.names.values(), config.max_grad_norm or math.inf, foreach=True)
         )
-        local = self._local_sums(float(loss), tokens, batch)
+        local = [*self._local_sums(float(loss), tokens, batch), nearness(seen[0])]
         sums = total(torch.tensor(local, dtype=torch.float64, device=self.device))
         mean_loss = float(sums[0]) / self.world_size
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
@@ -236,21 +238,36 @@ class Trainer:
             "num_tokens": int(sums[1]),
             "padding_fraction": 1 - float(sums[1] / sums[2]),
             "reward_margin": float(sums[3] / sums[4]) if sums[4] else None,
+            "num_false_negatives": int(sums[5]),
+            "uniformity": math.log(float(sums[6]) / self.world_size),
             "seconds": time.perf_counter() - started,
         }
 
     def _local_sums(self, loss: float, tokens: list[np.ndarray], batch: LocalBatch) -> list[float]:
-        """Loss, tokens, tokens with padding, sum of the groups' best - worst reward, and how many have rewards."""
+        """Loss, tokens, tokens with padding, sum of the groups' best - worst reward, how many have rewards, and the
+        in-batch documents that are no negatives because the query counts them, or their text, as its own."""
         lengths = [len(ids) for ids in tokens]
         padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in self.packing(tokens))
         rewarded_BG = batch.rewards_BG[batch.has_rewards_B]
         margin = float((rewarded_BG.max(axis=1) - rewarded_BG.min(axis=1)).sum()) if len(rewarded_BG) else 0.0
-        return [loss, float(sum(lengths)), float(padded), margin, float(len(rewarded_BG))]
+        spared = int((~batch.others_BC).sum()) - batch.doc_BG.size
+        return [loss, float(sum(lengths)), float(padded), margin, float(len(rewarded_BG)), float(spared)]
 
 
 def nested(embedding_TD: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """The embeddings whole and cut to their first dimensions, each of unit norm."""
     return [embedding_TD, *(torch.nn.functional.normalize(embedding_TD[:, :size], dim=1) for size in sizes)]
+
+
+def nearness(embedding_TD: torch.Tensor) -> float:
+    """Mean of exp(-2 |x - y|^2) over pairs of texts (at most the first 512); its log is the uniformity of 2005.10242.
+
+    1 where all texts lie on one point; the spread-out embeddings of a good retriever are near exp(-4).
+    """
+    some = embedding_TD[:512].float()
+    near = torch.exp(4 * (some @ some.T - 1))
+    pairs = len(some) * (len(some) - 1)
+    return float((near.sum() - near.diagonal().sum()) / pairs) if pairs else 1.0
 
 
 def freeze_unused(encoder: PackedEncoder, tokens: np.ndarray) -> None:

@@ -130,6 +130,7 @@ def test_two_workers_train_like_one(root, tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
         assert b["reward_margin"] == pytest.approx(a["reward_margin"])
         assert b["dataset"] == a["dataset"]
+        assert b["num_false_negatives"] == a["num_false_negatives"]
 
 
 def test_alone_the_gather_is_the_identity():

@@ -274,6 +274,7 @@ def test_the_stage_counts_every_training_query(tmp_path):
         (TaskConfig(train=TaskTrain(graded_weight=1.0)), "feedback is none"),
         (TaskConfig(train=TaskTrain(contrastive_weight=1.0, positive="teacher")), "feedback is none"),
         (TaskConfig(train=TaskTrain(contrastive_weight=1.0, negatives="lowest")), "feedback is none"),
+        (TaskConfig(train=TaskTrain(full_contrastive_weight=0.2, pairwise_weight=0.5)), "feedback is none"),
     ],
 )
 def test_settings_that_cannot_train_are_refused_before_anything_runs(task, message):

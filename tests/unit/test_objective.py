@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from llmr_ray.schemas import table_of
+from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
 from llmr_ray.training.dataset import read_training_data, write_training_data
 from llmr_ray.training.objective import local_batch
+from llmr_ray.training.step import nearness
 from tests.training_setup import TASKS, groups_table
 
 
@@ -15,9 +18,9 @@ def tokenize(texts, instruction, limit):
     return [[ord(letter) for letter in instruction + text][:limit] for text in texts]
 
 
-def write(groups, folder):
+def write(table, folder):
     write_training_data(
-        groups,
+        table,
         folder,
         tokenize=tokenize,
         instructions={task: (f"{task}?", f"{task}!") for task in TASKS},
@@ -59,6 +62,25 @@ def test_equal_texts_have_one_key_and_are_tokenised_once(tmp_path):
     assert data.pool(0).keys[0] == data.pool(1).keys[1]
     assert data.pool_texts(0)[0] == data.pool_texts(1)[1]
     assert len(data.token_offsets) - 1 == 5
+
+
+def test_nearness_is_the_mean_over_pairs():
+    """Prevents texts from being compared with themselves, which would hide a collapse behind their number."""
+    embedding = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    each = [
+        float(torch.exp(-2 * (embedding[i] - embedding[j]).pow(2).sum())) for i in range(5) for j in range(5) if i != j
+    ]
+    assert nearness(embedding) == pytest.approx(sum(each) / 20, rel=1e-5)
+    assert nearness(embedding[:1].expand(7, -1)) == pytest.approx(1)
+    assert nearness(embedding[:1]) == 1
+
+
+def test_a_query_s_peers_ask_for_something_else():
+    """Prevents a question asked twice, or one with the same answer, from being pushed away as a negative."""
+    positive = np.array([10, 11, 10, 13, 14])
+    gold = [np.array([10, 14]), np.array([11])]
+    found = groups.peers(positive, gold, np.array([0, 1, 2, 1, 4]), range(2))
+    assert found.tolist() == [[False, True, False, True, False], [True, False, True, False, True]]
 
 
 def test_data_is_written_once_and_whole(tmp_path):
