@@ -319,6 +319,8 @@ class RuntimeConfig:
     train_checkpointing: bool = False
     """Long texts in small memory: activations of one layer at a time, for one more forward pass; same gradient."""
     train_max_failures: int = 3
+    trackers: list[str] = field(default_factory=list)
+    """Who is told of every training step besides the step records: tensorboard, mlflow, wandb."""
     index_actors: int = 2
     index_shards: int = 2
     index_threads: int = 1

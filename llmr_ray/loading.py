@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tie_policy": ("strict", "sorted"),
     "position0": ("gold_first", "by_reward"),
     "reward_form": ("raw", "exp", "zscore", "minmax"),
+    "trackers": ("tensorboard", "mlflow", "wandb"),
     "kl_direction": ("teacher_student", "student_teacher"),
     "schedule": ("linear", "constant"),
     "batching": ("homogeneous", "mixed"),
@@ -108,8 +109,11 @@ def _check_values(value: Any, where: str) -> None:
             for name, entry in inner.items():
                 if dataclasses.is_dataclass(entry):
                     _check_values(entry, f"{where}{item.name}.{name}.")
-        elif item.name in CHOICES and inner not in CHOICES[item.name]:
-            raise ConfigError(f"'{where}{item.name}' is '{inner}', but must be one of {', '.join(CHOICES[item.name])}.")
+        elif item.name in CHOICES:
+            for chosen in inner if isinstance(inner, list) else [inner]:
+                if chosen not in CHOICES[item.name]:
+                    choices = ", ".join(CHOICES[item.name])
+                    raise ConfigError(f"'{where}{item.name}' is '{chosen}', but must be one of {choices}.")
         elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward",):
             raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
 

@@ -30,6 +30,7 @@ from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
+from llmr_ray.training.trackers import tracked
 
 GROUP_VERSION = 2
 TRAIN_VERSION = 3
@@ -179,7 +180,10 @@ def run_train(config: Config, artifact: Artifact, groups: Artifact, base: Asset)
         raise ConfigError("train.num_steps is 0: there is nothing to train.")
     if 0 not in artifact.ledger():
         cluster.require(runtime.train_workers, runtime.train_workers if runtime.train_gpus else 0, "train")
-        with train_progress(work, config.train.num_steps):
+        told = tracked(
+            runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
+        )
+        with train_progress(work, config.train.num_steps), told:
             _fit(config, artifact, groups, base, work)
         _publish(artifact, work, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]

@@ -1,0 +1,171 @@
+"""Experiment trackers: TensorBoard, MLflow and Weights & Biases, fed by the driver from the step records.
+
+The records are the truth, whatever a tracker does: they are on disk before it hears of them, a step that is done again
+after a failure has the same values, and a tracker that cannot be reached costs a warning and not the run.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmr_ray.errors import ConfigError
+from llmr_ray.ticking import ticking
+from llmr_ray.training.checkpoint import read_steps
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 10.0
+
+_WHOLE = ("learning_rate", "grad_norm", "padding_fraction", "reward_margin", "num_false_negatives", "uniformity")
+_BY_TASK = ("loss", "self_paced_factor")
+
+
+class Tracker(Protocol):
+    """Takes the values of a step by name."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the values of a step."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is left."""
+        ...
+
+
+def values_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """A step record as a tracker shows it: losses by task, and what there is of the rest."""
+    values = {f"{name}/{record['task']}": record[name] for name in _BY_TASK}
+    values |= {name: record[name] for name in _WHOLE if record.get(name) is not None}
+    values["tokens_per_second"] = record["num_tokens"] / max(1e-9, record["seconds"])
+    return {name: float(value) for name, value in values.items()}
+
+
+@contextmanager
+def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id: str) -> Iterator[None]:
+    """Feeds trackers with the steps done while the block runs, and with those done before it.
+
+    Args:
+        names: tensorboard, mlflow or wandb.
+        root: where the step records are.
+        folder: where trackers that write files put them.
+        run: the run's name.
+        run_id: names the training for trackers that continue one.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    if not names:
+        yield
+        return
+    with ExitStack() as stack:
+        trackers: dict[str, Tracker] = {}
+        for name in names:
+            with _or_warn(name, "opened"):
+                trackers[name] = OPENERS[name](folder, run, run_id)
+                stack.callback(_close, name, trackers[name])
+        sent = -1
+
+        def feed() -> None:
+            nonlocal sent
+            for record in read_steps(root):
+                if record["step"] > sent:
+                    sent = record["step"]
+                    for name, tracker in [*trackers.items()]:
+                        told = False
+                        with _or_warn(name, "told further"):
+                            tracker.log(sent, values_of(record))
+                            told = True
+                        if not told:
+                            del trackers[name]
+
+        try:
+            with ticking(feed, POLL_SECONDS, "trackers"):
+                yield
+        finally:
+            feed()
+
+
+def _close(name: str, tracker: Tracker) -> None:
+    with _or_warn(name, "closed"):
+        tracker.close()
+
+
+@contextmanager
+def _or_warn(name: str, done: str) -> Iterator[None]:
+    """A tracker may fail in any way of its own; only that it is not installed is the user's to mend first."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.warning("the tracker %s could not be %s: %r", name, done, error)
+
+
+class TensorBoard:
+    """Event files in ``folder/tensorboard``; written anew each time, because all steps are sent again."""
+
+    def __init__(self, folder: Path, run: str, run_id: str) -> None:
+        writer = _module("tensorboardX", "tensorboard").SummaryWriter
+        place = folder / "tensorboard"
+        for old in place.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = writer(str(place))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As in Tracker."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """As in Tracker."""
+        self._writer.close()
+
+
+class MLflow:
+    """A run of the experiment `run` on the server that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, folder: Path, run: str, run_id: str) -> None:
+        self._mlflow = _module("mlflow", "mlflow")
+        self._mlflow.set_experiment(run)
+        self._mlflow.start_run(run_name=run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As in Tracker."""
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        """As in Tracker."""
+        self._mlflow.end_run()
+
+
+class WandB:
+    """A run of the project `run`; the same training continues the same run."""
+
+    def __init__(self, folder: Path, run: str, run_id: str) -> None:
+        self._run = _module("wandb", "wandb").init(
+            project=run, id=run_id.replace("/", "-"), resume="allow", dir=str(folder)
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As in Tracker."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """As in Tracker."""
+        self._run.finish()
+
+
+OPENERS: dict[str, Callable[[Path, str, str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+
+
+def _module(name: str, tracker: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"runtime.trackers names {tracker}, but the package {name} is not installed. Install it, or leave the "
+            "tracker out: steps are recorded in any case."
+        ) from error
