@@ -56,6 +56,12 @@ def worker(rank, world_size, root):
     found["ablation"] = gradient(make(root, "qa", root / "two" / "ablation"))
     objective.gather_with_gradient = gather_with_gradient
     make(root, "mixed", root / "two" / "run").run()
+    leaving = make(root, "mixed", root / "two" / "elastic")
+    for _ in range(3):
+        record = leaving.train_step()
+        if rank == 0:
+            checkpoint.append_step(leaving.root, record)
+    leaving.save()
     if rank == 0:
         np.savez(root / "two.npz", **found)
     dist.destroy_process_group()
@@ -131,6 +137,21 @@ def test_two_workers_train_like_one(root, tmp_path):
         assert b["reward_margin"] == pytest.approx(a["reward_margin"])
         assert b["dataset"] == a["dataset"]
         assert b["num_false_negatives"] == a["num_false_negatives"]
+
+
+def test_another_number_of_workers_goes_on_with_the_same_run(root, tmp_path):
+    """Prevents a machine that leaves or joins from changing which batches are seen, or how the tasks are paced."""
+    make(root, "mixed", tmp_path).run()
+    folder = root / "two" / "elastic"
+    assert [step["step"] for step in checkpoint.read_steps(folder)] == [0, 1, 2]
+    alone = make(root, "mixed", folder)
+    assert alone.step == 3
+    alone.run()
+    whole, parts = checkpoint.read_steps(tmp_path), checkpoint.read_steps(folder)
+    assert [step["step"] for step in parts] == list(range(8))
+    for a, b in zip(whole, parts, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+        assert b["learning_rate"] == pytest.approx(a["learning_rate"], rel=2e-3)
 
 
 def test_alone_the_gather_is_the_identity():

@@ -21,7 +21,7 @@ from tests.training_setup import TASKS, groups_table
 
 pytestmark = pytest.mark.ray
 
-NUM_STEPS = 80
+NUM_STEPS = 120
 
 
 @pytest.fixture
