@@ -6,10 +6,10 @@ is bounded by the threads each actor uses), and ``map_shards`` refuses a plan th
 local Ray dies would wait for ever too; ``or_lost`` ends it.
 """
 
-import _thread
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -89,12 +89,17 @@ def or_lost(resume: str) -> Iterator[None]:
                 daemons = {child: name for child, name in children.items() if name in ("raylet", "gcs_server")}
             lost.extend(f"{name} (pid {child.pid})" for child, name in daemons.items() if not _lives(child))
             if lost:
-                _thread.interrupt_main()
+                # A real signal, for it also ends a wait for a lock; SIGINT is ignored in jobs of the background.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                 if not ended.wait(LOST_GRACE_SECONDS):
                     print(f"{ResourceError.__name__}: {message()}", file=sys.stderr, flush=True)
                     os._exit(ResourceError.exit_code)
                 return
 
+    def interrupt(*_: object) -> None:
+        raise InterruptedError("the local Ray was lost")
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
     threading.Thread(target=watch, daemon=True, name="ray-watch").start()
     try:
         yield
@@ -107,6 +112,7 @@ def or_lost(resume: str) -> Iterator[None]:
             ended.set()
         stop()
         ended.set()
+        signal.signal(signal.SIGUSR2, before)
 
 
 def _lives(process: psutil.Process) -> bool:
