@@ -58,9 +58,10 @@ class Runner:
         finally:
             driver.kill()
         # A killed driver leaves its Ray behind, which ends by itself; the next run must not meet it half dead.
-        _, left = psutil.wait_procs(children, timeout=60)
-        alive = [process for process in left if _runs(process)]
-        assert not alive, f"processes that nobody ends: {alive}"
+        deadline = time.monotonic() + 60
+        while alive := [process for process in children if _runs(process)]:
+            assert time.monotonic() < deadline, f"processes that nobody ends: {alive}"
+            time.sleep(0.5)
         return code
 
 
