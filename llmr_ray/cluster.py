@@ -87,7 +87,7 @@ def or_lost(resume: str) -> Iterator[None]:
             if not daemons and ray.is_initialized():
                 children = {child: child.name() for child in psutil.Process().children()}
                 daemons = {child: name for child, name in children.items() if name in ("raylet", "gcs_server")}
-            lost.extend(f"{name} (pid {child.pid})" for child, name in daemons.items() if not _lives(child))
+            lost.extend(f"{name} (pid {child.pid})" for child, name in daemons.items() if not lives(child))
             if lost:
                 # A real signal, for it also ends a wait for a lock; SIGINT is ignored in jobs of the background.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
@@ -115,8 +115,8 @@ def or_lost(resume: str) -> Iterator[None]:
         signal.signal(signal.SIGUSR2, before)
 
 
-def _lives(process: psutil.Process) -> bool:
-    """Whether a child runs; one that ended stays a zombie until it is waited for."""
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that ended stays a zombie until its parent collects it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

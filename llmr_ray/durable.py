@@ -31,7 +31,7 @@ def staged(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
                 if file.is_file():
-                    _flush(file)
+                    flush(file)
             if path.is_dir():
                 shutil.rmtree(path)
             commit_rename(temporary, path)
@@ -49,7 +49,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def commit_rename(temporary: Path, path: Path) -> None:
     """Renames a finished and flushed file or folder into place and makes the rename durable."""
     os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -84,7 +84,8 @@ def _says(error: Exception, code: int) -> bool:
     return os.strerror(code) in str(error)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has the disk hold what was written to a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from llmr_ray.errors import DataError, LlmrError, ResourceError
+from llmr_ray.durable import storage_errors
+from llmr_ray.errors import DataError, LlmrError
 from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk, plan_chunks
 from llmr_ray.feedback.engine import Engine, Rival, Sampling
@@ -147,13 +148,8 @@ class LocalClient(StoreClient):
         if not wanted:
             return list(found.values())
         computed = compute_chunk(self.engine, self.scorer_id, chunk, wanted)
-        try:
+        with storage_errors(self.store.folder):
             self.store.put(computed)
-        except OSError as error:
-            raise ResourceError(
-                f"{len(computed)} LLM answers could not be stored in {self.store.folder}: {error}. What was "
-                "stored before is whole. Make room there and run the same command again."
-            ) from error
         return [*found.values(), *computed]
 
     def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
@@ -180,7 +176,7 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
                     answers[key] = Answer(key=key, error=str(fitted))
                 else:
                     to_score[key] = fitted
-            rivals |= _rivals(engine, request, {key: to_score[key] for key in open_keys if key in to_score})
+            rivals |= _rivals(engine, request, keys[0], {key: to_score[key] for key in open_keys if key in to_score})
         elif keys[0] in wanted and keys[0] not in to_sample:
             try:
                 fitted = fit_prompt(engine.tokenizer, request, engine.max_model_tokens)
@@ -215,11 +211,13 @@ def compute_chunk(engine: Engine, scorer_id: str, chunk: Chunk, wanted: frozense
     return [replace(first, num_least_tokens=least), *rest]
 
 
-def _rivals(engine: Engine, request: LLMRequest, wanted: Mapping[bytes, Fitted]) -> dict[bytes, Rival]:
-    """For targets that are only compared with the request's first one: that one. What differs from its key is."""
+def _rivals(engine: Engine, request: LLMRequest, key: bytes, wanted: Mapping[bytes, Fitted]) -> dict[bytes, Rival]:
+    """For targets that are only compared with the request's first one, whose key is given: that one."""
     if not request.rank_by or not wanted:
         return {}
-    [first] = fit_targets(engine.tokenizer, request, request.targets[:1], engine.max_model_tokens)
+    first: Fitted | FitError | None = wanted.get(key)
+    if first is None:
+        [first] = fit_targets(engine.tokenizer, request, request.targets[:1], engine.max_model_tokens)
     if isinstance(first, FitError):
         return {}
     rival = Rival(pair=(first.prompt_ids, first.target_ids), rank_by=request.rank_by)

@@ -76,14 +76,13 @@ class TreeScorer:
         """As in Engine. A tree's tokens are charged to its first pair, so that their sum is what was computed."""
         results: list[Scored | None] = [None] * len(pairs)
         for members in packs(pairs, self.max_tokens):
-            rival_of = {place: rivals[number] for place, number in enumerate(members) if rivals and rivals[number]}
-            compared = list(dict.fromkeys(rival.pair for rival in rival_of.values() if rival))
+            contests = []
+            compared: dict[Pair, int] = {}  # where the tree has each rival: after the pairs that are asked
+            for place, number in enumerate(members):
+                if rivals and (rival := rivals[number]):
+                    where = compared.setdefault(rival.pair, len(members) + len(compared))
+                    contests.append(Contest(pair=place, rival=where, rank_by=rival.rank_by))
             tree = build_tree([*(pairs[number] for number in members), *compared])
-            contests = [
-                Contest(pair=place, rival=len(members) + compared.index(rival.pair), rank_by=rival.rank_by)
-                for place, rival in rival_of.items()
-                if rival
-            ]
             logprobs_P, read = self._read(tree, contests)
             for place, number in enumerate(members):
                 own = logprobs_P[tree.bounds[place] : tree.bounds[place + 1]]

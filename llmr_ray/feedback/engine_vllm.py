@@ -16,6 +16,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from llmr_ray.artifacts import seed_of
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
@@ -120,20 +122,24 @@ class VllmEngine:
     def _ask(self, pairs: Sequence[tuple[Ids, Ids]], *, read_cache: bool) -> list[Any]:
         if not pairs:
             return []
-        params = []
-        for prompt_ids, target_ids in pairs:
-            what: dict[str, Any] = {"prompt_logprobs": 0}
-            if self._scores_tokens:
-                # Row i of the ids is what the prompt's position start + i predicts.
-                what = {
-                    "prompt_logprob_token_ids": [[token] for token in target_ids],
-                    "prompt_logprob_start": len(prompt_ids) - 1,
-                }
-            params.append(
+        common: dict[str, Any] = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "detokenize": False,
+            "skip_reading_prefix_cache": not read_cache,
+        }
+        if self._scores_tokens:
+            # Row i of the ids is what the prompt's position start + i predicts.
+            params = [
                 self._params(
-                    max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=not read_cache, **what
+                    prompt_logprob_token_ids=np.asarray(target_ids)[:, None],
+                    prompt_logprob_start=len(prompt_ids) - 1,
+                    **common,
                 )
-            )
+                for prompt_ids, target_ids in pairs
+            ]
+        else:
+            params = [self._params(prompt_logprobs=0, **common)] * len(pairs)
         prompts = [self._prompt(prompt_token_ids=[*prompt_ids, *target_ids]) for prompt_ids, target_ids in pairs]
         return list(self._llm.generate(prompts, params, use_tqdm=False))
 

@@ -4,7 +4,6 @@ Keys are hashes, hence uniform: rows are first dealt into temporary files by key
 the other.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmr_ray.durable import commit_rename
+from llmr_ray.durable import staged
 from llmr_ray.feedback.segments import GROUP_ROWS, SCHEMA, key_array, settled
 from llmr_ray.feedback.store import LLMStore
 
@@ -34,18 +33,16 @@ def export_answers(folders: Mapping[str, Path], out: Path) -> int:
     Returns:
         The number of answers.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     return settled(lambda: _export(folders, out))
 
 
 def _export(folders: Mapping[str, Path], out: Path) -> int:
     stores = {scorer: LLMStore(folder) for scorer, folder in folders.items()}
     num_ranges = -(-sum(map(len, stores.values())) // _RANGE_ROWS) or 1
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as scratch:
+    rows = 0
+    with staged(out) as whole, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as scratch:
         ranges = [Path(scratch) / f"{number:06d}.parquet" for number in range(num_ranges)]
         _deal(stores, ranges)
-        whole = Path(scratch) / "whole.parquet"
-        rows = 0
         with pq.ParquetWriter(
             whole, EXPORT_SCHEMA, compression="zstd", use_dictionary=["scorer", "prompt_sha"]
         ) as file:
@@ -54,9 +51,6 @@ def _export(folders: Mapping[str, Path], out: Path) -> int:
                 file.write_table(table, row_group_size=GROUP_ROWS)
                 rows += table.num_rows
                 path.unlink()
-        with whole.open("rb") as written:
-            os.fsync(written.fileno())
-        commit_rename(whole, out)
     return rows
 
 

@@ -159,7 +159,7 @@ class RayClient(StoreClient):
         if work.queue:
             raise self.budget.error(len(work.queue))
 
-    def _feed(self, work: "_Work", slots: Iterable[int], depth: int = IN_FLIGHT) -> None:
+    def _feed(self, work: _Work, slots: Iterable[int], depth: int = IN_FLIGHT) -> None:
         """Sends each of the actors up to `depth` chunks more, round by round."""
         for slot in [*slots] * depth:
             if work.queue and not self.budget.is_reached:
@@ -182,7 +182,7 @@ class RayClient(StoreClient):
                 raise ResourceError(f"an LLM actor could not be started: {error}") from error
             raise _Lost(f"{type(error).__name__}: {error}") from error
 
-    def _recover(self, work: "_Work", done: Sequence[ray.ObjectRef], error: Exception) -> Iterator[list[Answer]]:
+    def _recover(self, work: _Work, done: Sequence[ray.ObjectRef], error: Exception) -> Iterator[list[Answer]]:
         """Replaces the actor that died, or all when none answers, and asks their chunks again.
 
         Yields:
@@ -209,7 +209,7 @@ class RayClient(StoreClient):
             self._replace(slot)
         self._feed(work, slots)
 
-    def _gave_up(self, deaths: int, error: Exception, work: "_Work") -> str:
+    def _gave_up(self, deaths: int, error: Exception, work: _Work) -> str:
         return (
             f"{deaths} LLM actors in a row died or hung without an answer between; the last one {error}. "
             f"{len(work.running)} chunks were at work on {len(self._actors)} actors ({self.settings.engine}, "

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmr_ray.artifacts import sha256_file
-from llmr_ray.durable import commit_rename
+from llmr_ray.durable import commit_rename, flush
 from llmr_ray.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ class SegmentWriter:
         """Makes the segment durable; returns its name."""
         self._flush()
         self._file.close()
-        with self._temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        flush(self._temporary)
         name = f"{self._stem}-{sha256_file(self._temporary)[:16]}.parquet"
         commit_rename(self._temporary, self.folder / name)
         return name

@@ -58,11 +58,14 @@ class TrainingData:
         """Token ids of a text."""
         return self.tokens[int(self.token_offsets[number]) : int(self.token_offsets[number + 1])]
 
+    def names(self, what: str) -> list[str]:
+        """The data set or the task of each row; `what` is dataset or task."""
+        return self.tasks if what == "task" else self.datasets
+
     def rows_by(self, what: str) -> dict[str, np.ndarray]:
-        """Row numbers of each data set or of each task; `what` is dataset or task."""
-        of_row = self.tasks if what == "task" else self.datasets
-        names = np.asarray(of_row, dtype=object)
-        return {str(name): np.flatnonzero(names == name) for name in sorted(set(of_row))}
+        """Row numbers of each data set or of each task."""
+        names = np.asarray(self.names(what), dtype=object)
+        return {name: np.flatnonzero(names == name) for name in sorted(set(self.names(what)))}
 
     def _part(self, row: int) -> slice:
         return slice(int(self.pool_offsets[row]), int(self.pool_offsets[row + 1]))

@@ -31,20 +31,30 @@ class Encoder(Protocol):
         ...
 
 
-def backward(model: Any, tokens: Tokens, loss_of: LossOf) -> torch.Tensor:
-    """Adds the loss's gradient to the parameters' and returns the loss; keeps all activations until then.
+def in_order(passes: list[np.ndarray], embedded: list[torch.Tensor]) -> torch.Tensor:
+    """The embeddings of all passes as one tensor [T, D], in the order of the texts."""
+    back = torch.from_numpy(np.argsort(np.concatenate(passes), kind="stable"))
+    return torch.cat(embedded)[back.to(embedded[0].device)]
+
+
+def backward(model: Any, tokens: Tokens, loss_of: LossOf) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds the loss's gradient to the parameters'; keeps all activations until then.
 
     Args:
         model: an Encoder, or one within DistributedDataParallel.
         tokens: T texts.
         loss_of: the loss of their embeddings.
+
+    Returns:
+        The loss and the embeddings [T, D], without gradient.
     """
-    loss = loss_of(model(tokens))
+    embedding_TD = model(tokens)
+    loss = loss_of(embedding_TD)
     loss.backward()
-    return loss.detach()
+    return loss.detach(), embedding_TD.detach()
 
 
-def cached_backward(model: Any, tokens: Tokens, loss_of: LossOf) -> torch.Tensor:
+def cached_backward(model: Any, tokens: Tokens, loss_of: LossOf) -> tuple[torch.Tensor, torch.Tensor]:
     """As `backward`, with the activations of one pass at a time. Workers talk to each other in the last pass alone."""
     distributed = isinstance(model, DistributedDataParallel)
     encoder: Encoder = model.module if distributed else model
@@ -54,8 +64,7 @@ def cached_backward(model: Any, tokens: Tokens, loss_of: LossOf) -> torch.Tensor
         for rows in passes:
             states.append(_random_state())
             embedded.append(encoder([tokens[row] for row in rows]))
-    back = torch.from_numpy(np.argsort(np.concatenate(passes), kind="stable"))
-    embedding_TD = torch.cat(embedded)[back.to(embedded[0].device)].requires_grad_()
+    embedding_TD = in_order(passes, embedded).requires_grad_()
     loss = loss_of(embedding_TD)
     [grad_TD] = torch.autograd.grad(loss, [embedding_TD])
     after = _random_state()
@@ -66,7 +75,7 @@ def cached_backward(model: Any, tokens: Tokens, loss_of: LossOf) -> torch.Tensor
             again_BD = model([tokens[row] for row in rows])
             again_BD.backward(grad_TD[torch.from_numpy(rows).to(again_BD.device)])
     _restore(after)
-    return loss.detach()
+    return loss.detach(), embedding_TD.detach()
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:

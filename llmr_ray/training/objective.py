@@ -24,8 +24,8 @@ class LocalBatch:
     """What a rank needs of a step, from the global plan: no communication is needed to make it.
 
     texts: numbers of the T distinct texts to encode. query_B, doc_BG: positions in `texts`. rewards_BG: 0 where
-    has_rewards_B is False. same_BGG, others_BC: see losses.py. peers_BN: groups.peers. has_peers: whether
-    a query of any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each query's task.
+    has_rewards_B is False. same_BGG, others_BC: see losses.py. peers_BN: groups.peers, where a query of
+    any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each query's task.
     """
 
     dataset: str
@@ -38,8 +38,7 @@ class LocalBatch:
     has_rewards_B: np.ndarray
     same_BGG: np.ndarray
     others_BC: np.ndarray
-    peers_BN: np.ndarray
-    has_peers: bool
+    peers_BN: np.ndarray | None
     tasks_B: list[str]
 
 
@@ -92,8 +91,9 @@ def local_batch(
         has_rewards_B=np.asarray([given is not None for given in rewards]),
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
         others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
-        has_peers=any(tasks[data.tasks[row]].full_contrastive_weight for row in block.rows),
-        peers_BN=groups.peers(keys_NG[:, 0], gold, np.asarray(data.query_text[block.rows]), mine),
+        peers_BN=groups.peers(keys_NG[:, 0], gold, np.asarray(data.query_text[block.rows]), mine)
+        if any(tasks[data.tasks[row]].full_contrastive_weight for row in block.rows)
+        else None,
         tasks_B=[data.tasks[row] for row in rows_B],
     )
 
@@ -114,7 +114,7 @@ def batch_loss(
     """
     device = query_BD.device
     num_queries, group_size = batch.doc_BG.shape
-    if batch.has_peers:
+    if batch.peers_BN is not None:
         # In one piece: of two gathers, one may be no part of some rank's loss, whose backward would then not take part.
         all_NGD = gather_with_gradient(torch.cat([query_BD[:, None], doc_BGD], dim=1))
         query_ND, doc_CD = all_NGD[:, 0], all_NGD[:, 1:].flatten(0, 1)
@@ -131,7 +131,7 @@ def batch_loss(
         same_BGG=same_BGG,
         others_BC=others_BC,
     )
-    if batch.has_peers:
+    if batch.peers_BN is not None:
         positive_BD, positive_ND = doc_BGD[:, 0], doc_CD[::group_size]
         pairs = ((positive_BD, query_ND), (query_BD, query_ND), (positive_BD, positive_ND))
         scored.sim_BX = torch.cat([(left @ right.T) / temperature for left, right in pairs], dim=1)

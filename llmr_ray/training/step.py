@@ -39,10 +39,8 @@ class PackedEncoder(torch.nn.Module):
 
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
         """Unit-norm embeddings of T texts, in their order: float32 [T, D]."""
-        batches = self.batches(tokens)
-        embedded = torch.cat([self._embed([tokens[row] for row in rows]) for rows in batches])
-        back = np.argsort(np.concatenate(batches), kind="stable")
-        return embedded[torch.from_numpy(back).to(embedded.device)]
+        passes = self.batches(tokens)
+        return gradient.in_order(passes, [self._embed([tokens[row] for row in rows]) for rows in passes])
 
     def batches(self, tokens: list[np.ndarray]) -> list[np.ndarray]:
         """How the texts are cut into passes."""
@@ -94,10 +92,7 @@ class Trainer:
         self.plan = Plan(
             data.rows_by(config.batch_by),
             repeats={
-                name: tasks[task].repeat
-                for name, task in zip(
-                    data.tasks if config.batch_by == "task" else data.datasets, data.tasks, strict=True
-                )
+                name: tasks[task].repeat for name, task in zip(data.names(config.batch_by), data.tasks, strict=True)
             },
             batch_size=config.global_batch_size,
             batching=config.batching,
@@ -189,10 +184,8 @@ class Trainer:
         # Dropout draws from torch's generator: seeding it by step makes a resumed run repeat an uninterrupted one.
         torch.manual_seed(seed_of(self.seed, "dropout", step, self.rank))
         tokens = [self.data.text(int(number)) for number in batch.texts]
-        seen: list[torch.Tensor] = []
 
         def loss_of(embedding_TD: torch.Tensor) -> torch.Tensor:
-            seen.append(embedding_TD.detach())
             where_B, where_BG = (torch.from_numpy(at).to(self.device) for at in (batch.query_B, batch.doc_BG))
             each = [
                 batch_loss(cut[where_B], cut[where_BG], batch, tasks=self.tasks, temperature=config.temperature)
@@ -201,11 +194,11 @@ class Trainer:
             return torch.stack(each).mean()
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(self.encoder, tokens, loss_of)
+        loss, embedding_TD = self.backward(self.encoder, tokens, loss_of)
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.names.values(), config.max_grad_norm or math.inf, foreach=True)
         )
-        local = [*self._local_sums(float(loss), tokens, batch), nearness(seen[0])]
+        local = [*self._local_sums(float(loss), tokens, batch), nearness(embedding_TD)]
         sums = total(torch.tensor(local, dtype=torch.float64, device=self.device))
         mean_loss = float(sums[0]) / self.world_size
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):

@@ -66,6 +66,7 @@ def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id:
             with _or_warn(name, "opened"):
                 trackers[name] = OPENERS[name](folder, run, run_id)
                 stack.callback(_close, name, trackers[name])
+        failed: set[str] = set()
         sent = -1
 
         def feed() -> None:
@@ -73,13 +74,9 @@ def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id:
             for record in read_steps(root):
                 if record["step"] > sent:
                     sent = record["step"]
-                    for name, tracker in [*trackers.items()]:
-                        told = False
-                        with _or_warn(name, "told further"):
-                            tracker.log(sent, values_of(record))
-                            told = True
-                        if not told:
-                            del trackers[name]
+                    for name in trackers.keys() - failed:
+                        with _or_warn(name, "told further", failed):
+                            trackers[name].log(sent, values_of(record))
 
         try:
             with ticking(feed, POLL_SECONDS, "trackers"):
@@ -94,7 +91,7 @@ def _close(name: str, tracker: Tracker) -> None:
 
 
 @contextmanager
-def _or_warn(name: str, done: str) -> Iterator[None]:
+def _or_warn(name: str, done: str, failed: set[str] | None = None) -> Iterator[None]:
     """A tracker may fail in any way of its own; only that it is not installed is the user's to mend first."""
     try:
         yield
@@ -102,6 +99,8 @@ def _or_warn(name: str, done: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.warning("the tracker %s could not be %s: %r", name, done, error)
+        if failed is not None:
+            failed.add(name)
 
 
 class TensorBoard:

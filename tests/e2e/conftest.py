@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmr_ray.cluster import lives
+
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
@@ -63,18 +65,10 @@ class Runner:
         finally:
             driver.kill()
         deadline = time.monotonic() + 60
-        while (left := [process for process in children if _runs(process)]) and time.monotonic() < deadline:
+        while (left := [process for process in children if lives(process)]) and time.monotonic() < deadline:
             time.sleep(0.5)
         self.left = left
         return code
-
-
-def _runs(process: psutil.Process) -> bool:
-    """An orphan that ended stays a zombie where the first process of a container does not collect it."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from llmr_ray.cluster import lives
 from tests.e2e.conftest import Runner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,7 +36,7 @@ def training_began(runner: Runner) -> bool:
 
 def named(title: str) -> Callable[[psutil.Process], psutil.Process]:
     def find(driver: psutil.Process) -> psutil.Process:
-        return next(child for child in driver.children(recursive=True) if title in " ".join(child.cmdline()))
+        return next(child for child in driver.children(recursive=True) if title in _title(child))
 
     return find
 
@@ -115,7 +116,7 @@ def test_random_kills(runner: Runner, finished: Runner) -> None:
 
     def disturb(driver: psutil.Process) -> None:
         end = time.monotonic() + 60
-        while time.monotonic() < end and driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
+        while time.monotonic() < end and lives(driver):
             workers = [child for child in driver.children(recursive=True) if "ray::" in _title(child)]
             if workers:
                 rng.choice(workers).kill()

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from llmr_ray import durable
 from llmr_ray.artifacts import locked
 from llmr_ray.feedback import export
 from llmr_ray.feedback.scores_cli import app
@@ -162,10 +163,10 @@ def test_failed_export_leaves_the_old_file(root, tmp_path, monkeypatch):
     out = tmp_path / "out.parquet"
     run("export", root, out)
     before = out.read_bytes()
-    monkeypatch.setattr(export, "commit_rename", lambda *_: 1 / 0)
+    monkeypatch.setattr(durable, "commit_rename", lambda *_: 1 / 0)
     assert CliRunner().invoke(app, ["export", str(root), str(out)]).exit_code == 1
     assert out.read_bytes() == before
-    assert not list(tmp_path.glob(".out*"))
+    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
 def test_wrong_names_are_explained(root, tmp_path):
