@@ -140,6 +140,9 @@ class TaskTrain:
     positive: str = "first"
     """first (gold), random (of the gold ones), teacher (best reward of all) or teacher_gold (best of the gold ones). A
     query that has rewards but no gold document always takes teacher."""
+    num_positives: int = 1
+    """How many of them a group may hold, each against the negatives alone (AAR, D.6); the rest of the group are
+    negatives."""
     negatives: str = "random"
     """random, first, lowest or highest by reward; sampled anew at every step."""
     contrastive_weight: float = 0.0
@@ -150,6 +153,8 @@ class TaskTrain:
     """Weight of graded distillation (A.5.4)."""
     kl_weight: float = 0.0
     """Weight of the group KL (A.5.3)."""
+    marginal_weight: float = 0.0
+    """Weight of the marginal likelihood of the desired output (EMDR2, F); rewards should be log-likelihoods."""
     listwise_weight: float = 0.0
     """Weight of the listwise loss on graded labels (C.3)."""
     pairwise_weight: float = 0.0
@@ -159,7 +164,7 @@ class TaskTrain:
     reward_form: str = "raw"
     """Rewards as the softmax of graded and KL takes them: raw, exp (probabilities of likelihoods), zscore, minmax."""
     student_temperature: float = 1.0
-    """kl: divides the similarities once more."""
+    """kl and marginal: divides the similarities once more."""
     kl_direction: str = "teacher_student"
     """kl: teacher_student, KL(teacher || student), or student_teacher."""
     tie_policy: str = "sorted"
@@ -182,7 +187,8 @@ class TaskTrain:
 
     @property
     def _weights_on_rewards(self) -> float:
-        return self.graded_weight + self.kl_weight + self.listwise_weight + self.pairwise_weight
+        on_group = self.graded_weight + self.kl_weight + self.marginal_weight
+        return on_group + self.listwise_weight + self.pairwise_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,12 +235,14 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """0: no clipping."""
     batching: str = "homogeneous"
-    """homogeneous (one data set or task per batch) or mixed."""
+    """homogeneous (one data set or task per batch), heterogeneous (batch_shares of them, in equal parts) or mixed."""
+    batch_shares: int = 2
+    """heterogeneous: parts of a batch; with as many workers each has one data set."""
     batch_by: str = "dataset"
-    """homogeneous: dataset (as published) or task."""
+    """homogeneous and heterogeneous: dataset (as published) or task."""
     mix: str = "proportional"
-    """homogeneous, the share of each in the steps: proportional (one pass over everything per epoch), temperature, or
-    round_robin (equal)."""
+    """homogeneous and heterogeneous, the share of each in the steps: proportional (one pass over everything per epoch),
+    temperature, or round_robin (equal)."""
     mix_temperature: float = 1.0
     """temperature: blocks ** (1 / T); 1 is proportional, more favours the small."""
     self_paced: bool = True

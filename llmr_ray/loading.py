@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trackers": ("tensorboard", "mlflow", "wandb"),
     "kl_direction": ("teacher_student", "student_teacher"),
     "schedule": ("linear", "constant"),
-    "batching": ("homogeneous", "mixed"),
+    "batching": ("homogeneous", "heterogeneous", "mixed"),
     "batch_by": ("dataset", "task"),
     "mix": ("proportional", "temperature", "round_robin"),
 }
@@ -129,6 +129,11 @@ def _check_run(config: Config) -> None:
         raise ConfigError(
             f"train.global_batch_size {config.train.global_batch_size} does not divide over "
             f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
+        )
+    if config.train.batching == "heterogeneous" and config.train.global_batch_size % max(1, config.train.batch_shares):
+        raise ConfigError(
+            f"train.global_batch_size {config.train.global_batch_size} does not divide into the "
+            f"{config.train.batch_shares} equal parts of a heterogeneous batch. Change train.batch_shares."
         )
     if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
         raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")

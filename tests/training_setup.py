@@ -17,11 +17,15 @@ LETTERS = string.ascii_lowercase
 
 TASKS = {
     "qa": TaskTrain(positive="first", graded_weight=1.0, tie_policy="strict"),
-    "icl": TaskTrain(positive="teacher", graded_weight=0.5, contrastive_weight=0.2, tie_policy="sorted"),
+    "icl": TaskTrain(
+        positive="teacher", num_positives=2, graded_weight=0.5, contrastive_weight=0.2, tie_policy="sorted"
+    ),
     "tool": TaskTrain(positive="random", contrastive_weight=1.0),
     "chat": TaskTrain(positive="teacher", kl_weight=1.0, reward_temperature=0.1),
     "convsearch": TaskTrain(positive="first", kl_weight=1.0, full_contrastive_weight=0.2, reward_form="zscore"),
-    "lrlm": TaskTrain(positive="teacher", listwise_weight=1.0, pairwise_weight=0.5, reward_temperature=0.2),
+    "lrlm": TaskTrain(
+        positive="teacher", listwise_weight=1.0, pairwise_weight=0.5, marginal_weight=0.3, reward_temperature=0.2
+    ),
 }
 
 

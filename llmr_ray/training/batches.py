@@ -37,6 +37,7 @@ class Plan:
     and shuffled anew when they are used up; the blocks of an epoch are shuffled together. A source occurs `repeat`
     times, each time in another order. Rows that do not fill a block wait for another pass, but a source smaller than a
     block fills one cyclically: the released code loses such a data set altogether.
+    heterogeneous: a block is several smaller ones of that kind, which follow each other in its rows.
     mixed: the rows of all sources together are shuffled and cut.
 
     An epoch has as many blocks as all sources together. How many of them each source gets:
@@ -48,7 +49,8 @@ class Plan:
         rows: row numbers of each source, in a fixed order.
         repeats: how often each source occurs (1 where it is not named).
         batch_size: queries of a block, over all workers.
-        batching: homogeneous or mixed.
+        batching: homogeneous, heterogeneous or mixed.
+        shares: parts of a heterogeneous block; must divide batch_size.
         seed: of the run.
         mix: proportional, temperature or round_robin.
         mix_temperature: T; 1 is proportional.
@@ -62,6 +64,7 @@ class Plan:
         batch_size: int,
         batching: str,
         seed: int,
+        shares: int = 1,
         mix: str = "proportional",
         mix_temperature: float = 1.0,
     ) -> None:
@@ -72,17 +75,27 @@ class Plan:
         if batching == MIXED:
             filled = {MIXED: np.concatenate([np.tile(numbers, times[name]) for name, numbers in filled.items()])}
             times = {MIXED: 1}
-        self._rows, self._batch_size, self._seed = filled, batch_size, seed
+        self._shares = shares if batching == "heterogeneous" else 1
+        self._rows, self._part_size, self._seed = filled, batch_size // self._shares, seed
         self._takes_turns = mix == "round_robin"
         sources = [(name, turn) for name in filled for turn in range(times[name])]
-        self._num_blocks = {source: max(1, len(filled[source[0]]) // batch_size) for source in sources}
-        self._quotas = _quotas(self._num_blocks, mix, mix_temperature)
-        self.blocks_per_epoch = sum(self._quotas.values())
+        self._num_parts = {source: max(1, len(filled[source[0]]) // self._part_size) for source in sources}
+        self._quotas = _quotas(self._num_parts, mix, mix_temperature)
+        self.parts_per_epoch = sum(self._quotas.values())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def block(self, step: int) -> Block:
         """The global batch of a step, counted from 0."""
-        epoch, number = divmod(step, self.blocks_per_epoch)
+        parts = [self._part(place) for place in range(step * self._shares, (step + 1) * self._shares)]
+        names = {part.dataset for part in parts}
+        return Block(
+            dataset=names.pop() if len(names) == 1 else MIXED,
+            epoch=parts[0].epoch,
+            rows=np.concatenate([part.rows for part in parts]),
+        )
+
+    def _part(self, place: int) -> Block:
+        epoch, number = divmod(place, self.parts_per_epoch)
         return self._epoch(epoch)[number]
 
     def _make_epoch(self, epoch: int) -> list[Block]:
@@ -96,8 +109,8 @@ class Plan:
 
     def _of_source(self, source: tuple[str, int], epoch: int) -> list[Block]:
         """The source's next blocks: its passes follow each other, whatever the epochs."""
-        (name, turn), quota, num_blocks = source, self._quotas[source], self._num_blocks[source]
-        size, passes, blocks = self._batch_size, dict[int, np.ndarray](), []
+        (name, turn), quota, num_blocks = source, self._quotas[source], self._num_parts[source]
+        size, passes, blocks = self._part_size, dict[int, np.ndarray](), []
         for place in range(epoch * quota, (epoch + 1) * quota):
             number_of_pass, number = divmod(place, num_blocks)
             if number_of_pass not in passes:

@@ -59,17 +59,15 @@ def _policy(pool: Pool, positive: str) -> str:
 
 
 def _teacher_is_not_gold(pool: Pool) -> bool:
-    return pool.rewards is not None and pool.keys[_best(pool.rewards)] not in pool.keys[pool.is_gold]
+    return pool.rewards is not None and pool.keys[np.argmax(pool.rewards)] not in pool.keys[pool.is_gold]
 
 
-def _best(rewards: np.ndarray) -> int:
-    return int(np.argmax(rewards))
+def sample(
+    pool: Pool, *, size: int, positive: str, negatives: str, rng: np.random.Generator, num_positives: int = 1
+) -> tuple[np.ndarray, int]:
+    """Positions in the pool of the positives and then the negatives, int64 [G], and how many positives there are.
 
-
-def sample(pool: Pool, *, size: int, positive: str, negatives: str, rng: np.random.Generator) -> np.ndarray:
-    """Positions in the pool of one positive and size - 1 negatives: int64 [G], the positive first.
-
-    Negatives never are gold documents of the query, nor texts equal to one or to the positive, nor one text twice
+    Negatives never are gold documents of the query, nor texts equal to one or to a positive, nor one text twice
     unless there are too few: then the chosen ones repeat cyclically, and the losses mask equal texts (in the released
     code a repeated document is its own negative).
 
@@ -78,37 +76,45 @@ def sample(pool: Pool, *, size: int, positive: str, negatives: str, rng: np.rand
         size: G.
         positive: first or random (of the gold documents), teacher (best reward of all), teacher_gold (best of the gold
             ones). Ties go to the first. A pool with rewards but without gold documents always takes teacher.
+        num_positives: at the most; they are of different texts, and one text is always left to be a negative.
         negatives: random (without replacement), first (pool order), lowest or highest (by reward, ties in pool order).
         rng: the only source of randomness.
 
     Raises:
         DataError: the pool admits no positive or no negative; `reject_reason` tells beforehand.
     """
-    chosen = _positive(pool, _policy(pool, positive), rng)
-    barred = np.append(pool.keys[pool.is_gold], pool.keys[chosen])
+    ranked = _positives(pool, _policy(pool, positive), rng)
+    ranked = ranked[np.sort(np.unique(pool.keys[ranked], return_index=True)[1])]
     distinct = np.sort(np.unique(pool.keys, return_index=True)[1])
-    eligible = distinct[~np.isin(pool.keys[distinct], barred)]
-    if not len(eligible):
+    others = distinct[~np.isin(pool.keys[distinct], pool.keys[pool.is_gold])]
+    for count in range(max(1, min(num_positives, size - 1, len(ranked))), 0, -1):
+        chosen = ranked[:count]
+        eligible = others[~np.isin(pool.keys[others], pool.keys[chosen])]
+        if len(eligible):
+            break
+    else:
         raise DataError("a training pool has no document that may be a negative. Make the groups again.")
     if negatives == "random":
         eligible = rng.permutation(eligible)
     elif negatives != "first":
         rewards = _rewards(pool, f"negatives: {negatives}")[eligible]
         eligible = eligible[np.argsort(rewards if negatives == "lowest" else -rewards, kind="stable")]
-    return np.concatenate([[chosen], np.resize(eligible[: size - 1], size - 1)]).astype(np.int64)
+    num_negatives = size - len(chosen)
+    return np.concatenate([chosen, np.resize(eligible[:num_negatives], num_negatives)]).astype(np.int64), len(chosen)
 
 
-def _positive(pool: Pool, policy: str, rng: np.random.Generator) -> int:
+def _positives(pool: Pool, policy: str, rng: np.random.Generator) -> np.ndarray:
+    """What may be a positive, the preferred first."""
     if policy == "teacher":
-        return _best(_rewards(pool, "positive: teacher"))
+        return np.argsort(-_rewards(pool, "positive: teacher"), kind="stable")
     gold = np.flatnonzero(pool.is_gold)
     if not len(gold):
         raise DataError(f"a training pool has no gold document, which the positive policy '{policy}' needs.")
     if policy == "random":
-        return int(rng.choice(gold))
+        return rng.permutation(gold)
     if policy == "teacher_gold":
-        return int(gold[_best(_rewards(pool, "positive: teacher_gold")[gold])])
-    return int(gold[0])
+        return gold[np.argsort(-_rewards(pool, "positive: teacher_gold")[gold], kind="stable")]
+    return gold
 
 
 def _rewards(pool: Pool, setting: str) -> np.ndarray:

@@ -16,17 +16,32 @@ import torch.nn.functional as F
 
 
 def contrastive(
-    sim_BC: torch.Tensor, own_BG: torch.Tensor, same_BGG: torch.Tensor, others_BC: torch.Tensor
+    sim_BC: torch.Tensor,
+    own_BG: torch.Tensor,
+    same_BGG: torch.Tensor,
+    others_BC: torch.Tensor,
+    *,
+    positive_BG: torch.Tensor | None = None,
+    further_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the positive against the own group's rest and all in-batch negatives (methods.md A.5.2).
 
-    As in paper and released code, but for documents masked as false negatives, which both keep.
+    As in paper and released code, but for documents masked as false negatives, which both keep. With several positives
+    the mean over them, each against what is no positive (AAR, methods.md D.6).
+
+    Args:
+        sim_BC, own_BG, same_BGG, others_BC: see above.
+        positive_BG: the positives of each group, at least one; the first document where it is None.
+        further_B: the logsumexp of negatives that stand in no column.
 
     Returns:
         float32 [B].
     """
-    negative_BGG = ~same_BGG[:, :1]
-    return _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC)[:, 0]
+    if positive_BG is None:
+        return _cross_entropies(sim_BC, own_BG, ~same_BGG[:, :1], others_BC, further_B)[:, 0]
+    negative_BGG = ~(same_BGG | positive_BG[:, None, :])
+    each_BG = _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC, further_B)
+    return (each_BG * positive_BG).sum(dim=1) / positive_BG.sum(dim=1)
 
 
 def full_contrastive(
@@ -36,6 +51,8 @@ def full_contrastive(
     others_BC: torch.Tensor,
     sim_BX: torch.Tensor,
     others_BX: torch.Tensor,
+    *,
+    positive_BG: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The contrastive loss with every kind of pair as negatives (LLM-R, methods.md B.8).
 
@@ -46,12 +63,13 @@ def full_contrastive(
         sim_BC, own_BG, same_BGG, others_BC: see above.
         sim_BX: the further similarities of each query (or of its positive).
         others_BX: which of them are of true negatives.
+        positive_BG: as in `contrastive`; "its positive" above is the first.
 
     Returns:
         float32 [B].
     """
     further_B = _logsumexp(_wide(sim_BX), others_BX)
-    return _cross_entropies(sim_BC, own_BG, ~same_BGG[:, :1], others_BC, further_B)[:, 0]
+    return contrastive(sim_BC, own_BG, same_BGG, others_BC, positive_BG=positive_BG, further_B=further_B)
 
 
 def teacher_scores(rewards_BG: torch.Tensor, form: str) -> torch.Tensor:
@@ -101,6 +119,22 @@ def group_kl(
     student_BG = F.log_softmax(_wide(sim_BG) / student_temperature, dim=1)
     first, second = (teacher_BG, student_BG) if direction == "teacher_student" else (student_BG, teacher_BG)
     return F.kl_div(second, first, reduction="none", log_target=True).sum(dim=1)
+
+
+def marginal_likelihood(
+    sim_BG: torch.Tensor, rewards_BG: torch.Tensor, *, reward_temperature: float, student_temperature: float = 1.0
+) -> torch.Tensor:
+    """-log of the likelihood of the desired output when its document is drawn by the retriever (EMDR2, methods.md F).
+
+    -log sum over the group of softmax(sim / T_s) * exp(reward / T), for rewards that are log-likelihoods. The gradient
+    goes to the retriever alone. This is EMDR2's form, over whole outputs; Atlas takes the sum over documents at each
+    token of the output, for which the log-probabilities of all tokens would have to be kept.
+
+    Returns:
+        float32 [B].
+    """
+    student_BG = F.log_softmax(_wide(sim_BG) / student_temperature, dim=1)
+    return -torch.logsumexp(_wide(rewards_BG) / reward_temperature + student_BG, dim=1)
 
 
 def listwise(

@@ -24,7 +24,7 @@ class LocalBatch:
     """What a rank needs of a step, from the global plan: no communication is needed to make it.
 
     texts: numbers of the T distinct texts to encode. query_B, doc_BG: positions in `texts`. rewards_BG: 0 where
-    has_rewards_B is False. same_BGG, others_BC: see losses.py. peers_BN: groups.peers, where a query of
+    has_rewards_B is False. positive_BG, same_BGG, others_BC: see losses.py. peers_BN: groups.peers, where a query of
     any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each query's task.
     """
 
@@ -36,6 +36,7 @@ class LocalBatch:
     doc_BG: np.ndarray
     rewards_BG: np.ndarray
     has_rewards_B: np.ndarray
+    positive_BG: np.ndarray
     same_BGG: np.ndarray
     others_BC: np.ndarray
     peers_BN: np.ndarray | None
@@ -54,18 +55,18 @@ def local_batch(
 ) -> LocalBatch:
     """Samples the groups of the whole block (cheap, and equal on all ranks) and cuts out what this rank encodes."""
     pools = [data.pool(int(row)) for row in block.rows]
-    places_NG = np.stack(
-        [
-            groups.sample(
-                pool,
-                size=group_size,
-                positive=tasks[data.tasks[row]].positive,
-                negatives=tasks[data.tasks[row]].negatives,
-                rng=np.random.default_rng(seed_of(seed, "group", block.epoch, data.query_ids[row])),
-            )
-            for pool, row in zip(pools, block.rows, strict=True)
-        ]
-    )
+    sampled = [
+        groups.sample(
+            pool,
+            size=group_size,
+            positive=tasks[data.tasks[row]].positive,
+            negatives=tasks[data.tasks[row]].negatives,
+            num_positives=tasks[data.tasks[row]].num_positives,
+            rng=np.random.default_rng(seed_of(seed, "group", block.epoch, data.query_ids[row])),
+        )
+        for pool, row in zip(pools, block.rows, strict=True)
+    ]
+    places_NG = np.stack([places for places, _ in sampled])
     keys_NG = np.stack([pool.keys[places] for pool, places in zip(pools, places_NG, strict=True)])
     mine = block.of_rank(rank, world_size)
     rows_B = [int(block.rows[place]) for place in mine]
@@ -89,6 +90,7 @@ def local_batch(
             ]
         ),
         has_rewards_B=np.asarray([given is not None for given in rewards]),
+        positive_BG=np.arange(group_size) < np.asarray([sampled[place][1] for place in mine])[:, None],
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
         others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
         peers_BN=groups.peers(keys_NG[:, 0], gold, np.asarray(data.query_text[block.rows]), mine)
@@ -108,9 +110,9 @@ def batch_loss(
 ) -> torch.Tensor:
     """The mean loss over this rank's queries, each with the terms and weights of its task; scalar with gradient.
 
-    Documents of all ranks are in-batch candidates of the contrastive, graded and listwise terms; KL and pairwise terms
-    look at the own group alone. Weights apply whatever other terms there are (the released code ignores the
-    distillation weight when it is the only term, methods.md I.8).
+    Documents of all ranks are in-batch candidates of the contrastive, graded and listwise terms; KL, marginal and
+    pairwise terms look at the own group alone. Weights apply whatever other terms there are (the released code ignores
+    the distillation weight when it is the only term, methods.md I.8).
     """
     device = query_BD.device
     num_queries, group_size = batch.doc_BG.shape
@@ -121,13 +123,15 @@ def batch_loss(
     else:
         doc_CD = gather_with_gradient(doc_BGD.flatten(0, 1))
     own_BG = torch.arange(num_queries * group_size, device=device).view(num_queries, group_size)
-    rewards_BG, same_BGG, others_BC = (
-        torch.from_numpy(array).to(device) for array in (batch.rewards_BG, batch.same_BGG, batch.others_BC)
+    rewards_BG, positive_BG, same_BGG, others_BC = (
+        torch.from_numpy(array).to(device)
+        for array in (batch.rewards_BG, batch.positive_BG, batch.same_BGG, batch.others_BC)
     )
     scored = Scored(
         sim_BC=(query_BD @ doc_CD.T) / temperature,
         own_BG=own_BG + batch.first * group_size,
         rewards_BG=rewards_BG,
+        positive_BG=positive_BG,
         same_BGG=same_BGG,
         others_BC=others_BC,
     )
@@ -154,6 +158,7 @@ class Scored:
     sim_BC: torch.Tensor
     own_BG: torch.Tensor
     rewards_BG: torch.Tensor
+    positive_BG: torch.Tensor
     same_BGG: torch.Tensor
     others_BC: torch.Tensor
     sim_BX: torch.Tensor | None = None
@@ -174,13 +179,25 @@ class Scored:
 
 
 def _contrastive(of: Scored, task: TaskTrain) -> torch.Tensor:
-    return losses.contrastive(of.sim_BC, of.own_BG, of.same_BGG, of.others_BC)
+    return losses.contrastive(of.sim_BC, of.own_BG, of.same_BGG, of.others_BC, positive_BG=_positives(of, task))
 
 
 def _full_contrastive(of: Scored, task: TaskTrain) -> torch.Tensor:
     assert of.sim_BX is not None
     assert of.others_BX is not None
-    return losses.full_contrastive(of.sim_BC, of.own_BG, of.same_BGG, of.others_BC, of.sim_BX, of.others_BX)
+    return losses.full_contrastive(
+        of.sim_BC,
+        of.own_BG,
+        of.same_BGG,
+        of.others_BC,
+        of.sim_BX,
+        of.others_BX,
+        positive_BG=_positives(of, task),
+    )
+
+
+def _positives(of: Scored, task: TaskTrain) -> torch.Tensor | None:
+    return of.positive_BG if task.num_positives > 1 else None
 
 
 def _graded(of: Scored, task: TaskTrain) -> torch.Tensor:
@@ -208,6 +225,15 @@ def _group_kl(of: Scored, task: TaskTrain) -> torch.Tensor:
     )
 
 
+def _marginal(of: Scored, task: TaskTrain) -> torch.Tensor:
+    return losses.marginal_likelihood(
+        of.own_sim_BG,
+        of.rewards_BG,
+        reward_temperature=task.reward_temperature,
+        student_temperature=task.student_temperature,
+    )
+
+
 def _listwise(of: Scored, task: TaskTrain) -> torch.Tensor:
     return losses.listwise(
         of.sim_BC,
@@ -228,6 +254,7 @@ TERMS: dict[str, Callable[[Scored, TaskTrain], torch.Tensor]] = {
     "full_contrastive_weight": _full_contrastive,
     "graded_weight": _graded,
     "kl_weight": _group_kl,
+    "marginal_weight": _marginal,
     "listwise_weight": _listwise,
     "pairwise_weight": _pairwise,
 }

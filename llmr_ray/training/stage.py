@@ -33,7 +33,7 @@ from llmr_ray.training.progress import train_progress
 from llmr_ray.training.trackers import tracked
 
 GROUP_VERSION = 2
-TRAIN_VERSION = 3
+TRAIN_VERSION = 4
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600
 """Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""

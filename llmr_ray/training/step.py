@@ -97,6 +97,7 @@ class Trainer:
             batch_size=config.global_batch_size,
             batching=config.batching,
             seed=seed,
+            shares=config.batch_shares,
             mix=config.mix,
             mix_temperature=config.mix_temperature,
         )

@@ -16,8 +16,8 @@ from tests.tiny import tiny_bert
 from tests.training_setup import TASKS, groups_table, make_data, make_trainer
 
 CASES = {task: (task,) for task in TASKS} | {"mixed": tuple(TASKS)}
-"""qa: graded strict; icl: graded sorted and contrastive; tool: contrastive; chat: group KL; convsearch: KL and full
-contrastive; lrlm: listwise and pairwise; mixed: all in one batch."""
+"""qa: graded strict; icl: graded sorted and contrastive with two positives; tool: contrastive; chat: group KL;
+convsearch: KL and full contrastive; lrlm: listwise, pairwise and marginal; mixed: all in one batch."""
 
 MEMORY = ("grad_cache", "checkpointing")
 

@@ -19,8 +19,8 @@ def plan(**changes):
 def test_blocks_are_homogeneous_and_counted():
     """Prevents mixed tasks in a batch, a lost small data set (trap 12) and a repeat that is not one."""
     made = plan()
-    assert made.blocks_per_epoch == 6 + 1 + 2 * 2
-    blocks = [made.block(step) for step in range(made.blocks_per_epoch)]
+    assert made.parts_per_epoch == 6 + 1 + 2 * 2
+    blocks = [made.block(step) for step in range(made.parts_per_epoch)]
     assert Counter(block.dataset for block in blocks) == {"big": 6, "small": 1, "twice": 4}
     for block in blocks:
         assert set(block.rows) <= set(ROWS[block.dataset])
@@ -51,9 +51,9 @@ def test_any_step_can_be_asked_for_first():
 def test_epochs_differ_and_the_remainder_gets_its_turn():
     """Prevents the same rows from being dropped for ever."""
     made = plan()
-    seen = {int(row) for step in range(made.blocks_per_epoch * 12) for row in made.block(step).rows}
+    seen = {int(row) for step in range(made.parts_per_epoch * 12) for row in made.block(step).rows}
     assert seen == set(range(69))
-    per = made.blocks_per_epoch
+    per = made.parts_per_epoch
     assert [b.dataset for b in map(made.block, range(per))] != [b.dataset for b in map(made.block, range(per, 2 * per))]
     assert made.block(per).epoch == 1
     assert plan(seed=6).block(0).rows.tolist() != made.block(0).rows.tolist()
@@ -62,9 +62,28 @@ def test_epochs_differ_and_the_remainder_gets_its_turn():
 def test_mixed_draws_from_all_data_sets():
     """Prevents `mixed` from being homogeneous under another name."""
     made = plan(batching=MIXED)
-    assert made.blocks_per_epoch == (50 + 3 + 32) // 8
+    assert made.parts_per_epoch == (50 + 3 + 32) // 8
     assert {made.block(0).dataset} == {MIXED}
     assert any(len({row // 50 for row in made.block(step).rows}) == 2 for step in range(10))
+
+
+def test_heterogeneous_blocks_are_made_of_homogeneous_parts():
+    """Prevents parts that mix their sources, rows that never come, and a worker with more than one data set."""
+    made = plan(batching="heterogeneous", shares=2)
+    assert made.parts_per_epoch == 50 // 4 + 1 + 2 * 4  # parts of 4 rows
+    blocks = [made.block(step) for step in range(made.parts_per_epoch)]  # two epochs
+    used = Counter()
+    for block in blocks:
+        sources = []
+        for rank in range(2):
+            rows = block.rows[list(block.of_rank(rank, 2))]
+            sources.append({name for name, own in ROWS.items() if set(rows) & set(own)})
+            used.update(rows.tolist())
+        assert [len(names) for names in sources] == [1, 1]
+        assert block.dataset == (MIXED if sources[0] != sources[1] else next(iter(sources[0])))
+    assert {block.dataset for block in blocks} > {MIXED}
+    assert {used[row] for row in ROWS["twice"]} == {4}
+    assert max(used[row] for row in ROWS["big"]) == 2
 
 
 def test_nothing_to_train_on_is_said():
@@ -84,7 +103,7 @@ def test_nothing_to_train_on_is_said():
 def test_temperature_favours_small_data_sets(temperature, expected):
     """Prevents a data set of a hundred times the rows from taking a hundred times the steps."""
     made = plan(mix="temperature", mix_temperature=temperature)
-    assert made.blocks_per_epoch == 11
+    assert made.parts_per_epoch == 11
     shares = Counter(made.block(step).dataset for step in range(11))
     assert shares == {name: pytest.approx(share, abs=1) for name, share in expected.items()}
 
@@ -93,7 +112,7 @@ def test_temperature_favours_small_data_sets(temperature, expected):
 def test_every_row_has_its_turn_before_any_has_a_second(mix):
     """Prevents epochs that cut a data set short from training on its first rows for ever."""
     made = plan(mix=mix, mix_temperature=5.0)
-    blocks = [made.block(step) for step in range(made.blocks_per_epoch * 7)]
+    blocks = [made.block(step) for step in range(made.parts_per_epoch * 7)]
     of_big = [block.rows for block in blocks if block.dataset == "big"]
     for start in range(0, len(of_big) - 5, 6):  # a pass over 50 rows is 6 blocks of 8
         rows = np.concatenate(of_big[start : start + 6])

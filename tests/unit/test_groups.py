@@ -25,7 +25,13 @@ def pool(keys, gold=(), rewards=None):
 
 
 def draw(of, size=4, positive="first", negatives="random", seed=0):
-    return sample(of, size=size, positive=positive, negatives=negatives, rng=np.random.default_rng(seed))
+    return sample(of, size=size, positive=positive, negatives=negatives, rng=np.random.default_rng(seed))[0]
+
+
+def draw_several(of, count, size=4, positive="first", seed=0):
+    rng = np.random.default_rng(seed)
+    chosen, found = sample(of, size=size, positive=positive, negatives="first", rng=rng, num_positives=count)
+    return chosen[:found].tolist(), chosen[found:].tolist()
 
 
 REWARDED = pool([10, 11, 12, 13, 14, 15], gold=[1, 3], rewards=[0.5, 0.1, 0.9, 0.4, -1.0, 0.3])
@@ -37,6 +43,32 @@ REWARDED = pool([10, 11, 12, 13, 14, 15], gold=[1, 3], rewards=[0.5, 0.1, 0.9, 0
 def test_positive_policies(policy, expected):
     """Prevents a policy from choosing among the wrong documents (methods.md A.5.1)."""
     assert {int(draw(REWARDED, positive=policy, seed=seed)[0]) for seed in range(30)} == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "count", "expected"),
+    [
+        ("first", 2, ([1, 3], [0, 2])),
+        ("first", 9, ([1, 3], [0, 2])),
+        ("teacher", 2, ([2, 0], [4, 5])),  # what else is gold is no negative
+        ("teacher", 3, ([2, 0, 3], [4])),
+        ("teacher_gold", 2, ([3, 1], [0, 2])),
+    ],
+)
+def test_several_positives_in_the_order_of_the_policy(policy, count, expected):
+    """Prevents a positive among the negatives, and a group without negatives."""
+    assert draw_several(REWARDED, count, positive=policy) == expected
+
+
+def test_positives_are_of_different_texts_and_leave_a_negative():
+    """Prevents one text from counting twice, and a group of positives alone where all documents are liked."""
+    copies = pool([1, 1, 2, 3], gold=[0, 1, 2])
+    assert draw_several(copies, 3) == ([0, 2], [3, 3])
+    assert draw_several(pool([1, 2, 3], rewards=[3, 2, 1]), 3, positive="teacher") == ([0, 1], [2, 2])
+    assert {tuple(sorted(draw_several(copies, 2, positive="random", seed=seed)[0])) for seed in range(20)} <= {
+        (0, 2),
+        (1, 2),
+    }
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("first", [0, 2]), ("lowest", [4, 5]), ("highest", [2, 0])])

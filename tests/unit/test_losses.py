@@ -116,6 +116,38 @@ def test_contrastive_is_cross_entropy_where_nothing_is_masked():
     torch.testing.assert_close(losses.contrastive(sim, own, same, others), expected)
 
 
+def test_several_positives_equal_the_loop():
+    """Prevents positives that push each other away, and a mean over documents in place of positives."""
+    own, same, others = layout(4, 4)
+    sim = torch.randn(4, 16, generator=torch.Generator().manual_seed(3)) * 3
+    positive = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    same[3, 1, 2] = same[3, 2, 1] = True
+    found = losses.contrastive(sim, own, same, others, positive_BG=positive)
+    for b in range(4):
+        each = []
+        for i in range(4):
+            if positive[b, i]:
+                terms = [sim[b, own[b, j]] for j in range(4) if j == i or not (positive[b, j] or same[b, i, j])]
+                terms += [sim[b, c] for c in range(16) if others[b, c]]
+                each.append(math.log(sum(math.exp(term) for term in terms)) - float(sim[b, own[b, i]]))
+        assert float(found[b]) == pytest.approx(sum(each) / len(each), abs=1e-5)
+    torch.testing.assert_close(found[1], losses.contrastive(sim, own, same, others)[1])
+
+
+def test_marginal_likelihood_equals_the_sum_over_documents():
+    """Prevents a mean of logarithms, which is another loss, and a gradient against the document that helps."""
+    sim = torch.tensor([[2.0, 1.0, -1.0], [0.5, 0.5, 0.5]], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([[-1.0, -3.0, -0.5], [-2.0, -2.0, -2.0]], dtype=torch.float64)
+    found = losses.marginal_likelihood(sim, rewards, reward_temperature=0.5, student_temperature=2.0)
+    for b in range(2):
+        weights = [math.exp(float(s) / 2) for s in sim[b].detach()]
+        chance = sum(w / sum(weights) * math.exp(float(r) / 0.5) for w, r in zip(weights, rewards[b], strict=True))
+        assert float(found[b].detach()) == pytest.approx(-math.log(chance), abs=1e-9)
+    found.sum().backward()
+    assert sim.grad[0, 2] < 0 < sim.grad[0, 1]
+    assert sim.grad[1].tolist() == pytest.approx([0, 0, 0])
+
+
 def test_masked_documents_have_no_weight_and_no_gradient():
     """Prevents false negatives from being pushed away, by however little."""
     own, same, others = layout(2, 3)
@@ -341,6 +373,7 @@ def test_half_types_are_widened(dtype):
     found = [
         losses.full_contrastive(sim, own, same, others, sim, others),
         losses.group_kl(sim.gather(1, own), rewards, reward_temperature=0.1, direction="student_teacher"),
+        losses.marginal_likelihood(sim.gather(1, own), -rewards, reward_temperature=0.1),
         losses.listwise(sim, own, rewards, same, others, label_temperature=0.2),
         losses.pairwise(sim.gather(1, own), rewards),
     ]
