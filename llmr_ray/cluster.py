@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -188,6 +189,13 @@ def map_shards(
             on_done(record)
     log.info("%s: %d shards in %.1f s", purpose, len(records), time.monotonic() - started)
     return sorted(records, key=lambda record: int(record["shard"]))
+
+
+def background(function: Callable[..., Any], *arguments: Any, num_gpus: float = 0) -> Future[Any]:
+    """Starts a call in a process of its own, on one logical CPU, and returns at once; the future has its result."""
+    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=1)(function)
+    future: Future[Any] = task.remote(*arguments).future()
+    return future
 
 
 class _ShardActor:

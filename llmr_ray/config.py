@@ -327,6 +327,8 @@ class RuntimeConfig:
     train_checkpointing: bool = False
     """Long texts in small memory: activations of one layer at a time, for one more forward pass; same gradient."""
     train_max_failures: int = 3
+    look_queries: int = 0
+    """Early look: development queries of each data set by which checkpoints are measured while training goes on."""
     trackers: list[str] = field(default_factory=list)
     """Who is told of every training step besides the step records: tensorboard, mlflow, wandb."""
     index_actors: int = 2

@@ -9,6 +9,8 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +28,7 @@ from llmr_ray.config import Config
 from llmr_ray.data import stage as data
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.evaluation import report
+from llmr_ray.evaluation import look, report
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
@@ -104,9 +106,9 @@ class Pipeline:
         rewards = add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
         of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
         groups = add("group", training.group_spec(config, **of), training.run_group, **of)
-        checkpoint = add(
-            "train", training.train_spec(config, groups, base), training.run_train, groups=groups, base=base
-        )
+        beside = partial(_early_look, config, prepare, base)
+        spec = training.train_spec(config, groups, base)
+        checkpoint = add("train", spec, training.run_train, groups=groups, base=base, beside=beside)
         # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
         trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
         trained_vectors, trained_index = embed_and_index("trained", embedder=trained, prepare=prepare)
@@ -302,6 +304,24 @@ def fetch_assets(path: str, overrides: list[str]) -> None:
     config = loading.load(path, overrides)
     for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
         console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
+
+
+def _early_look(
+    config: Config, prepare: Artifact, base: Asset, checkpoint: Artifact, root: Path
+) -> AbstractContextManager[None]:
+    """Measures the checkpoints in `root` beside training, if the configuration asks for it and there is what to ask."""
+    sets: list[look.LookSet] = []
+    if config.runtime.look_queries:
+        queries, corpus, qrels = (prepare.read(name) for name in ("queries", "corpus", "qrels"))
+        sets = look.look_sets(queries, corpus, qrels, config.runtime.look_queries)
+
+    def start(model: Path) -> Future[look.Measured]:
+        return cluster.background(
+            look.measure_model, str(model.resolve()), sets, config, num_gpus=config.runtime.encode_gpus
+        )
+
+    run_dir = Path(config.runtime.run_root) / config.name
+    return look.early_look(start if sets else None, root, base=base.path, folder=run_dir, artifact_id=checkpoint.id)
 
 
 def _asset_names(config: Config) -> list[str]:

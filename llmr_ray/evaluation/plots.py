@@ -59,6 +59,28 @@ def training_curves(steps: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure)
 
 
+def look_curves(looks: Sequence[Mapping[str, Any]], measure: str) -> str:
+    """What checkpoints reached on development queries, a panel per data set.
+
+    Args:
+        looks: `step` and `values`, the mean measure by data set.
+        measure: its name.
+    """
+    datasets = sorted({dataset for look in looks for dataset in look["values"]})
+    columns = min(4, len(datasets))
+    with rc_context(_STYLE):
+        figure, grid = _grid(-(-len(datasets) // columns), columns, height=1.9)
+        for axes in grid.flat[len(datasets) :]:
+            axes.set_visible(False)
+        for axes, dataset in zip(grid.flat, datasets, strict=False):
+            points = [(look["step"], look["values"][dataset]) for look in looks if dataset in look["values"]]
+            axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.4, marker=".")
+            axes.set_title(dataset)
+            axes.set_xlabel("step")
+            axes.set_ylabel(measure)
+        return _svg(figure)
+
+
 def reward_histograms(rewards: Mapping[str, Sequence[float]]) -> str:
     """The distribution of rewards, a panel per data set: unit bins for rank rewards, which are whole numbers.
 

@@ -16,6 +16,7 @@ from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
+from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.tables import METHOD_NAMES, effect, p_text, tables
@@ -76,7 +77,7 @@ def write_report(
         if row["query_id"] in evaluated
     }
     write_trec(run_dir / "trec", evaluate.read("run"), prepare.read("qrels"), datasets)
-    write_atomic(run_dir / "report.html", _html(config, artifacts, results).encode())
+    write_atomic(run_dir / "report.html", _html(config, artifacts, results, run_dir).encode())
     if "checkpoint" in artifacts:
         with staged(run_dir / "embedder") as temporary:
             shutil.copytree(artifacts["checkpoint"].file("embedder"), temporary)
@@ -128,7 +129,7 @@ def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
     return mine | {role: inputs[f"{role}_{method}"] for role in ("embeddings", "index") if f"{role}_{method}" in inputs}
 
 
-def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any]) -> str:
+def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any], run_dir: Path) -> str:
     arranged = tables(results["rows"])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmr_ray.evaluation"),
@@ -146,6 +147,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         effect=effect,
         p_text=p_text,
         curves=_curves(artifacts),
+        looks=_looks(artifacts, run_dir),
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
         test_examples=test_examples(artifacts),
@@ -159,6 +161,11 @@ def _curves(artifacts: dict[str, Artifact]) -> Markup | None:
     steps = artifacts["checkpoint"].read("steps").to_pylist()
     # The figure is our own drawing and holds no text from the data.
     return Markup(plots.training_curves(steps)) if steps else None
+
+
+def _looks(artifacts: dict[str, Artifact], run_dir: Path) -> Markup | None:
+    looks = read_looks(run_dir, artifacts["checkpoint"].id) if "checkpoint" in artifacts else []
+    return Markup(plots.look_curves(looks, MEASURE)) if looks else None
 
 
 def _histograms(artifacts: dict[str, Artifact]) -> Markup | None:

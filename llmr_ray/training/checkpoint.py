@@ -118,6 +118,12 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
+def last_saved(root: Path) -> tuple[int, Path] | None:
+    """The step and the embedder of the newest checkpoint, unverified and soon deleted: for those who only look."""
+    folders = _folders(root)
+    return (int(folders[-1].name[5:]), folders[-1] / "embedder") if folders else None
+
+
 def read(folder: Path) -> Checkpoint:
     """Opens a checkpoint that `newest` verified (on every rank, once rank 0 has chosen)."""
     state = json.loads((folder / "state.json").read_text())

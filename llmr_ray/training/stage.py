@@ -9,6 +9,8 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +165,21 @@ def saved_prompts(config: Config) -> dict[str, str]:
     return prompts
 
 
-def run_train(config: Config, artifact: Artifact, groups: Artifact, base: Asset) -> None:
+def run_train(
+    config: Config,
+    artifact: Artifact,
+    groups: Artifact,
+    base: Asset,
+    beside: Callable[[Artifact, Path], AbstractContextManager[None]] | None = None,
+) -> None:
     """Trains and commits ``files/embedder`` and the table `steps`.
 
     Continues from the newest valid checkpoint in the artifact's ``work/`` folder, which must be on storage that all
     workers reach. Deletes that folder once the artifact is committed.
+
+    Args:
+        config, artifact, groups, base: what is trained on what.
+        beside: what goes on while training does, given the artifact and the folder of its checkpoints.
 
     Raises:
         DataError: training diverged, or there is nothing to train on.
@@ -183,7 +195,8 @@ def run_train(config: Config, artifact: Artifact, groups: Artifact, base: Asset)
         told = tracked(
             runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
         )
-        with train_progress(work, config.train.num_steps), told:
+        other = beside(artifact, work) if beside else nullcontext()
+        with train_progress(work, config.train.num_steps), other, told:
             _fit(config, artifact, groups, base, work)
         _publish(artifact, work, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]
