@@ -27,7 +27,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.data import stage as data
 from llmr_ray.durable import write_atomic
-from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.evaluation import look, report
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import planning
@@ -142,15 +142,6 @@ class Pipeline:
             return planning.upper_costs(self.config)
         return planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
 
-    def in_words(self, costs: Sequence[TaskCost]) -> str:
-        """What `costs` found, in a sentence."""
-        if not costs:
-            return "LLM feedback: nothing to pay."
-        pairs, missing, tokens = (sum(getattr(cost, what) for cost in costs) for what in ("pairs", "missing", "tokens"))
-        if self.by_name["mine"].artifact.is_done:
-            return f"LLM feedback: {missing:,} of {pairs:,} pairs still to pay, about {tokens:,} tokens."
-        return f"LLM feedback: at most {pairs:,} pairs and {tokens:,} tokens (exact once candidates are mined)."
-
     def plan(self, *, probe: bool, tokens_per_second: float) -> None:
         """Prints what the LLM will cost by task, and how long it takes at a speed that is given or measured.
 
@@ -159,22 +150,13 @@ class Pipeline:
             tokens_per_second: of one LLM actor; 0: not known.
         """
         costs = self.costs()
-        view = Table(title=f"{self.config.name}: LLM feedback still to pay")
-        for heading in ("task", "feedback", "pairs", "missing", "tokens"):
-            view.add_column(heading, justify="left" if heading in ("task", "feedback") else "right")
-        for cost in costs:
-            numbers = (f"{number:,}" for number in (cost.pairs, cost.missing, cost.tokens))
-            view.add_row(cost.task, cost.feedback, *numbers)
-        self.console.print(view)
-        mined = self.by_name["mine"].artifact.is_done
-        self.console.print(self.in_words(costs))
-        runtime = self.config.runtime
-        actors = max(1, runtime.llm_actors)
+        _print_costs(self.console, self.config, costs, exact=self.is_mined)
         if probe:
-            if not mined:
+            if not self.is_mined:
                 raise ConfigError(
                     "a probe asks about real candidates, and they are not mined yet. Run without --probe."
                 )
+            actors = max(1, self.config.runtime.llm_actors)
             prepare, mine = self.by_name["prepare"].artifact, self.by_name["mine"].artifact
             speed = planning.probe(feedback.score_jobs(self.config, prepare, mine), self.client)
             tokens_per_second = speed.tokens / speed.seconds / actors
@@ -182,12 +164,12 @@ class Pipeline:
                 f"probe: {speed.pairs:,} pairs, {speed.tokens:,} tokens in {speed.seconds:.1f} s on {actors} actors: "
                 f"{speed.pairs / speed.seconds:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s each"
             )
-        if tokens_per_second > 0:
-            hours = sum(cost.tokens for cost in costs) / tokens_per_second / 3600
-            self.console.print(
-                f"at {tokens_per_second:,.0f} tokens/s an actor: {hours / actors:,.2f} hours on {actors} actors, "
-                f"{hours * runtime.llm_gpus:,.2f} GPU hours"
-            )
+        _print_hours(self.console, self.config, costs, tokens_per_second)
+
+    @property
+    def is_mined(self) -> bool:
+        """Whether the candidates are known, and with them the exact number of pairs."""
+        return self.by_name["mine"].artifact.is_done
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -281,7 +263,7 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
         console.print(loading.to_yaml(config), markup=False)
         for row in pipeline.describe():
             console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
-        console.print(pipeline.in_words(pipeline.costs()))
+        console.print(_in_words(pipeline.costs(), exact=pipeline.is_mined))
         return
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
     with cluster.or_lost(command):
@@ -289,13 +271,54 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
 
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
-    """Prints what a configuration's LLM feedback will cost."""
-    pipeline = Pipeline(loading.load(path, overrides), Console(highlight=False, soft_wrap=True))
+    """Prints what a configuration's LLM feedback will cost, also where its models and data are not at hand."""
+    config, console = loading.load(path, overrides), Console(highlight=False, soft_wrap=True)
+    try:
+        pipeline = Pipeline(config, console)
+    except ResourceError as missing:
+        if probe:
+            raise
+        console.print(f"From the configuration alone, for something it names is not here: {missing}")
+        costs = planning.upper_costs(config)
+        _print_costs(console, config, costs, exact=False)
+        _print_hours(console, config, costs, tokens_per_second)
+        return
     with cluster.or_lost(" ".join(["llmr plan", path, *overrides])):
         try:
             pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
         finally:
             pipeline.client.close()
+
+
+def _in_words(costs: Sequence[TaskCost], *, exact: bool) -> str:
+    if not costs:
+        return "LLM feedback: nothing to pay."
+    pairs, missing, tokens = (sum(getattr(cost, what) for cost in costs) for what in ("pairs", "missing", "tokens"))
+    if exact:
+        return f"LLM feedback: {missing:,} of {pairs:,} pairs still to pay, about {tokens:,} tokens."
+    return f"LLM feedback: at most {pairs:,} pairs and {tokens:,} tokens (exact once candidates are mined)."
+
+
+def _print_costs(console: Console, config: Config, costs: Sequence[TaskCost], *, exact: bool) -> None:
+    view = Table(title=f"{config.name}: LLM feedback still to pay")
+    for heading in ("task", "feedback", "pairs", "missing", "tokens"):
+        view.add_column(heading, justify="left" if heading in ("task", "feedback") else "right")
+    for cost in costs:
+        numbers = (f"{number:,}" for number in (cost.pairs, cost.missing, cost.tokens))
+        view.add_row(cost.task, cost.feedback, *numbers)
+    console.print(view)
+    console.print(_in_words(costs, exact=exact))
+
+
+def _print_hours(console: Console, config: Config, costs: Sequence[TaskCost], tokens_per_second: float) -> None:
+    if tokens_per_second <= 0:
+        return
+    actors = max(1, config.runtime.llm_actors)
+    hours = sum(cost.tokens for cost in costs) / tokens_per_second / 3600
+    console.print(
+        f"at {tokens_per_second:,.0f} tokens/s an actor: {hours / actors:,.2f} hours on {actors} actors, "
+        f"{hours * config.runtime.llm_gpus:,.2f} GPU hours"
+    )
 
 
 def fetch_assets(path: str, overrides: list[str]) -> None:
