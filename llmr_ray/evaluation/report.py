@@ -147,6 +147,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         effect=effect,
         p_text=p_text,
         curves=_curves(artifacts),
+        speed=_speed(artifacts),
         looks=_looks(artifacts, run_dir),
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
@@ -161,6 +162,10 @@ def _curves(artifacts: dict[str, Artifact]) -> Markup | None:
     steps = artifacts["checkpoint"].read("steps").to_pylist()
     # The figure is our own drawing and holds no text from the data.
     return Markup(plots.training_curves(steps)) if steps else None
+
+
+def _speed(artifacts: dict[str, Artifact]) -> dict[str, float] | None:
+    return artifacts["checkpoint"].require()["extra"].get("speed") if "checkpoint" in artifacts else None
 
 
 def _looks(artifacts: dict[str, Artifact], run_dir: Path) -> Markup | None:

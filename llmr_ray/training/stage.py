@@ -32,6 +32,7 @@ from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
+from llmr_ray.training.speed import body_parameters, gemm_flops, summary
 from llmr_ray.training.trackers import tracked
 
 GROUP_VERSION = 2
@@ -39,6 +40,8 @@ TRAIN_VERSION = 4
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600
 """Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""
+
+SPEED_FILE = "speed.json"
 
 STEPS_SCHEMA = pa.schema(
     [
@@ -200,7 +203,8 @@ def run_train(
             _fit(config, artifact, groups, base, work)
         _publish(artifact, work, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]
-    artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps})
+    speed = summary(checkpoint.read_steps(work), **json.loads((work / SPEED_FILE).read_text()))
+    artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps, "speed": speed})
     shutil.rmtree(work)
 
 
@@ -268,7 +272,7 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
 
     from llmr_ray.modeling.embedder import Embedder
     from llmr_ray.training.dataset import read_training_data, write_training_data
-    from llmr_ray.training.gather import agree
+    from llmr_ray.training.gather import agree, total
     from llmr_ray.training.step import Trainer
 
     spec, tasks = arguments["spec"], arguments["tasks"]
@@ -313,6 +317,11 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
         grad_cache=arguments["grad_cache"],
         checkpointing=arguments["checkpointing"],
     )
+
+    peak = float(total(torch.tensor([gemm_flops(device, getattr(torch, spec["precision"]))], device=device)))
+    if trainer.rank == 0:
+        speed = {"num_parameters": body_parameters(trainer.embedder.module), "peak_flops": peak}
+        write_atomic(work / SPEED_FILE, canonical_json(speed).encode())
 
     def on_step(record: dict[str, Any]) -> None:
         # A report makes all workers wait for each other, so only where a checkpoint does so anyway.
