@@ -214,6 +214,20 @@ class BM25Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (2106.09685): where a large embedder cannot be trained whole. Merged into it in the end."""
+
+    rank: int = 0
+    """Of the adapters, the only weights that train; they want a higher learning_rate, about 1e-4. 0: train them all."""
+    alpha: int = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapters' input, while train.dropout is on."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Linear layers that get adapters, by the end of their names (q_proj, v_proj); all-linear: every one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimisation (methods.md A.6)."""
 
@@ -253,6 +267,7 @@ class TrainConfig:
     """Steps between checkpoints; a failure costs at most this many."""
     dropout: bool = True
     """False: dropout off, so that runs with different worker counts can be compared exactly."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

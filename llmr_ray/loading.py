@@ -139,5 +139,7 @@ def _check_run(config: Config) -> None:
         raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
     if config.train.group_size < 2:
         raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
+    if not config.train.lora.alpha or config.train.lora.dropout >= 1:
+        raise ConfigError("train.lora.alpha must be above 0 and train.lora.dropout below 1: adapters would do nothing.")
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")

@@ -104,3 +104,13 @@ def make_trainer(root: Path, base: Path, data: Path, *, memory: str = "", **chan
         grad_cache=memory == "grad_cache",
         checkpointing=memory == "checkpointing",
     )
+
+
+def awake(trainer: Trainer) -> Trainer:
+    """Gives adapters values as training would: while their second matrix is zero, the first one has no gradient."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in trainer.names.items():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return trainer

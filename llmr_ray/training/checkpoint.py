@@ -1,7 +1,8 @@
 """Training checkpoints that survive what storage does to them.
 
 ``ckpt-{step:08d}/`` holds the embedder (a sentence-transformers folder), ``optimizer.safetensors``, ``state.json`` and
-``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. The newest
+``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. Where adapters are
+trained, ``adapters.safetensors`` has them and the embedder, merged, is there after the last step alone. The newest
 checkpoint that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery
 reads the newest checkpoint and never an older one). Nothing here is pickled. ``steps.jsonl`` beside the checkpoints
 holds one record per step.
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
+ADAPTERS = "adapters.safetensors"
 STEPS_FILE = "steps.jsonl"
 
 MAX_RECORD_BYTES = 4096
@@ -43,8 +45,15 @@ class Checkpoint:
 
     @property
     def embedder(self) -> Path:
-        """The sentence-transformers folder."""
+        """The sentence-transformers folder; where adapters are trained, of the last step alone."""
         return self.folder / "embedder"
+
+    def restore_adapters(self, adapters: dict[str, torch.nn.Parameter]) -> None:
+        """Puts the saved adapters back, by parameter name."""
+        tensors = load_file(self.folder / ADAPTERS)
+        with torch.no_grad():
+            for name, parameter in adapters.items():
+                parameter.copy_(tensors[name])
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter]) -> None:
         """Puts the saved moments back, by parameter name; DataError when they belong to another model."""
@@ -65,7 +74,8 @@ def save(
     root: Path,
     step: int,
     *,
-    embedder: Embedder,
+    embedder: Embedder | None,
+    adapters: dict[str, torch.nn.Parameter],
     prompts: dict[str, str],
     optimizer: torch.optim.Optimizer,
     names: dict[str, torch.nn.Parameter],
@@ -76,7 +86,8 @@ def save(
     Args:
         root: holds the checkpoints of one run.
         step: steps taken.
-        embedder: its weights are saved.
+        embedder: its weights are saved; None: the adapters are all that is new.
+        adapters: saved by name; none where the whole embedder is trained.
         prompts: stored in the embedder's folder.
         optimizer: its per-parameter tensors are saved.
         names: the trained parameters by name.
@@ -90,7 +101,11 @@ def save(
     }
     with staged(folder) as staging:
         staging.mkdir()
-        embedder.save(staging / "embedder", prompts)
+        if embedder is not None:
+            embedder.save(staging / "embedder", prompts)
+        if adapters:
+            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in adapters.items()}
+            save_file(weights, staging / ADAPTERS)
         save_file(tensors, staging / "optimizer.safetensors")
         (staging / "state.json").write_text(canonical_json({"step": step, **state}) + "\n")
         files = sorted(path for path in staging.rglob("*") if path.is_file())

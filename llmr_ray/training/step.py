@@ -18,6 +18,7 @@ from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.modeling.embedder import Embedder, pack
 from llmr_ray.training import checkpoint, gradient
+from llmr_ray.training.adapters import Adapters
 from llmr_ray.training.batches import MIXED, Plan
 from llmr_ray.training.dataset import TrainingData
 from llmr_ray.training.gather import agree, is_distributed, place, total
@@ -102,13 +103,14 @@ class Trainer:
             mix_temperature=config.mix_temperature,
         )
         found = self._resume_point()
-        self.embedder = load(found.embedder if found else base)
+        self.embedder = load(found.embedder if found and not config.lora.rank else base)
         self.device = self.embedder.device
         if too_long := [size for size in config.matryoshka_dimensions if not 0 < size < self.embedder.dimension]:
             raise ConfigError(
                 f"train.matryoshka_dimensions {too_long} are not between 1 and {self.embedder.dimension - 1}: the "
                 f"embedder has {self.embedder.dimension} dimensions, and the whole is always trained."
             )
+        self.adapters = Adapters(self.embedder, config.lora, seed) if config.lora.rank else None
         if checkpointing:
             self.embedder.checkpoint_activations()
         encoder = PackedEncoder(self.embedder)
@@ -126,6 +128,8 @@ class Trainer:
         if found:
             self.step = found.step
             found.restore_optimizer(self.optimizer, self.names)
+            if self.adapters:
+                found.restore_adapters(self.names)
             self.paced.restore(found.state["self_paced"])
         if self.rank == 0:
             checkpoint.keep_steps(root, self.step)
@@ -154,12 +158,16 @@ class Trainer:
         return self.step == self.config.num_steps or (interval > 0 and self.step % interval == 0)
 
     def save(self) -> None:
-        """Writes a checkpoint (rank 0)."""
+        """Writes a checkpoint (rank 0). After the last step adapters are merged for it: nothing trains any more."""
         if self.rank == 0:
+            is_whole = self.adapters is None or self.step == self.config.num_steps
+            if self.adapters and is_whole:
+                self.adapters.merge()
             checkpoint.save(
                 self.root,
                 self.step,
-                embedder=self.embedder,
+                embedder=self.embedder if is_whole else None,
+                adapters=self.names if self.adapters else {},
                 prompts=self.prompts,
                 optimizer=self.optimizer,
                 names=self.names,

@@ -9,17 +9,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from llmr_ray.config import LoraConfig
 from llmr_ray.errors import ConfigError
 from llmr_ray.training import checkpoint, objective, step
 from llmr_ray.training.gather import agree, gather_with_gradient, place, total
 from tests.tiny import tiny_bert
-from tests.training_setup import TASKS, groups_table, make_data, make_trainer
+from tests.training_setup import TASKS, awake, groups_table, make_data, make_trainer
 
 CASES = {task: (task,) for task in TASKS} | {"mixed": tuple(TASKS)}
 """qa: graded strict; icl: graded sorted and contrastive with two positives; tool: contrastive; chat: group KL;
 convsearch: KL and full contrastive; lrlm: listwise, pairwise and marginal; mixed: all in one batch."""
 
 MEMORY = ("grad_cache", "checkpointing")
+
+LORA = LoraConfig(rank=4)
 
 
 def gradient(trainer):
@@ -61,6 +64,7 @@ def train(rank, world_size, root):
     found = {name: gradient(make(root, name, root / "two" / name)) for name in CASES}
     for memory in MEMORY:
         found[memory] = gradient(make(root, "mixed", root / "two" / memory, memory=memory))
+    found["lora"] = gradient(awake(make(root, "mixed", root / "two" / "lora", lora=LORA)))
     objective.gather_with_gradient = gathered_without_gradient
     found["ablation"] = gradient(make(root, "qa", root / "two" / "ablation"))
     objective.gather_with_gradient = gather_with_gradient
@@ -122,6 +126,15 @@ def test_gradient_in_small_memory_is_the_plain_one(root, tmp_path, small_passes,
 def test_gradient_in_small_memory_of_two_workers_is_that_of_one(root, tmp_path, small_passes, memory):
     """Workers that exchange gradients before the last pass average some passes twice and others never."""
     ratio, cosine = compare(gradient(make(root, "mixed", tmp_path)), np.load(root / "two.npz")[memory])
+    assert ratio == pytest.approx(1, abs=1e-5)
+    assert cosine > 1 - 1e-6
+
+
+def test_gradient_of_adapters_on_two_workers_is_that_of_one(root, tmp_path):
+    """Prevents workers whose adapters start differently, or are averaged wrongly among weights that are frozen."""
+    ratio, cosine = compare(
+        gradient(awake(make(root, "mixed", tmp_path, lora=LORA))), np.load(root / "two.npz")["lora"]
+    )
     assert ratio == pytest.approx(1, abs=1e-5)
     assert cosine > 1 - 1e-6
 

@@ -8,10 +8,21 @@ import time
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig, TaskScore, TrainConfig
+from llmr_ray.config import (
+    Config,
+    DatasetConfig,
+    EmbedderConfig,
+    LoraConfig,
+    RuntimeConfig,
+    TaskConfig,
+    TaskScore,
+    TrainConfig,
+)
 from llmr_ray.errors import DataError
 from llmr_ray.modeling.embedder import Embedder, fingerprint_of
 from llmr_ray.training.checkpoint import read_steps
@@ -112,17 +123,20 @@ def test_divergence_is_said_and_not_tried_again(local_ray, problem):
 
 
 def test_a_finished_shard_is_not_trained_again(local_ray, problem):
-    """Prevents hours of training from being repeated when only the commit was lost. One worker."""
+    """Prevents hours of training from being repeated when only the commit was lost. One worker, adapters alone."""
     config, groups, base, root = problem
     short = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, num_steps=2),
+        train=dataclasses.replace(config.train, num_steps=2, lora=LoraConfig(rank=2)),
         runtime=dataclasses.replace(config.runtime, train_workers=1),
     )
     artifact = Artifact(root, train_spec(short, groups, base))
     artifact.begin()
     run_train(short, artifact, groups, base)
     before = artifact.read("steps")
+    saved, old = (load_file(folder / "model.safetensors") for folder in (artifact.file("embedder"), base.path))
+    assert saved.keys() == old.keys()
+    assert not all(torch.equal(saved[name], old[name]) for name in old)
     (artifact.path / "manifest.json").unlink()
     started = time.monotonic()
     run_train(short, artifact, groups, base)

@@ -33,6 +33,7 @@ def uses(path: Path, library: str) -> bool:
         ("faiss", r"index/shards\.py"),
         ("torch.distributed", r"training/(gather|step)\.py"),
         ("bm25s", r"mining/bm25\.py"),
+        ("peft", r"training/adapters\.py"),
     ],
 )
 def test_heavy_libraries_stay_at_their_edge(library: str, allowed: str) -> None:
