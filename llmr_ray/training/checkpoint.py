@@ -134,8 +134,8 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def last_saved(root: Path) -> tuple[int, Path] | None:
-    """The step and the embedder of the newest checkpoint, unverified and soon deleted: for those who only look."""
-    folders = _folders(root)
+    """The step and the embedder of the newest checkpoint that has one, unverified: for those who only look."""
+    folders = [folder for folder in _folders(root) if (folder / "embedder").exists()]
     return (int(folders[-1].name[5:]), folders[-1] / "embedder") if folders else None
 
 
