@@ -146,3 +146,11 @@ def test_state_is_json_and_tensors_are_safetensors(finished):
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".txt"}
     assert set(json.loads((folder / "state.json").read_text())) == {"step", "self_paced", "seed"}
+
+
+def test_who_only_looks_gets_the_newest_whole_embedder(tmp_path):
+    """Prevents a look at a checkpoint that holds adapters alone."""
+    assert checkpoint.last_saved(tmp_path) is None
+    (tmp_path / "ckpt-00000004" / "embedder").mkdir(parents=True)
+    (tmp_path / "ckpt-00000008").mkdir()
+    assert checkpoint.last_saved(tmp_path) == (4, tmp_path / "ckpt-00000004" / "embedder")
