@@ -10,7 +10,7 @@ Legend: Q queries, P pool documents of all queries, T distinct (side, task, text
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -24,8 +24,8 @@ from llmr_ray.training.groups import Pool
 
 _CHUNK_ROWS = 256
 """Rows of the groups turned into Python objects at once."""
-_CHUNK_TEXTS = 8192
-"""Texts tokenised in one call."""
+_CHUNK_TEXTS = 1024
+"""Texts tokenised in one call; the tokenizer holds some hundred bytes for each of their tokens."""
 
 _QUERY = np.dtype([("text", "<i8"), ("start", "<i8"), ("end", "<i8"), ("has_rewards", "?")])
 _DOCUMENT = np.dtype([("text", "<i8"), ("key", "<i8"), ("reward", "<f4"), ("is_gold", "?")])
@@ -38,11 +38,26 @@ Tokenize = Callable[[Sequence[str], str, int], list[list[int]]]
 def text_key(*parts: str) -> int:
     """A signed 64-bit hash: what texts are compared by.
 
-    Keys are compared only among the C texts of one batch, where any two differ but with probability C^2 / 2^65: 3e-11
-    for 32,768 texts, 3e-5 over a million such steps, however many texts the data set has. Two texts of one key would
-    cost that step a negative, or one of them would be encoded as the other.
+    Keys are compared only among the C texts of one batch, of which two different ones share a key with probability
+    C^2 / 2^65: 3e-11 for 32,768 texts, 3e-5 over a million such steps, however many texts the data set has. It would
+    cost that step a negative, or one text would be encoded as the other.
     """
     return int.from_bytes(blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The arrays of a shard, each a file.
+
+    queries [Q]: number of the query's text, `start` and `end` of its pool, and whether the rewards there mean anything.
+    pool [P]: number of the document's text as it is encoded, key of the document alone (equal whatever the task),
+    reward, is_gold. texts [T]: key of (side, task, text), `start` and `end` of its tokens. tokens: int32, flat.
+    """
+
+    queries: np.ndarray
+    pool: np.ndarray
+    texts: np.ndarray
+    tokens: np.ndarray
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -70,18 +85,18 @@ def write_shard(
     numbers: dict[tuple[str, str, str], int] = {}
     queries, pool = list[tuple[int, int, int, bool]](), list[tuple[int, int, float, bool]]()
 
-    def number(*text: str) -> int:
-        side, task, words = text
-        return numbers.setdefault((side, task, words), len(numbers))
+    def number(side: str, task: str, text: str) -> int:
+        return numbers.setdefault((side, task, text), len(numbers))
 
     for batch in groups.to_batches(max_chunksize=_CHUNK_ROWS):
         for row in batch.to_pylist():
-            task, docs, rewards = row["task"], row["docs"], row["rewards"]
+            task, docs, has_rewards = row["task"], row["docs"], row["rewards"] is not None
             query = number("query", task, row["query"])
-            queries.append((query, len(pool), len(pool) + len(docs), rewards is not None))
+            queries.append((query, len(pool), len(pool) + len(docs), has_rewards))
+            rewards = row["rewards"] if has_rewards else [0.0] * len(docs)
             pool += [
                 (number("document", task, doc), text_key(doc), reward, role == "gold")
-                for doc, reward, role in zip(docs, rewards or [0.0] * len(docs), row["roles"], strict=True)
+                for doc, reward, role in zip(docs, rewards, row["roles"], strict=True)
             ]
     limits = {"query": max_query_tokens, "document": max_document_tokens}
     tokens, length_T = _tokenize_all(list(numbers), tokenize, instructions, limits)
@@ -89,11 +104,11 @@ def write_shard(
     texts["key"] = [text_key(*text) for text in numbers]
     texts["end"] = np.cumsum(length_T)
     texts["start"] = texts["end"] - length_T
+    shard = Shard(queries=np.array(queries, _QUERY), pool=np.array(pool, _DOCUMENT), texts=texts, tokens=tokens)
     with staged(folder) as staging:
         staging.mkdir()
-        arrays = {"queries": np.array(queries, _QUERY), "pool": np.array(pool, _DOCUMENT), "texts": texts}
-        for name, array in {**arrays, "tokens": tokens}.items():
-            np.save(staging / f"{name}.npy", array, allow_pickle=False)
+        for item in fields(Shard):
+            np.save(staging / f"{item.name}.npy", getattr(shard, item.name), allow_pickle=False)
         pq.write_table(groups.select(["query_id", "task", "dataset"]), staging / "rows.parquet")
 
 
@@ -123,27 +138,12 @@ def _tokenize_all(
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """The mapped arrays of a shard.
-
-    queries [Q]: number of the query's text, `start` and `end` of its pool, and whether the rewards there mean anything.
-    pool [P]: number of the document's text as it is encoded, key of the document alone (equal whatever the task),
-    reward, is_gold. texts [T]: key of (side, task, text), `start` and `end` of its tokens. tokens: int32, flat.
-    """
-
-    queries: np.ndarray
-    pool: np.ndarray
-    texts: np.ndarray
-    tokens: np.ndarray
-
-
 class TrainingData:
     """Queries, their pools, and the tokens of all texts.
 
     Rows are those of the groups table, shard after shard. Texts are numbered shard after shard too, so that a text of
     several shards has several numbers, but one key. Held in memory are the query's id, task and data set of each row
-    (8 bytes and those of the id); all else is read where it is asked for.
+    (16 bytes and the id); all else is mapped, and read where it is asked for.
 
     Args:
         rows: columns query_id, task, dataset of all rows; the last two as dictionaries.
@@ -214,11 +214,11 @@ def read_training_data(folders: Sequence[Path]) -> TrainingData:
 
 
 def _open(folder: Path) -> Shard:
-    def mapped(name: str) -> np.ndarray:
-        # Indexing an np.memmap costs several times as much as indexing the array that it is.
-        return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-
-    return Shard(queries=mapped("queries"), pool=mapped("pool"), texts=mapped("texts"), tokens=mapped("tokens"))
+    arrays = {
+        item.name: np.load(folder / f"{item.name}.npy", mmap_mode="r", allow_pickle=False) for item in fields(Shard)
+    }
+    # Indexing an np.memmap costs several times as much as indexing the array that it is.
+    return Shard(**{name: np.asarray(array) for name, array in arrays.items()})
 
 
 class _Codes:
