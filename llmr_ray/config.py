@@ -320,6 +320,7 @@ class RuntimeConfig:
     log_workers: bool = False
     """Show the output of Ray workers in the driver's log."""
     encode_actors: int = 2
+    """Of the stage embed; without a GPU they also tokenise the training data."""
     encode_threads: int = 1
     encode_batch_tokens: int = 8192
     encode_gpus: float = 0

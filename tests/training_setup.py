@@ -10,7 +10,7 @@ import torch
 from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.modeling.embedder import Embedder
 from llmr_ray.schemas import table_of
-from llmr_ray.training.dataset import read_training_data, write_training_data
+from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.step import Trainer
 
 LETTERS = string.ascii_lowercase
@@ -64,17 +64,20 @@ def load(folder: Path) -> Embedder:
     )
 
 
-def make_data(folder: Path, base: Path, groups: pa.Table) -> Path:
-    """Writes the training data of `groups`."""
+def make_data(folder: Path, base: Path, groups: pa.Table, shard_rows: int = 60) -> Path:
+    """Writes the training data of `groups`, cut into shards."""
     embedder = load(base)
-    write_training_data(
-        groups,
-        folder,
-        tokenize=lambda texts, instruction, limit: embedder.tokenize(texts, instruction=instruction, max_tokens=limit),
-        instructions={task: ("query: ", "document: ") for task in TASKS},
-        max_query_tokens=12,
-        max_document_tokens=16,
-    )
+    for shard, first in enumerate(range(0, groups.num_rows, shard_rows)):
+        write_shard(
+            groups.slice(first, shard_rows),
+            folder / f"{shard:05d}",
+            tokenize=lambda texts, instruction, limit: embedder.tokenize(
+                texts, instruction=instruction, max_tokens=limit
+            ),
+            instructions={task: ("query: ", "document: ") for task in TASKS},
+            max_query_tokens=12,
+            max_document_tokens=16,
+        )
     return folder
 
 
@@ -95,7 +98,7 @@ def make_trainer(root: Path, base: Path, data: Path, *, memory: str = "", **chan
     return Trainer(
         base=base,
         load=load,
-        data=read_training_data(data),
+        data=read_training_data(sorted(data.iterdir())),
         config=TrainConfig(**(settings | changes)),  # type: ignore[arg-type]
         tasks=TASKS,
         seed=11,

@@ -1,11 +1,18 @@
-"""The training data as memory-mapped arrays: every distinct text tokenised once, before the first step.
+"""The training data as memory-mapped arrays: all texts tokenised once, shard by shard, before the first step.
 
-A folder of .npy files (no pickle) and one Parquet file; it appears by rename, so it is there whole or not at all.
-Legend: Q queries, P pool documents of all queries, T distinct (instruction, text) pairs.
+Each shard of the groups becomes a folder of .npy files (no pickle) and one Parquet file. It appears by rename, so it is
+there whole or not at all, and it depends on no other shard: as many can be made at once as there are processes, each in
+the memory of one shard, and a kill costs those at work. A text is stored once in every shard in which it occurs; what
+texts are compared by is a key, which is equal for equal texts wherever they stand.
+
+Legend: Q queries, P pool documents of all queries, T distinct (side, task, text) of a shard, M documents of a pool.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,86 +22,48 @@ import pyarrow.parquet as pq
 from llmr_ray.durable import staged
 from llmr_ray.training.groups import Pool
 
-_CHUNK = 8192
-"""Texts tokenised in one call."""
+_CHUNK_ROWS = 256
+"""Rows of the groups turned into Python objects at once."""
+_CHUNK_TEXTS = 1024
+"""Texts tokenised in one call; the tokenizer holds some hundred bytes for each of their tokens."""
+
+_QUERY = np.dtype([("text", "<i8"), ("start", "<i8"), ("end", "<i8"), ("has_rewards", "?")])
+_DOCUMENT = np.dtype([("text", "<i8"), ("key", "<i8"), ("reward", "<f4"), ("is_gold", "?")])
+_TEXT = np.dtype([("key", "<i8"), ("start", "<i8"), ("end", "<i8")])
 
 Tokenize = Callable[[Sequence[str], str, int], list[list[int]]]
 """(texts, instruction, max_tokens) -> token ids."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """Queries, their pools, and the tokens of all texts.
+def text_key(*parts: str) -> int:
+    """A signed 64-bit hash: what texts are compared by.
 
-    Rows are those of the groups table. `pool_offsets` [Q + 1] and `token_offsets` [T + 1] cut the flat arrays;
-    `query_text` [Q] and `pool_text` [P] are text numbers; `pool_key` [P] is equal for equal texts whatever their
-    instruction; `has_rewards` [Q] says whose `pool_reward` entries mean anything.
+    Keys are compared only among the C texts of one batch, of which two different ones share a key with probability
+    C^2 / 2^65: 3e-11 for 32,768 texts, 3e-5 over a million such steps, however many texts the data set has. It would
+    cost that step a negative, or one text would be encoded as the other.
+    """
+    return int.from_bytes(blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The arrays of a shard, each a file.
+
+    queries [Q]: number of the query's text, `start` and `end` of its pool, and whether the rewards there mean anything.
+    pool [P]: number of the document's text as it is encoded, key of the document alone (equal whatever the task),
+    reward, is_gold. texts [T]: key of (side, task, text), `start` and `end` of its tokens. tokens: int32, flat.
     """
 
-    query_ids: list[str]
-    tasks: list[str]
-    datasets: list[str]
+    queries: np.ndarray
+    pool: np.ndarray
+    texts: np.ndarray
     tokens: np.ndarray
-    token_offsets: np.ndarray
-    query_text: np.ndarray
-    pool_offsets: np.ndarray
-    pool_text: np.ndarray
-    pool_key: np.ndarray
-    pool_gold: np.ndarray
-    pool_reward: np.ndarray
-    has_rewards: np.ndarray
-
-    def pool(self, row: int) -> Pool:
-        """The pool of a query, M documents."""
-        part = self._part(row)
-        rewards = np.asarray(self.pool_reward[part]) if self.has_rewards[row] else None
-        return Pool(keys=np.asarray(self.pool_key[part]), is_gold=np.asarray(self.pool_gold[part]), rewards=rewards)
-
-    def pool_texts(self, row: int) -> np.ndarray:
-        """Text numbers of a query's pool: int64 [M]."""
-        return np.asarray(self.pool_text[self._part(row)])
-
-    def text(self, number: int) -> np.ndarray:
-        """Token ids of a text."""
-        return self.tokens[int(self.token_offsets[number]) : int(self.token_offsets[number + 1])]
-
-    def names(self, what: str) -> list[str]:
-        """The data set or the task of each row; `what` is dataset or task."""
-        return self.tasks if what == "task" else self.datasets
-
-    def rows_by(self, what: str) -> dict[str, np.ndarray]:
-        """Row numbers of each data set or of each task."""
-        names = np.asarray(self.names(what), dtype=object)
-        return {name: np.flatnonzero(names == name) for name in sorted(set(self.names(what)))}
-
-    def _part(self, row: int) -> slice:
-        return slice(int(self.pool_offsets[row]), int(self.pool_offsets[row + 1]))
 
 
-_ARRAYS = (
-    "tokens",
-    "token_offsets",
-    "query_text",
-    "pool_offsets",
-    "pool_text",
-    "pool_key",
-    "pool_gold",
-    "pool_reward",
-    "has_rewards",
-)
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
-class _Numbers:
-    """Numbers values by first occurrence."""
-
-    def __init__(self) -> None:
-        self.of: dict[tuple[str, ...], int] = {}
-
-    def __call__(self, *value: str) -> int:
-        return self.of.setdefault(value, len(self.of))
-
-
-def write_training_data(
+def write_shard(
     groups: pa.Table,
     folder: Path,
     *,
@@ -103,81 +72,166 @@ def write_training_data(
     max_query_tokens: int,
     max_document_tokens: int,
 ) -> None:
-    """Tokenises the groups table into `folder`, unless it is there.
+    """Tokenises one shard of the groups into `folder`; a pure function of its arguments.
 
     Args:
         groups: a conforming groups table.
-        folder: made by rename.
+        folder: made by rename; one that stands there is replaced.
         tokenize: the embedder's.
         instructions: of query and document by task.
         max_query_tokens: longer queries are cut.
         max_document_tokens: longer documents are cut.
     """
-    if folder.exists():
-        return
-    texts, keys = _Numbers(), _Numbers()
-    query_text, pool_text, pool_key, sizes = list[int](), list[int](), list[int](), [0]
-    pool_gold, pool_reward, has_rewards = list[bool](), list[float](), list[bool]()
-    for batch in groups.to_batches(max_chunksize=_CHUNK):
+    numbers: dict[tuple[str, str, str], int] = {}
+    queries, pool = list[tuple[int, int, int, bool]](), list[tuple[int, int, float, bool]]()
+
+    def number(side: str, task: str, text: str) -> int:
+        return numbers.setdefault((side, task, text), len(numbers))
+
+    for batch in groups.to_batches(max_chunksize=_CHUNK_ROWS):
         for row in batch.to_pylist():
-            query_text.append(texts("query", row["task"], row["query"]))
-            pool_text += [texts("document", row["task"], doc) for doc in row["docs"]]
-            pool_key += [keys(doc) for doc in row["docs"]]
-            pool_gold += [role == "gold" for role in row["roles"]]
-            pool_reward += row["rewards"] if row["rewards"] is not None else [0.0] * len(row["docs"])
-            has_rewards.append(row["rewards"] is not None)
-            sizes.append(len(row["docs"]))
-    tokens, lengths = _tokenize_all(
-        list(texts.of), tokenize, instructions, {"query": max_query_tokens, "document": max_document_tokens}
-    )
-    arrays = {
-        "tokens": tokens,
-        "token_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "query_text": np.asarray(query_text, dtype=np.int64),
-        "pool_offsets": np.cumsum(sizes).astype(np.int64),
-        "pool_text": np.asarray(pool_text, dtype=np.int64),
-        "pool_key": np.asarray(pool_key, dtype=np.int64),
-        "pool_gold": np.asarray(pool_gold, dtype=bool),
-        "pool_reward": np.asarray(pool_reward, dtype=np.float32),
-        "has_rewards": np.asarray(has_rewards, dtype=bool),
-    }
+            task, docs, has_rewards = row["task"], row["docs"], row["rewards"] is not None
+            query = number("query", task, row["query"])
+            queries.append((query, len(pool), len(pool) + len(docs), has_rewards))
+            rewards = row["rewards"] if has_rewards else [0.0] * len(docs)
+            pool += [
+                (number("document", task, doc), text_key(doc), reward, role == "gold")
+                for doc, reward, role in zip(docs, rewards, row["roles"], strict=True)
+            ]
+    limits = {"query": max_query_tokens, "document": max_document_tokens}
+    tokens, length_T = _tokenize_all(list(numbers), tokenize, instructions, limits)
+    texts = np.empty(len(numbers), dtype=_TEXT)
+    texts["key"] = [text_key(*text) for text in numbers]
+    texts["end"] = np.cumsum(length_T)
+    texts["start"] = texts["end"] - length_T
+    shard = Shard(queries=np.array(queries, _QUERY), pool=np.array(pool, _DOCUMENT), texts=texts, tokens=tokens)
     with staged(folder) as staging:
         staging.mkdir()
-        for name in _ARRAYS:
-            np.save(staging / f"{name}.npy", arrays[name], allow_pickle=False)
+        for item in fields(Shard):
+            np.save(staging / f"{item.name}.npy", getattr(shard, item.name), allow_pickle=False)
         pq.write_table(groups.select(["query_id", "task", "dataset"]), staging / "rows.parquet")
 
 
-def read_training_data(folder: Path) -> TrainingData:
-    """Opens what `write_training_data` wrote; arrays stay on disk and are mapped."""
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-    rows = pq.read_table(folder / "rows.parquet")
-    return TrainingData(
-        query_ids=rows["query_id"].to_pylist(),
-        tasks=rows["task"].to_pylist(),
-        datasets=rows["dataset"].to_pylist(),
-        **arrays,
-    )
-
-
 def _tokenize_all(
-    texts: list[tuple[str, ...]],
+    texts: list[tuple[str, str, str]],
     tokenize: Tokenize,
     instructions: Mapping[str, tuple[str, str]],
     limits: Mapping[str, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Flat int32 tokens of all texts in their order, and the length of each."""
+    """Flat int32 tokens of all (side, task, text) in their order, and the length of each."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for number, (side, task, _) in enumerate(texts):
         kinds.setdefault((side, task), []).append(number)
     found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
     for (side, task), numbers in kinds.items():
         instruction = instructions[task][0 if side == "query" else 1]
-        for start in range(0, len(numbers), _CHUNK):
-            chunk = numbers[start : start + _CHUNK]
+        for start in range(0, len(numbers), _CHUNK_TEXTS):
+            chunk = numbers[start : start + _CHUNK_TEXTS]
             for number, ids in zip(
                 chunk, tokenize([texts[n][2] for n in chunk], instruction, limits[side]), strict=True
             ):
                 found[number] = np.asarray(ids, dtype=np.int32)
     lengths = np.asarray([len(ids) for ids in found], dtype=np.int64)
     return (np.concatenate(found) if found else np.zeros(0, np.int32)), lengths
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class TrainingData:
+    """Queries, their pools, and the tokens of all texts.
+
+    Rows are those of the groups table, shard after shard. Texts are numbered shard after shard too, so that a text of
+    several shards has several numbers, but one key. Held in memory are the query's id, task and data set of each row
+    (16 bytes and the id); all else is mapped, and read where it is asked for.
+
+    Args:
+        rows: columns query_id, task, dataset of all rows; the last two as dictionaries.
+        shards: at least one.
+    """
+
+    def __init__(self, rows: pa.Table, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._row_starts = list(accumulate((len(shard.queries) for shard in shards), initial=0))
+        self._text_starts = list(accumulate((len(shard.texts) for shard in shards), initial=0))
+        self._query_ids = rows["query_id"].cast(pa.large_string()).combine_chunks()
+        self._columns = {name: _Codes(rows[name]) for name in ("task", "dataset")}
+
+    def query_id(self, row: int) -> str:
+        """The id of a query."""
+        return str(self._query_ids[row])
+
+    def task(self, row: int) -> str:
+        """The task of a query."""
+        return self._columns["task"][row]
+
+    def rows_by(self, what: str) -> dict[str, np.ndarray]:
+        """Row numbers of each data set or of each task; `what` is dataset or task."""
+        return self._columns[what].rows()
+
+    def pool(self, row: int) -> Pool:
+        """The pool of a query."""
+        shard, query = self._query(row)
+        part = self._shards[shard].pool[query["start"] : query["end"]]
+        keys, is_gold, rewards = (np.ascontiguousarray(part[name]) for name in ("key", "is_gold", "reward"))
+        return Pool(keys=keys, is_gold=is_gold, rewards=rewards if query["has_rewards"] else None)
+
+    def pool_texts(self, row: int) -> np.ndarray:
+        """Text numbers of a query's pool: int64 [M]."""
+        shard, query = self._query(row)
+        part = self._shards[shard].pool[query["start"] : query["end"]]
+        return np.asarray(part["text"] + self._text_starts[shard])
+
+    def query_texts(self, rows: Iterable[int]) -> np.ndarray:
+        """Text numbers of some queries: int64, one for each."""
+        found = [self._query(row) for row in rows]
+        return np.asarray([self._text_starts[shard] + query["text"] for shard, query in found], dtype=np.int64)
+
+    def text_keys(self, numbers: Iterable[int]) -> np.ndarray:
+        """Keys of texts, equal where side, task and text are: int64, one for each number."""
+        return np.asarray([self._text(number)[1]["key"] for number in numbers], dtype=np.int64)
+
+    def text(self, number: int) -> np.ndarray:
+        """Token ids of a text."""
+        shard, text = self._text(number)
+        return self._shards[shard].tokens[text["start"] : text["end"]]
+
+    def _query(self, row: int) -> tuple[int, np.void]:
+        """The shard that holds a row, and the query's entry there."""
+        shard = bisect_right(self._row_starts, row) - 1
+        return shard, self._shards[shard].queries[row - self._row_starts[shard]]
+
+    def _text(self, number: int) -> tuple[int, np.void]:
+        """The shard that holds a text, and its entry there."""
+        shard = bisect_right(self._text_starts, number) - 1
+        return shard, self._shards[shard].texts[number - self._text_starts[shard]]
+
+
+def read_training_data(folders: Sequence[Path]) -> TrainingData:
+    """Opens what `write_shard` wrote, shards in order; arrays stay on disk and are mapped."""
+    rows = [pq.read_table(folder / "rows.parquet", read_dictionary=["task", "dataset"]) for folder in folders]
+    return TrainingData(pa.concat_tables(rows), [_open(folder) for folder in folders])
+
+
+def _open(folder: Path) -> Shard:
+    arrays = {
+        item.name: np.load(folder / f"{item.name}.npy", mmap_mode="r", allow_pickle=False) for item in fields(Shard)
+    }
+    # Indexing an np.memmap costs several times as much as indexing the array that it is.
+    return Shard(**{name: np.asarray(array) for name, array in arrays.items()})
+
+
+class _Codes:
+    """A column of few distinct names, 4 bytes a row."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        encoded = column.unify_dictionaries().combine_chunks()
+        self._names: list[str] = encoded.dictionary.to_pylist()
+        self._codes = encoded.indices.to_numpy()
+
+    def __getitem__(self, row: int) -> str:
+        return self._names[self._codes[row]]
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """Row numbers of each name, names sorted."""
+        return {name: np.flatnonzero(self._codes == self._names.index(name)) for name in sorted(self._names)}

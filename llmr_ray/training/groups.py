@@ -140,7 +140,7 @@ def in_batch_negatives(keys_NG: np.ndarray, gold_keys: Sequence[np.ndarray], row
 
 
 def peers(
-    positive_keys_N: np.ndarray, gold_keys: Sequence[np.ndarray], query_text_N: np.ndarray, rows: range
+    positive_keys_N: np.ndarray, gold_keys: Sequence[np.ndarray], query_keys_N: np.ndarray, rows: range
 ) -> np.ndarray:
     """Which other queries of the global batch ask for something else: bool [B, N].
 
@@ -149,12 +149,12 @@ def peers(
     Args:
         positive_keys_N: text keys of the positives of all N queries.
         gold_keys: text keys of the gold documents, for each of the B queries.
-        query_text_N: numbers of the queries' texts.
+        query_keys_N: keys of the queries' texts.
         rows: the B consecutive queries of this rank.
     """
     return np.stack(
         [
-            ~np.isin(positive_keys_N, np.append(gold, positive_keys_N[row])) & (query_text_N != query_text_N[row])
+            ~np.isin(positive_keys_N, np.append(gold, positive_keys_N[row])) & (query_keys_N != query_keys_N[row])
             for row, gold in zip(rows, gold_keys, strict=True)
         ]
     )

@@ -23,9 +23,10 @@ from llmr_ray.training.gather import gather_with_gradient
 class LocalBatch:
     """What a rank needs of a step, from the global plan: no communication is needed to make it.
 
-    texts: numbers of the T distinct texts to encode. query_B, doc_BG: positions in `texts`. rewards_BG: 0 where
-    has_rewards_B is False. positive_BG, same_BGG, others_BC: see losses.py. peers_BN: groups.peers, where a query of
-    any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each query's task.
+    texts: numbers of the T distinct texts to encode, in the order of their keys. query_B, doc_BG: positions in
+    `texts`. rewards_BG: 0 where has_rewards_B is False. positive_BG, same_BGG, others_BC: see losses.py. peers_BN:
+    groups.peers, where a query of any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each
+    query's task.
     """
 
     dataset: str
@@ -59,10 +60,10 @@ def local_batch(
         groups.sample(
             pool,
             size=group_size,
-            positive=tasks[data.tasks[row]].positive,
-            negatives=tasks[data.tasks[row]].negatives,
-            num_positives=tasks[data.tasks[row]].num_positives,
-            rng=np.random.default_rng(seed_of(seed, "group", block.epoch, data.query_ids[row])),
+            positive=tasks[data.task(row)].positive,
+            negatives=tasks[data.task(row)].negatives,
+            num_positives=tasks[data.task(row)].num_positives,
+            rng=np.random.default_rng(seed_of(seed, "group", block.epoch, data.query_id(row))),
         )
         for pool, row in zip(pools, block.rows, strict=True)
     ]
@@ -71,8 +72,9 @@ def local_batch(
     mine = block.of_rank(rank, world_size)
     rows_B = [int(block.rows[place]) for place in mine]
     doc_text_BG = np.stack([data.pool_texts(row)[places_NG[place]] for row, place in zip(rows_B, mine, strict=True)])
-    query_text_B = np.asarray(data.query_text[rows_B])
-    texts, where = np.unique(np.concatenate([query_text_B, doc_text_BG.reshape(-1)]), return_inverse=True)
+    numbers = np.concatenate([data.query_texts(rows_B), doc_text_BG.reshape(-1)])
+    # By key, since a text that stands in several shards of the data has a number in each.
+    _, first, where = np.unique(data.text_keys(numbers), return_index=True, return_inverse=True)
     rewards = [pools[place].rewards for place in mine]
     own_BG = keys_NG[mine.start : mine.stop]
     gold = [pools[place].keys[pools[place].is_gold] for place in mine]
@@ -80,7 +82,7 @@ def local_batch(
         dataset=block.dataset,
         epoch=block.epoch,
         first=mine.start,
-        texts=texts,
+        texts=numbers[first],
         query_B=where[: len(rows_B)],
         doc_BG=where[len(rows_B) :].reshape(doc_text_BG.shape),
         rewards_BG=np.stack(
@@ -93,10 +95,10 @@ def local_batch(
         positive_BG=np.arange(group_size) < np.asarray([sampled[place][1] for place in mine])[:, None],
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
         others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
-        peers_BN=groups.peers(keys_NG[:, 0], gold, np.asarray(data.query_text[block.rows]), mine)
-        if any(tasks[data.tasks[row]].full_contrastive_weight for row in block.rows)
+        peers_BN=groups.peers(keys_NG[:, 0], gold, data.text_keys(data.query_texts(block.rows)), mine)
+        if any(tasks[data.task(row)].full_contrastive_weight for row in block.rows)
         else None,
-        tasks_B=[data.tasks[row] for row in rows_B],
+        tasks_B=[data.task(row) for row in rows_B],
     )
 
 

@@ -1,8 +1,9 @@
 """The stages group and train.
 
 group: joins candidates, gold documents and rewards into one row per training query, and says of every query left out
-why. train: data-parallel training under Ray Train, which replaces workers that die; what they resume from are our own
-verified checkpoints, in a folder that all workers reach.
+why. train: the groups are tokenised shard by shard by a pool of actors, then data-parallel training under Ray Train,
+which replaces workers that die; what they resume from are our own verified checkpoints, in a folder that all workers
+reach.
 """
 
 import json
@@ -30,6 +31,7 @@ from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
+from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
 from llmr_ray.training.speed import body_parameters, gemm_flops, summary
@@ -38,8 +40,8 @@ from llmr_ray.training.trackers import tracked
 GROUP_VERSION = 2
 TRAIN_VERSION = 4
 
-COLLECTIVE_TIMEOUT_SECONDS = 3600
-"""Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+"""Workers wait this long for each other: rank 0 alone verifies and writes checkpoints."""
 
 SPEED_FILE = "speed.json"
 
@@ -195,6 +197,7 @@ def run_train(
         raise ConfigError("train.num_steps is 0: there is nothing to train.")
     if 0 not in artifact.ledger():
         cluster.require(runtime.train_workers, runtime.train_workers if runtime.train_gpus else 0, "train")
+        tokenize_groups(config, artifact, groups, base)
         told = tracked(
             runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
         )
@@ -206,6 +209,72 @@ def run_train(
     speed = summary(checkpoint.read_steps(work), **json.loads((work / SPEED_FILE).read_text()))
     artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps, "speed": speed})
     shutil.rmtree(work)
+
+
+def data_folders(artifact: Artifact, groups: Artifact) -> list[Path]:
+    """Where the tokens of each shard of the groups belong, until training has ended."""
+    work = (artifact.path / "work").resolve()
+    return [work / "data" / f"{shard:05d}" for shard in range(groups.require()["num_shards"])]
+
+
+def tokenize_groups(config: Config, artifact: Artifact, groups: Artifact, base: Asset) -> None:
+    """Tokenises the shards of the groups that are not tokenised yet, each into its folder.
+
+    Tokenising is part of encoding and takes the actors and threads that encoding has, but no GPU.
+    """
+    folders = data_folders(artifact, groups)
+    cluster.map_shards(
+        [shard for shard, folder in enumerate(folders) if not folder.exists()],
+        TokenizeWorker,
+        {
+            "groups": groups,
+            "folders": folders,
+            "base_path": str(base.path),
+            "tasks": training_tasks(config),
+            "max_query_tokens": config.embedder.max_query_tokens,
+            "max_document_tokens": config.embedder.max_document_tokens,
+        },
+        num_actors=config.runtime.encode_actors,
+        num_threads=config.runtime.encode_threads,
+        purpose="train: tokenize",
+    )
+
+
+class TokenizeWorker:
+    """Tokenises shards of the groups."""
+
+    def __init__(
+        self,
+        groups: Artifact,
+        folders: list[Path],
+        base_path: str,
+        tasks: dict[str, TaskConfig],
+        max_query_tokens: int,
+        max_document_tokens: int,
+    ) -> None:
+        from llmr_ray.modeling.embedder import Embedder
+
+        self.groups, self.folders = groups, folders
+        self.max_query_tokens, self.max_document_tokens = max_query_tokens, max_document_tokens
+        self.instructions = {name: (task.query_instruction, task.document_instruction) for name, task in tasks.items()}
+        # On the device "meta" a model has no weights: the tokenizer is all that is wanted.
+        self.embedder = Embedder(
+            base_path, max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, device="meta"
+        )
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Tokenises one shard; returns its record."""
+        write_shard(
+            self.groups.read("groups", shard),
+            self.folders[shard],
+            tokenize=lambda texts, instruction, limit: self.embedder.tokenize(
+                texts, instruction=instruction, max_tokens=limit
+            ),
+            instructions=self.instructions,
+            max_query_tokens=self.max_query_tokens,
+            max_document_tokens=self.max_document_tokens,
+        )
+        return {"shard": shard}
 
 
 def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work: Path) -> None:
@@ -221,8 +290,8 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
             "checkpointing": runtime.train_checkpointing,
             "spec": artifact.spec.config,
             "tasks": training_tasks(config),
+            "data": data_folders(artifact, groups),
             # Absolute, since a worker need not start in this folder.
-            "groups": Artifact(groups.path.resolve().parents[1], groups.spec),
             "base": str(base.path.resolve()),
             "work": str(work),
         },
@@ -271,8 +340,7 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
     import torch
 
     from llmr_ray.modeling.embedder import Embedder
-    from llmr_ray.training.dataset import read_training_data, write_training_data
-    from llmr_ray.training.gather import agree, total
+    from llmr_ray.training.gather import total
     from llmr_ray.training.step import Trainer
 
     spec, tasks = arguments["spec"], arguments["tasks"]
@@ -291,24 +359,10 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
             device=str(device),
         )
 
-    base = Path(arguments["base"])
-    if ray.train.get_context().get_world_rank() == 0 and not (work / "data").exists():
-        embedder = load(base)
-        write_training_data(
-            arguments["groups"].read("groups"),
-            work / "data",
-            tokenize=lambda texts, instruction, limit: embedder.tokenize(
-                texts, instruction=instruction, max_tokens=limit
-            ),
-            instructions={name: (task.query_instruction, task.document_instruction) for name, task in tasks.items()},
-            max_query_tokens=spec["max_query_tokens"],
-            max_document_tokens=spec["max_document_tokens"],
-        )
-    agree(0)  # the data is there
     trainer = Trainer(
-        base=base,
+        base=Path(arguments["base"]),
         load=load,
-        data=read_training_data(work / "data"),
+        data=read_training_data(arguments["data"]),
         config=arguments["settings"],
         tasks={name: task.train for name, task in tasks.items()},
         seed=spec["seed"],

@@ -90,11 +90,10 @@ class Trainer:
         self.rank, self.world_size = place()
         if config.global_batch_size % self.world_size:
             raise ConfigError(f"{config.global_batch_size} queries do not divide over {self.world_size} workers.")
+        rows = data.rows_by(config.batch_by)
         self.plan = Plan(
-            data.rows_by(config.batch_by),
-            repeats={
-                name: tasks[task].repeat for name, task in zip(data.names(config.batch_by), data.tasks, strict=True)
-            },
+            rows,
+            repeats={name: tasks[data.task(numbers[0])].repeat for name, numbers in rows.items()},
             batch_size=config.global_batch_size,
             batching=config.batching,
             seed=seed,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -26,9 +27,10 @@ from llmr_ray.config import (
 from llmr_ray.errors import DataError
 from llmr_ray.modeling.embedder import Embedder, fingerprint_of
 from llmr_ray.training.checkpoint import read_steps
-from llmr_ray.training.stage import run_train, train_spec
+from llmr_ray.training.dataset import read_training_data
+from llmr_ray.training.stage import data_folders, run_train, tokenize_groups, train_spec
 from tests.tiny import tiny_bert
-from tests.training_setup import TASKS, groups_table
+from tests.training_setup import TASKS, groups_table, load
 
 pytestmark = pytest.mark.ray
 
@@ -37,7 +39,7 @@ NUM_STEPS = 120
 
 @pytest.fixture
 def problem(tmp_path):
-    """A configuration with two workers, a groups artifact and a base model."""
+    """A configuration with two workers, a groups artifact of three shards and a base model."""
     config = Config(
         name="test",
         seed=11,
@@ -67,8 +69,10 @@ def problem(tmp_path):
     groups = Artifact(tmp_path, spec)
     table = groups_table()
     groups.begin()
-    groups.write_shard(0, {"groups": table}, Counts(rows_in=table.num_rows, ok=table.num_rows))
-    groups.commit(1, seconds=0)
+    for shard in range(3):
+        part = table.slice(50 * shard, 50)
+        groups.write_shard(shard, {"groups": part}, Counts(rows_in=part.num_rows, ok=part.num_rows))
+    groups.commit(3, seconds=0)
     folder = tiny_bert(tmp_path / "base")
     base = Asset("tiny", "local", folder, fingerprint_of(folder))
     return config, groups, base, tmp_path
@@ -85,6 +89,31 @@ def kill_one_worker(work, killed):
             ]
             os.kill(workers[-1].pid, signal.SIGKILL)
             killed.set()
+
+
+def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, problem):
+    """Prevents hours of tokenising from being lost to a kill, and data that depends on who made it."""
+    config, groups, base, root = problem
+    artifact = Artifact(root, train_spec(config, groups, base))
+    folders = data_folders(artifact, groups)
+
+    def contents():
+        return [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+
+    tokenize_groups(config, artifact, groups, base)
+    before, made = contents(), [folder.stat().st_ino for folder in folders]
+    assert len(folders) == 3
+    shutil.rmtree(folders[1])
+    alone = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, encode_actors=1))
+    tokenize_groups(alone, artifact, groups, base)
+    assert contents() == before
+    assert [folder.stat().st_ino for folder in folders][::2] == made[::2]
+    data, whole = read_training_data(folders), groups.read("groups").to_pylist()
+    assert [data.query_id(row) for row in range(len(whole))] == [row["query_id"] for row in whole]
+    embedder = load(base.path)
+    for row in (0, 49, 50, 143):
+        texts = embedder.tokenize(whole[row]["docs"], instruction="document: ", max_tokens=16)
+        assert [data.text(number).tolist() for number in data.pool_texts(row)] == texts
 
 
 def test_a_killed_worker_is_replaced_and_each_step_stands_once(local_ray, problem):

@@ -1,13 +1,16 @@
 """Training data on disk, and what a rank takes from the global batch."""
 
+import tracemalloc
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from llmr_ray.schemas import table_of
 from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
-from llmr_ray.training.dataset import read_training_data, write_training_data
+from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.objective import local_batch
 from llmr_ray.training.step import nearness
 from tests.training_setup import TASKS, groups_table
@@ -18,8 +21,8 @@ def tokenize(texts, instruction, limit):
     return [[ord(letter) for letter in instruction + text][:limit] for text in texts]
 
 
-def write(table, folder):
-    write_training_data(
+def write(table, folder, tokenize=tokenize):
+    write_shard(
         table,
         folder,
         tokenize=tokenize,
@@ -27,12 +30,46 @@ def write(table, folder):
         max_query_tokens=20,
         max_document_tokens=30,
     )
-    return read_training_data(folder)
+
+
+def read(table, root, cuts=()):
+    """The data of a table whose shards end at the rows `cuts`."""
+    folders = []
+    for number, (start, end) in enumerate(zip([0, *cuts], [*cuts, table.num_rows], strict=True)):
+        folders.append(root / f"{number:05d}")
+        write(table.slice(start, end - start), folders[-1])
+    return read_training_data(folders)
+
+
+def crossing_table(num_queries=60, num_texts=12, words=1):
+    """Queries and documents drawn from few texts, so that every batch and every two shards have some in common."""
+    rng = np.random.default_rng(0)
+    texts = [f"{number} " * words for number in range(num_texts)]
+    rows = [
+        {
+            "query_id": str(number),
+            "task": task,
+            "dataset": task,
+            "query": texts[rng.integers(num_texts)],
+            "doc_ids": [str(place) for place in range(5)],
+            "docs": [texts[place] for place in rng.permutation(num_texts)[:5]],
+            "roles": ["gold"] + 4 * ["candidate"],
+            "rewards": None if task == "tool" else rng.random(5).tolist(),
+        }
+        for number in range(num_queries)
+        for task in [list(TASKS)[number % len(TASKS)]]
+    ]
+    return table_of("groups", rows)
+
+
+def take(data, step, *, batching="mixed", rank=0, world_size=1):
+    plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=8, batching=batching, seed=3)
+    return local_batch(data, plan.block(step), tasks=TASKS, group_size=4, seed=3, rank=rank, world_size=world_size)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write(groups_table(), tmp_path_factory.mktemp("data") / "data")
+    return read(groups_table(), tmp_path_factory.mktemp("data"), cuts=(50, 75))
 
 
 def test_texts_come_back_with_their_instruction_and_limit(data):
@@ -40,7 +77,8 @@ def test_texts_come_back_with_their_instruction_and_limit(data):
     rows = groups_table().to_pylist()
     for row in (0, 30, 70, 95):
         query, task = rows[row]["query"], rows[row]["task"]
-        assert "".join(map(chr, data.text(data.query_text[row]))) == f"{task}?{query}"[:20]
+        assert (data.query_id(row), data.task(row)) == (rows[row]["query_id"], task)
+        assert "".join(map(chr, data.text(data.query_texts([row])[0]))) == f"{task}?{query}"[:20]
         texts = ["".join(map(chr, data.text(number))) for number in data.pool_texts(row)]
         assert texts == [f"{task}!{doc}"[:30] for doc in rows[row]["docs"]]
         pool = data.pool(row)
@@ -51,17 +89,83 @@ def test_texts_come_back_with_their_instruction_and_limit(data):
             np.testing.assert_allclose(pool.rewards, rows[row]["rewards"])
 
 
-def test_equal_texts_have_one_key_and_are_tokenised_once(tmp_path):
-    """Prevents a copy under another id from being taken for another document."""
-    shared = {"task": "qa", "dataset": "x", "roles": ["gold", "candidate"], "rewards": None}
+def test_equal_texts_have_one_key_wherever_they_stand(tmp_path):
+    """Prevents a copy under another id, of another task or in another shard from being taken for another document."""
+    shared = {"dataset": "x", "roles": ["gold", "candidate"], "rewards": None}
     rows = [
-        {"query_id": "1", "query": "a", "doc_ids": ["d1", "d2"], "docs": ["same", "other"], **shared},
-        {"query_id": "2", "query": "same", "doc_ids": ["d3", "d4"], "docs": ["third", "same"], **shared},
+        {"query_id": "1", "task": "qa", "query": "a", "doc_ids": ["d1", "d2"], "docs": ["same", "other"], **shared},
+        {"query_id": "2", "task": "qa", "query": "same", "doc_ids": ["d3", "d4"], "docs": ["third", "same"], **shared},
+        {"query_id": "3", "task": "icl", "query": "a", "doc_ids": ["d1", "d3"], "docs": ["same", "third"], **shared},
     ]
-    data = write(table_of("groups", rows), tmp_path / "data")
-    assert data.pool(0).keys[0] == data.pool(1).keys[1]
-    assert data.pool_texts(0)[0] == data.pool_texts(1)[1]
-    assert len(data.token_offsets) - 1 == 5
+    data = read(table_of("groups", rows), tmp_path, cuts=(1,))
+    (same, other), (third, *_) = data.pool(0).keys, data.pool(1).keys
+    assert len({same, other, third}) == 3
+    assert data.pool(1).keys.tolist() == [third, same]
+    assert data.pool(2).keys.tolist() == [same, third]
+
+    def keys(row):
+        """Of what is encoded: the query and the documents with their task's instructions."""
+        return data.text_keys([*data.query_texts([row]), *data.pool_texts(row)]).tolist()
+
+    first, second, third = keys(0), keys(1), keys(2)
+    assert second[2] == first[1]
+    assert len({*first, *second, *third}) == 3 + 2 + 3
+
+
+def test_a_text_is_tokenised_once_in_a_shard(tmp_path):
+    """Prevents the tokens of a passage that many queries share from being stored once for each."""
+    seen = []
+
+    def counting(texts, instruction, limit):
+        seen.extend((instruction, text) for text in texts)
+        return tokenize(texts, instruction, limit)
+
+    table = crossing_table()
+    write(table, tmp_path / "data", counting)
+    pairs = [(f"{row['task']}?", row["query"]) for row in table.to_pylist()]
+    pairs += [(f"{row['task']}!", doc) for row in table.to_pylist() for doc in row["docs"]]
+    assert sorted(seen) == sorted(set(pairs))
+
+
+@pytest.mark.parametrize("cuts", [(7, 30), (0, 20, 20, 60), tuple(range(1, 60, 5))])
+def test_batches_do_not_depend_on_where_the_data_is_cut(tmp_path, cuts):
+    """Prevents groups, masks, or an order of texts that another cut into shards, or an empty shard, would change."""
+    table = crossing_table()
+    whole, cut = read(table, tmp_path / "whole"), read(table, tmp_path / "cut", cuts)
+    for batching in ("homogeneous", "mixed"):
+        for step in range(6):
+            one, other = take(whole, step, batching=batching), take(cut, step, batching=batching)
+            for name in ("query_B", "doc_BG", "rewards_BG", "has_rewards_B", "same_BGG", "others_BC"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            if one.peers_BN is not None:
+                np.testing.assert_array_equal(one.peers_BN, other.peers_BN)
+            assert (one.dataset, one.tasks_B) == (other.dataset, other.tasks_B)
+            tokens = [[data.text(n).tolist() for n in batch.texts] for data, batch in ((whole, one), (cut, other))]
+            assert tokens[0] == tokens[1]
+            assert len(set(map(tuple, tokens[0]))) == len(tokens[0])
+
+
+def test_memory_of_training_data_is_a_few_numbers_a_row(tmp_path):
+    """Prevents texts, tokens or pools from being held in memory: a fifth of what is on the disk would be too much."""
+    table = crossing_table(num_queries=500, num_texts=2500, words=20)
+    write(table, tmp_path / "data")
+    size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir()) / table.num_rows
+
+    def held(copies):
+        """Bytes of Python, numpy and Arrow once batches were made."""
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        data = read_training_data([tmp_path / "data"] * copies)
+        plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=32, batching="mixed", seed=3)
+        for step in range(3):
+            local_batch(data, plan.block(step), tasks=TASKS, group_size=4, seed=3, rank=0, world_size=1)
+        peak = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before
+        tracemalloc.stop()
+        return peak
+
+    held(1)
+    each = (held(40) - held(10)) / (30 * table.num_rows)
+    assert each < size / 5, (each, size)
 
 
 def test_nearness_is_the_mean_over_pairs():
@@ -83,32 +187,32 @@ def test_a_query_s_peers_ask_for_something_else():
     assert found.tolist() == [[False, True, False, True, False], [True, False, True, False, True]]
 
 
-def test_data_is_written_once_and_whole(tmp_path):
-    """Prevents a restarted worker from tokenising again, or from reading what a killed one left."""
-    (tmp_path / "data.tmp-0123").mkdir()
-    (tmp_path / "data.tmp-0123" / "tokens.npy").write_text("torn")
+def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
+    """Prevents a shard that failed half way from being taken for done."""
+
+    def failing(texts, instruction, limit):
+        raise RuntimeError("out of words")
+
+    with pytest.raises(RuntimeError, match="out of words"):
+        write(groups_table(2), tmp_path / "data", failing)
+    assert list(tmp_path.iterdir()) == []
     write(groups_table(2), tmp_path / "data")
-    before = (tmp_path / "data" / "tokens.npy").stat().st_mtime_ns
-    write(groups_table(4), tmp_path / "data")
-    assert (tmp_path / "data" / "tokens.npy").stat().st_mtime_ns == before
-    assert [path.name for path in tmp_path.glob("*.tmp-*")] == ["data.tmp-0123"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    write(groups_table(2), tmp_path / "data")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 
 
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_cut_the_batch_of_one_worker(data, batching, world_size):
     """Prevents groups, masks or rewards that depend on how many workers there are."""
-    plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=8, batching=batching, seed=3)
-
-    def take(step, rank, ranks):
-        return local_batch(data, plan.block(step), tasks=TASKS, group_size=4, seed=3, rank=rank, world_size=ranks)
-
     for step in range(6):
-        whole, parts = take(step, 0, 1), [take(step, rank, world_size) for rank in range(world_size)]
+        whole = take(data, step, batching=batching)
+        parts = [take(data, step, batching=batching, rank=rank, world_size=world_size) for rank in range(world_size)]
         for name in ("rewards_BG", "has_rewards_B", "same_BGG", "others_BC"):
             np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
         assert [part.first for part in parts] == [rank * 8 // world_size for rank in range(world_size)]
         assert [task for part in parts for task in part.tasks_B] == whole.tasks_B
-        texts = np.concatenate([part.texts[part.doc_BG] for part in parts])
-        np.testing.assert_array_equal(texts, whole.texts[whole.doc_BG])
-        assert len(np.unique(whole.texts)) == len(whole.texts)
+        keys = np.concatenate([data.text_keys(part.texts)[part.doc_BG] for part in parts])
+        np.testing.assert_array_equal(keys, data.text_keys(whole.texts)[whole.doc_BG])
+        assert len(np.unique(data.text_keys(whole.texts))) == len(whole.texts)
