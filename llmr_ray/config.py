@@ -319,6 +319,9 @@ class RuntimeConfig:
     train_checkpointing: bool = False
     """Long texts in small memory: activations of one layer at a time, for one more forward pass; same gradient."""
     train_max_failures: int = 3
+    stop_seconds: float = 25.0
+    """How long SIGTERM or Ctrl-C leaves training for the step at hand and a checkpoint; less than what the platform
+    grants before it kills."""
     trackers: list[str] = field(default_factory=list)
     """Who is told of every training step besides the step records: tensorboard, mlflow, wandb."""
     index_actors: int = 2

@@ -2,13 +2,16 @@
 
 group: joins candidates, gold documents and rewards into one row per training query, and says of every query left out
 why. train: data-parallel training under Ray Train, which replaces workers that die; what they resume from are our own
-verified checkpoints, in a folder that all workers reach.
+verified checkpoints, in a folder that all workers reach. A driver or worker that is told to stop leaves a checkpoint.
 """
 
 import json
 import shutil
+import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from llmr_ray import cluster
+from llmr_ray import cluster, stopping
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity
@@ -37,6 +41,9 @@ TRAIN_VERSION = 3
 
 COLLECTIVE_TIMEOUT_SECONDS = 3600
 """Workers wait this long for each other: rank 0 tokenises the whole training set before the first step."""
+
+STOP_FILE = "stop"
+"""In the work folder: how the driver asks the workers to stop."""
 
 STEPS_SCHEMA = pa.schema(
     [
@@ -163,14 +170,24 @@ def saved_prompts(config: Config) -> dict[str, str]:
     return prompts
 
 
-def run_train(config: Config, artifact: Artifact, groups: Artifact, base: Asset) -> None:
+def run_train(
+    config: Config, artifact: Artifact, groups: Artifact, base: Asset, *, allow_restart: bool = False
+) -> None:
     """Trains and commits ``files/embedder`` and the table `steps`.
 
     Continues from the newest valid checkpoint in the artifact's ``work/`` folder, which must be on storage that all
-    workers reach. Deletes that folder once the artifact is committed.
+    workers reach. Deletes that folder once the artifact is committed. On SIGTERM or Ctrl-C the workers end the step at
+    hand and write a checkpoint first; when SIGTERM comes to a worker, others then take their place.
+
+    Args:
+        config: the run's.
+        artifact: to be made.
+        groups: the artifact to train on.
+        base: the model to start from.
+        allow_restart: train anew where there are checkpoints but none is valid.
 
     Raises:
-        DataError: training diverged, or there is nothing to train on.
+        DataError: training diverged, there is nothing to train on, or none of the checkpoints is valid.
         ResourceError: the cluster cannot place the workers, or they kept dying.
     """
     started = time.monotonic()
@@ -180,15 +197,67 @@ def run_train(config: Config, artifact: Artifact, groups: Artifact, base: Asset)
         raise ConfigError("train.num_steps is 0: there is nothing to train.")
     if 0 not in artifact.ledger():
         cluster.require(runtime.train_workers, runtime.train_workers if runtime.train_gpus else 0, "train")
+        last = checkpoint.newest(work, allow_restart=allow_restart)
+        if last is not None:
+            print(f"train: goes on from step {last.step}", file=sys.stderr, flush=True)
         told = tracked(
             runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
         )
         with train_progress(work, config.train.num_steps), told:
-            _fit(config, artifact, groups, base, work)
-        _publish(artifact, work, config.train.num_steps, groups.require()["rows"].get("groups", 0))
+            last = _fit_to_end(config, artifact, groups, base, work, last)
+        _publish(artifact, work, last, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]
     artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps})
     shutil.rmtree(work)
+
+
+def _fit_to_end(
+    config: Config,
+    artifact: Artifact,
+    groups: Artifact,
+    base: Asset,
+    work: Path,
+    last: checkpoint.Checkpoint | None,
+) -> checkpoint.Checkpoint | None:
+    """Trains from the checkpoint `last` and returns the one after the last step, unless the driver is told to stop."""
+    stop, begun, step = work / STOP_FILE, -1, last.step if last else 0
+    stopping.clear(stop)
+
+    def ask() -> None:
+        done = checkpoint.last_steps(work, 1)
+        if not done or done[0]["step"] < step:
+            raise KeyboardInterrupt  # the workers still start: there is nothing to save
+        stopping.ask(stop)
+        said = "train: told to stop; ends after the step at hand with a checkpoint. Once more ends it at once."
+        print(said, file=sys.stderr, flush=True)
+
+    with stopping.asking(ask, config.runtime.stop_seconds) as is_asked:
+        # When SIGTERM comes to a worker all end early; others take over, as long as that leads anywhere.
+        while begun < step < config.train.num_steps and not is_asked():
+            _fit(config, artifact, groups, base, work)
+            last = checkpoint.newest(work)
+            begun, step = step, last.step if last else 0
+            if step < config.train.num_steps and not is_asked():
+                said = f"train: a worker was told to stop: training goes on from step {step}"
+                print(said, file=sys.stderr, flush=True)
+    return last
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Torch's, with workers that note SIGTERM. Only a process's main thread can; they train in another one."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(stopping.note_sigterm)
+
+
+class _TorchConfig(TorchConfig):
+    """Torch's, with the backend above."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """As in BackendConfig."""
+        return _Backend
 
 
 def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work: Path) -> None:
@@ -209,7 +278,7 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
             "base": str(base.path.resolve()),
             "work": str(work),
         },
-        torch_config=TorchConfig(
+        torch_config=_TorchConfig(
             backend="nccl" if runtime.train_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
         ),
         scaling_config=ScalingConfig(num_workers=runtime.train_workers, use_gpu=runtime.train_gpus),
@@ -220,7 +289,7 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
         ),
     )
     try:
-        trainer.fit()
+        _apart(trainer.fit)
     except TrainingFailedError as error:
         raise ResourceError(
             f"training failed and {runtime.train_max_failures} restarts did not help: {str(error).splitlines()[0]} "
@@ -231,6 +300,23 @@ def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work
         record = json.loads(fault.read_text())
         kinds = {kind.__name__: kind for kind in (ConfigError, DataError, ResourceError)}
         raise kinds.get(record["kind"], LlmrError)(record["message"])
+
+
+def _apart(work: Callable[[], object]) -> None:
+    """Does something in a thread of its own: Ray Train takes Ctrl-C away from a main thread that calls it."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -299,6 +385,7 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
         root=work,
         grad_cache=arguments["grad_cache"],
         checkpointing=arguments["checkpointing"],
+        is_stopping=lambda: stopping.sigterm_came() or stopping.is_asked(work / STOP_FILE),
     )
 
     def on_step(record: dict[str, Any]) -> None:
@@ -309,9 +396,10 @@ def _train(arguments: dict[str, Any], work: Path) -> None:
     trainer.run(on_step)
 
 
-def _publish(artifact: Artifact, work: Path, num_steps: int, num_groups: int) -> None:
+def _publish(
+    artifact: Artifact, work: Path, last: checkpoint.Checkpoint | None, num_steps: int, num_groups: int
+) -> None:
     """Moves the last checkpoint's embedder into place and writes the shard that names it."""
-    last = checkpoint.newest(work)
     steps = checkpoint.read_steps(work)
     if last is None or last.step != num_steps or [record["step"] for record in steps] != list(range(num_steps)):
         raise DataError(
