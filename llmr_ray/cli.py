@@ -29,12 +29,15 @@ def run(
         bool, typer.Option("--dry-run", help="Print the resolved config, each stage's state and the LLM work to pay.")
     ] = False,
     stage: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
+    allow_restart: Annotated[
+        bool, typer.Option("--allow-restart", help="Train anew where none of a training's checkpoints is valid.")
+    ] = False,
 ) -> None:
     """Runs a configuration: what is done is kept, what is missing is made, then the report is written."""
     from llmr_ray.pipeline import run_config
 
     with exit_on_user_error():
-        run_config(config, overrides or [], only=stage, dry_run=dry_run)
+        run_config(config, overrides or [], only=stage, dry_run=dry_run, allow_restart=allow_restart)
 
 
 @app.command()
@@ -63,14 +66,15 @@ def fetch(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 def run_stage(stage: str | None) -> None:
-    """The body of a job script: ``python jobs/STAGE.py CONFIG [key=value ...]``; None runs the whole pipeline."""
+    """The body of a job script: ``python jobs/STAGE.py CONFIG [key=value ...] [--allow-restart]``; None runs all."""
     from llmr_ray.pipeline import run_config
 
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: python {sys.argv[0]} CONFIG [key=value ...]")
+        print(f"usage: python {sys.argv[0]} CONFIG [key=value ...] [--allow-restart]")
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    overrides = [argument for argument in sys.argv[2:] if argument != "--allow-restart"]
     with exit_on_user_error():
-        run_config(sys.argv[1], sys.argv[2:], only=stage)
+        run_config(sys.argv[1], overrides, only=stage, allow_restart="--allow-restart" in sys.argv)
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ def start(runtime: RuntimeConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's C++ core calls it an error that an actor with constructor arguments may be restarted.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    handler = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
     else:
@@ -52,6 +53,8 @@ def start(runtime: RuntimeConfig) -> None:
             log_to_driver=runtime.log_workers,
             logging_level=logging.WARNING,
         )
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in its place
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

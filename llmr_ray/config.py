@@ -345,6 +345,9 @@ class RuntimeConfig:
     train_max_failures: int = 3
     look_queries: int = 0
     """Early look: development queries of each data set by which checkpoints are measured while training goes on."""
+    stop_seconds: float = 25.0
+    """How long SIGTERM or Ctrl-C leaves training for the step at hand and a checkpoint; less than what the platform
+    grants before it kills."""
     trackers: list[str] = field(default_factory=list)
     """Who is told of every training step besides the step records: tensorboard, mlflow, wandb."""
     index_actors: int = 2

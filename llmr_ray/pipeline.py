@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
-from llmr_ray import cluster, loading
+from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact, ArtifactSpec, locked
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
@@ -66,13 +66,15 @@ class Pipeline:
     Args:
         config: the resolved configuration.
         console: where progress is printed.
+        allow_restart: train anew where none of the checkpoints of an unfinished training is valid.
 
     Models and data sets are resolved (and fetched where they are missing) on construction, because their
     fingerprints are part of the artifacts' ids.
     """
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
+    def __init__(self, config: Config, console: Console | None = None, *, allow_restart: bool = False) -> None:
         self.config = config
+        self.allow_restart = allow_restart
         self.console = console or Console()
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
@@ -107,8 +109,8 @@ class Pipeline:
         of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
         groups = add("group", training.group_spec(config, **of), training.run_group, **of)
         beside = partial(_early_look, config, prepare, base)
-        spec = training.train_spec(config, groups, base)
-        checkpoint = add("train", spec, training.run_train, groups=groups, base=base, beside=beside)
+        train = partial(training.run_train, beside=beside, allow_restart=self.allow_restart)
+        checkpoint = add("train", training.train_spec(config, groups, base), train, groups=groups, base=base)
         # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
         trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
         trained_vectors, trained_index = embed_and_index("trained", embedder=trained, prepare=prepare)
@@ -195,7 +197,8 @@ class Pipeline:
                         self._run_stage(stage, f"[{number}/{len(self.stages)}] {stage.name}", alone=only is not None)
                 results = self._report(record) if only in (None, "report") else None
             except BaseException as error:
-                self._record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._record(record | {"status": status, "error": f"{type(error).__name__}: {error}"})
                 raise
             finally:
                 self.client.close()
@@ -254,11 +257,18 @@ class Pipeline:
         write_atomic(self.run_dir / "config.resolved.yaml", loading.to_yaml(self.config).encode())
 
 
-def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_run: bool = False) -> None:
+def run_config(
+    path: str,
+    overrides: list[str],
+    *,
+    only: str | None = None,
+    dry_run: bool = False,
+    allow_restart: bool = False,
+) -> None:
     """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call."""
     console = Console(highlight=False, soft_wrap=True)
     config = loading.load(path, overrides)
-    pipeline = Pipeline(config, console)
+    pipeline = Pipeline(config, console, allow_restart=allow_restart)
     if dry_run:
         console.print(loading.to_yaml(config), markup=False)
         for row in pipeline.describe():
@@ -266,7 +276,7 @@ def run_config(path: str, overrides: list[str], *, only: str | None = None, dry_
         console.print(_in_words(pipeline.costs(), exact=pipeline.is_mined))
         return
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
-    with cluster.or_lost(command):
+    with stopping.stoppable(command), cluster.or_lost(command):
         pipeline.run(command, only)
 
 
@@ -283,7 +293,8 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return
-    with cluster.or_lost(" ".join(["llmr plan", path, *overrides])):
+    command = " ".join(["llmr plan", path, *overrides])
+    with stopping.stoppable(command), cluster.or_lost(command):
         try:
             pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
         finally:

@@ -4,8 +4,8 @@
 ``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. Where adapters are
 trained, ``adapters.safetensors`` has them and the embedder, merged, is there after the last step alone. The newest
 checkpoint that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery
-reads the newest checkpoint and never an older one). Nothing here is pickled. ``steps.jsonl`` beside the checkpoints
-holds one record per step.
+reads the newest checkpoint and never an older one). Where none verifies, training does not silently begin anew. Nothing
+here is pickled. ``steps.jsonl`` beside the checkpoints holds one record per step.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmr_ray.artifacts import canonical_json, sha256_file
-from llmr_ray.durable import staged, write_atomic
+from llmr_ray.durable import remove, staged, write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.modeling.embedder import Embedder
 
@@ -116,21 +116,44 @@ def save(
     return folder
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Invalid ones on the way are moved to ``quarantine/``.
+def newest(root: Path, *, allow_restart: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None where there is none at all.
 
-    Only one process may call it.
+    Newer ones that do not verify are moved to ``quarantine/``; what a killed writer left half done is removed. Only one
+    process may call it, and only while nobody writes.
+
+    Args:
+        root: holds the checkpoints of one run.
+        allow_restart: None, too, where there are checkpoints but none verifies.
+
+    Raises:
+        DataError: none of the checkpoints verifies; they stay where they are.
     """
+    for partial in root.glob("ckpt-*.tmp-*"):
+        remove(partial)
+    faults: dict[Path, str] = {}
+    found = None
     for folder in reversed(_folders(root)):
         fault = fault_of(folder)
         if fault is None:
-            return read(folder)
-        log.warning("checkpoint %s is not valid (%s): moved to quarantine, an older one is used", folder, fault)
+            found = read(folder)
+            break
+        faults[folder] = fault
+    if faults and found is None and not allow_restart:
+        listed = ", ".join(f"{folder.name} ({fault})" for folder, fault in faults.items())
+        raise DataError(
+            f"none of the checkpoints in {root} is valid: {listed}. Training would begin anew from step 0. Look after "
+            "the storage and put the files back if you can; to train anew, run `llmr run CONFIG --allow-restart`, "
+            "which moves these to quarantine/."
+        )
+    for folder, fault in faults.items():
+        instead = f"step {found.step} is used" if found else "training begins anew"
+        log.warning("checkpoint %s is not valid (%s): moved to quarantine, %s", folder, fault, instead)
         target = root / "quarantine" / folder.name
         target.parent.mkdir(exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         folder.rename(target)
-    return None
+    return found
 
 
 def last_saved(root: Path) -> tuple[int, Path] | None:
@@ -152,13 +175,17 @@ def fault_of(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"no {MANIFEST}"
     except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
         return f"{MANIFEST} is not JSON"
     for name, digest in manifest.items():
-        path = folder / name
-        if not path.exists():
+        try:
+            if sha256_file(folder / name) != digest:
+                return f"the bytes of {name} changed"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if sha256_file(path) != digest:
-            return f"the bytes of {name} changed"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

@@ -3,11 +3,12 @@
 group: joins candidates, gold documents and rewards into one row per training query, and says of every query left out
 why. train: the groups are tokenised shard by shard by a pool of actors, then data-parallel training under Ray Train,
 which replaces workers that die; what they resume from are our own verified checkpoints, in a folder that all workers
-reach.
+reach. A driver or worker that is told to stop leaves a checkpoint.
 """
 
 import json
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,33 +18,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from llmr_ray import cluster
-from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
+from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity
-from llmr_ray.durable import staged, write_atomic
-from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
+from llmr_ray.durable import staged
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 from llmr_ray.training import checkpoint
-from llmr_ray.training.dataset import read_training_data, write_shard
+from llmr_ray.training.dataset import write_shard
+from llmr_ray.training.fit import SPEED_FILE, fit
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.progress import train_progress
-from llmr_ray.training.speed import body_parameters, gemm_flops, summary
+from llmr_ray.training.speed import summary
 from llmr_ray.training.trackers import tracked
 
 GROUP_VERSION = 2
 TRAIN_VERSION = 4
-
-COLLECTIVE_TIMEOUT_SECONDS = 1800
-"""Workers wait this long for each other: rank 0 alone verifies and writes checkpoints."""
-
-SPEED_FILE = "speed.json"
 
 STEPS_SCHEMA = pa.schema(
     [
@@ -175,19 +168,26 @@ def run_train(
     artifact: Artifact,
     groups: Artifact,
     base: Asset,
+    *,
     beside: Callable[[Artifact, Path], AbstractContextManager[None]] | None = None,
+    allow_restart: bool = False,
 ) -> None:
     """Trains and commits ``files/embedder`` and the table `steps`.
 
     Continues from the newest valid checkpoint in the artifact's ``work/`` folder, which must be on storage that all
-    workers reach. Deletes that folder once the artifact is committed.
+    workers reach. Deletes that folder once the artifact is committed. On SIGTERM or Ctrl-C the workers end the step at
+    hand and write a checkpoint first; when SIGTERM comes to a worker, others then take their place.
 
     Args:
-        config, artifact, groups, base: what is trained on what.
+        config: the run's.
+        artifact: to be made.
+        groups: the artifact to train on.
+        base: the model to start from.
         beside: what goes on while training does, given the artifact and the folder of its checkpoints.
+        allow_restart: train anew where there are checkpoints but none is valid.
 
     Raises:
-        DataError: training diverged, or there is nothing to train on.
+        DataError: training diverged, there is nothing to train on, or none of the checkpoints is valid.
         ResourceError: the cluster cannot place the workers, or they kept dying.
     """
     started = time.monotonic()
@@ -197,14 +197,25 @@ def run_train(
         raise ConfigError("train.num_steps is 0: there is nothing to train.")
     if 0 not in artifact.ledger():
         cluster.require(runtime.train_workers, runtime.train_workers if runtime.train_gpus else 0, "train")
+        last = checkpoint.newest(work, allow_restart=allow_restart)
+        if last is not None:
+            print(f"train: goes on from step {last.step}", file=sys.stderr, flush=True)
         tokenize_groups(config, artifact, groups, base)
         told = tracked(
             runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
         )
         other = beside(artifact, work) if beside else nullcontext()
         with train_progress(work, config.train.num_steps), other, told:
-            _fit(config, artifact, groups, base, work)
-        _publish(artifact, work, config.train.num_steps, groups.require()["rows"].get("groups", 0))
+            last = fit(
+                config,
+                artifact.spec.config,
+                tasks=training_tasks(config),
+                data=data_folders(artifact, groups),
+                base=base.path,
+                work=work,
+                last=last,
+            )
+        _publish(artifact, work, last, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]
     speed = summary(checkpoint.read_steps(work), **json.loads((work / SPEED_FILE).read_text()))
     artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps, "speed": speed})
@@ -277,117 +288,10 @@ class TokenizeWorker:
         return {"shard": shard}
 
 
-def _fit(config: Config, artifact: Artifact, groups: Artifact, base: Asset, work: Path) -> None:
-    runtime = config.runtime
-    (work / "fault.json").unlink(missing_ok=True)
-    shutil.rmtree(work / "ray", ignore_errors=True)
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "settings": config.train,
-            "num_threads": runtime.train_threads,
-            "grad_cache": runtime.train_grad_cache,
-            "checkpointing": runtime.train_checkpointing,
-            "spec": artifact.spec.config,
-            "tasks": training_tasks(config),
-            "data": data_folders(artifact, groups),
-            # Absolute, since a worker need not start in this folder.
-            "base": str(base.path.resolve()),
-            "work": str(work),
-        },
-        torch_config=TorchConfig(
-            backend="nccl" if runtime.train_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
-        ),
-        scaling_config=ScalingConfig(num_workers=runtime.train_workers, use_gpu=runtime.train_gpus),
-        run_config=RunConfig(
-            name="fit",
-            storage_path=str(work / "ray"),
-            failure_config=FailureConfig(max_failures=runtime.train_max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise ResourceError(
-            f"training failed and {runtime.train_max_failures} restarts did not help: {str(error).splitlines()[0]} "
-            "What was trained is kept: run again to continue. runtime.log_workers=true shows the workers' output."
-        ) from error
-    fault = work / "fault.json"
-    if fault.exists():
-        record = json.loads(fault.read_text())
-        kinds = {kind.__name__: kind for kind in (ConfigError, DataError, ResourceError)}
-        raise kinds.get(record["kind"], LlmrError)(record["message"])
-
-
-def _train_worker(arguments: dict[str, Any]) -> None:
-    """What each Ray Train worker runs.
-
-    An error that a restart cannot cure is written down first; restarted workers find it and end, so that the driver
-    raises it instead of trying again.
-    """
-    work = Path(arguments["work"])
-    fault = work / "fault.json"
-    if fault.exists():
-        return
-    try:
-        _train(arguments, work)
-    except LlmrError as error:
-        write_atomic(fault, canonical_json({"kind": type(error).__name__, "message": str(error)}).encode())
-        raise
-
-
-def _train(arguments: dict[str, Any], work: Path) -> None:
-    import torch
-
-    from llmr_ray.modeling.embedder import Embedder
-    from llmr_ray.training.gather import total
-    from llmr_ray.training.step import Trainer
-
-    spec, tasks = arguments["spec"], arguments["tasks"]
-    torch.set_num_threads(arguments["num_threads"])
-    device = get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    def load(folder: Path) -> Embedder:
-        return Embedder(
-            folder,
-            pooling=spec["pooling"],
-            max_query_tokens=spec["max_query_tokens"],
-            max_document_tokens=spec["max_document_tokens"],
-            precision=spec["precision"],
-            device=str(device),
-        )
-
-    trainer = Trainer(
-        base=Path(arguments["base"]),
-        load=load,
-        data=read_training_data(arguments["data"]),
-        config=arguments["settings"],
-        tasks={name: task.train for name, task in tasks.items()},
-        seed=spec["seed"],
-        prompts=spec["prompts"],
-        root=work,
-        grad_cache=arguments["grad_cache"],
-        checkpointing=arguments["checkpointing"],
-    )
-
-    peak = float(total(torch.tensor([gemm_flops(device, getattr(torch, spec["precision"]))], device=device)))
-    if trainer.rank == 0:
-        speed = {"num_parameters": body_parameters(trainer.embedder.module), "peak_flops": peak}
-        write_atomic(work / SPEED_FILE, canonical_json(speed).encode())
-
-    def on_step(record: dict[str, Any]) -> None:
-        # A report makes all workers wait for each other, so only where a checkpoint does so anyway.
-        if trainer.has_checkpoint:
-            ray.train.report({name: record[name] for name in ("step", "loss", "learning_rate")})
-
-    trainer.run(on_step)
-
-
-def _publish(artifact: Artifact, work: Path, num_steps: int, num_groups: int) -> None:
+def _publish(
+    artifact: Artifact, work: Path, last: checkpoint.Checkpoint | None, num_steps: int, num_groups: int
+) -> None:
     """Moves the last checkpoint's embedder into place and writes the shard that names it."""
-    last = checkpoint.newest(work)
     steps = checkpoint.read_steps(work)
     if last is None or last.step != num_steps or [record["step"] for record in steps] != list(range(num_steps)):
         raise DataError(

@@ -62,6 +62,7 @@ class Trainer:
         root: holds checkpoints and the step records; shared by all ranks.
         grad_cache: hold the activations of one pass at a time (gradient.cached_backward).
         checkpointing: hold the activations of one layer at a time.
+        is_stopping: asked in every step; where any rank says yes, all end after that step, with a checkpoint.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Trainer:
         root: Path,
         grad_cache: bool = False,
         checkpointing: bool = False,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tasks, self.data, self.seed, self.prompts, self.root = (
             config,
@@ -87,6 +89,7 @@ class Trainer:
             root,
         )
         self.backward = gradient.cached_backward if grad_cache else gradient.backward
+        self.is_stopping, self.stops = is_stopping, False
         self.rank, self.world_size = place()
         if config.global_batch_size % self.world_size:
             raise ConfigError(f"{config.global_batch_size} queries do not divide over {self.world_size} workers.")
@@ -140,8 +143,8 @@ class Trainer:
         return checkpoint.read(self.root / f"ckpt-{step:08d}") if step else None
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Trains until config.num_steps; a checkpoint every interval and after the last step."""
-        while self.step < self.config.num_steps:
+        """Trains until config.num_steps or until told to stop; a checkpoint every interval and after the last step."""
+        while self.step < self.config.num_steps and not self.stops:
             record = self.train_step()
             if self.rank == 0:
                 checkpoint.append_step(self.root, record)
@@ -154,7 +157,7 @@ class Trainer:
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint belongs after the steps taken so far."""
         interval = self.config.checkpoint_interval
-        return self.step == self.config.num_steps or (interval > 0 and self.step % interval == 0)
+        return self.stops or self.step == self.config.num_steps or (interval > 0 and self.step % interval == 0)
 
     def save(self) -> None:
         """Writes a checkpoint (rank 0). After the last step adapters are merged for it: nothing trains any more."""
@@ -206,8 +209,9 @@ class Trainer:
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.names.values(), config.max_grad_norm or math.inf, foreach=True)
         )
-        local = [*self._local_sums(float(loss), tokens, batch), nearness(embedding_TD)]
+        local = [*self._local_sums(float(loss), tokens, batch), nearness(embedding_TD), float(self.is_stopping())]
         sums = total(torch.tensor(local, dtype=torch.float64, device=self.device))
+        self.stops = bool(sums[7] > 0)
         mean_loss = float(sums[0]) / self.world_size
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise DataError(

@@ -44,14 +44,16 @@ class Runner:
         """Starts a run, kills -9 one of its processes once `when` holds, and returns the driver's exit code."""
         return self.run_disturbed(when, lambda driver: victim(driver).send_signal(signal.SIGKILL))
 
-    def run_disturbed(self, when: Callable[["Runner"], bool], disturb: Callable[[psutil.Process], None]) -> int:
+    def run_disturbed(
+        self, when: Callable[["Runner"], bool], disturb: Callable[[psutil.Process], None], *extra: str
+    ) -> int:
         """Starts a run, calls `disturb` with its driver once `when` holds, and returns the driver's exit code.
 
         What still runs of it a minute after its end is in `left`: a driver that was killed leaves its Ray behind, which
         ends by itself, and the next run must not meet it half dead.
         """
         with (self.folder / "disturbed.log").open("w") as log:
-            driver = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment())
+            driver = subprocess.Popen(self.command(*extra), stdout=log, stderr=subprocess.STDOUT, env=environment())
         family = psutil.Process(driver.pid)
         try:
             deadline = time.monotonic() + 900

@@ -1,8 +1,13 @@
-"""kill -9 of any process, a full disk, a Ray that is gone; then the same command: the same files, none paid twice."""
+"""kill -9 of any process, SIGTERM, a full disk, a Ray that is gone; then the same command: the same files, none paid
+twice."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -32,6 +37,77 @@ def scoring_began(runner: Runner) -> bool:
 
 def training_began(runner: Runner) -> bool:
     return any((runner.folder / "artifacts" / "train").rglob("ckpt-*/MANIFEST.json"))
+
+
+LONG_TRAINING = (
+    "--stage",
+    "train",
+    "train.num_steps=60",
+    "train.checkpoint_interval=1000",
+    "runtime.stop_seconds=120",
+)
+"""Training alone, long enough to be disturbed, and without checkpoints but the one after the last step."""
+
+
+def steps_done(runner: Runner) -> int:
+    return sum(len(path.read_text().splitlines()) for path in runner.folder.glob("artifacts/train/*/work/steps.jsonl"))
+
+
+def some_steps_done(runner: Runner) -> bool:
+    return steps_done(runner) >= 3
+
+
+def steps(runner: Runner) -> list[int]:
+    """The steps that the longest finished training recorded."""
+    tables = [pq.read_table(path) for path in runner.folder.glob("artifacts/train/*/parts/steps-*.parquet")]
+    longest = max(tables, key=lambda table: table.num_rows)
+    return [int(step) for step in longest["step"].to_pylist()]
+
+
+@pytest.fixture
+def prepared(runner: Runner, finished: Runner) -> Runner:
+    """All stages before training are done."""
+    shutil.copytree(finished.folder / "artifacts", runner.folder / "artifacts")
+    return runner
+
+
+@pytest.mark.timeout(1800)
+def test_driver_told_to_stop_while_training(prepared: Runner) -> None:
+    """A preempted machine gives notice: the step at hand is saved, nothing stays behind, and the run goes on there."""
+    at_signal: list[int] = []
+
+    def tell(driver: psutil.Process) -> None:
+        other = prepared.run(*LONG_TRAINING)
+        assert other.returncode == 6, other.stdout + other.stderr
+        assert f"process {driver.pid} on" in other.stderr
+        at_signal.append(steps_done(prepared))
+        driver.send_signal(signal.SIGTERM)
+
+    assert prepared.run_disturbed(some_steps_done, tell, *LONG_TRAINING) == 143, prepared.log
+    assert not prepared.left
+    assert "go on with: llmr run" in prepared.log
+    [saved] = prepared.folder.glob("artifacts/train/*/work/ckpt-*")
+    step = int(saved.name.removeprefix("ckpt-"))
+    assert step == steps_done(prepared) >= at_signal[0]
+    done = prepared.run(*LONG_TRAINING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"goes on from step {step}" in done.stderr
+    assert steps(prepared) == list(range(60))
+
+
+@pytest.mark.timeout(1800)
+def test_train_worker_told_to_stop(prepared: Runner) -> None:
+    """The machine of one worker is preempted: the step at hand is saved, and the run goes on from there by itself."""
+    at_signal: list[int] = []
+
+    def tell(driver: psutil.Process) -> None:
+        at_signal.append(steps_done(prepared))
+        named("RayTrainWorker")(driver).send_signal(signal.SIGTERM)
+
+    assert prepared.run_disturbed(some_steps_done, tell, *LONG_TRAINING) == 0, prepared.log
+    [went_on] = re.findall(r"told to stop: training goes on from step (\d+)", prepared.log)
+    assert at_signal[0] <= int(went_on) < 60
+    assert steps(prepared) == list(range(60))
 
 
 def named(title: str) -> Callable[[psutil.Process], psutil.Process]:
@@ -117,9 +193,10 @@ def test_random_kills(runner: Runner, finished: Runner) -> None:
     def disturb(driver: psutil.Process) -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end and lives(driver):
-            workers = [child for child in driver.children(recursive=True) if "ray::" in _title(child)]
-            if workers:
-                rng.choice(workers).kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
+                workers = [child for child in driver.children(recursive=True) if "ray::" in _title(child)]
+                if workers:
+                    rng.choice(workers).kill()
             time.sleep(rng.uniform(3, 8))
 
     assert runner.run_disturbed(scoring_began, disturb) == 0, runner.log
@@ -144,12 +221,16 @@ def test_full_disk(runner: Runner, finished: Runner, folder: str, kilobytes: int
     disk.mkdir(parents=True)
     _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk))
     try:
-        for _ in range(2):
+        used = []
+        for _ in range(3):
             full = runner.run()
+            used.append(shutil.disk_usage(disk).used)
             assert full.returncode == 4, full.stdout + full.stderr
             assert str(disk) in full.stderr
             assert "No space left" in full.stderr
             assert "Traceback" not in full.stderr
+        # Scores that still fit are kept in every try; of a checkpoint or an index that did not fit nothing stays.
+        assert folder == "llm_store" or used[2] <= used[1], "tries that fail fill the disk"
         _mount("-o", "remount,size=4g", str(disk))
         done = runner.run()
         assert done.returncode == 0, done.stdout + done.stderr

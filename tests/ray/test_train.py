@@ -1,7 +1,7 @@
 """Training under Ray Train with real worker processes: it learns, survives a kill, and says why it cannot go on."""
 
 import dataclasses
-import os
+import re
 import shutil
 import signal
 import threading
@@ -78,17 +78,20 @@ def problem(tmp_path):
     return config, groups, base, tmp_path
 
 
-def kill_one_worker(work, killed):
-    """Waits for a few steps, then ends one training worker as the kernel would."""
-    while not killed.wait(0.02):
-        if len(read_steps(work)) >= 12:
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if any("RayTrainWorker" in part for part in process.cmdline())
-            ]
-            os.kill(workers[-1].pid, signal.SIGKILL)
-            killed.set()
+def disturb(work, sent):
+    """Tells a training worker to stop, as a platform does, then ends one of the new ones as the kernel would."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        begun = len(read_steps(work))
+        while len(read_steps(work)) < begun + 12:
+            time.sleep(0.02)
+        workers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if any("RayTrainWorker" in part for part in process.cmdline())
+        ]
+        workers[-1].send_signal(number)
+        sent.append(number)
+        workers[-1].wait()
 
 
 def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, problem):
@@ -116,18 +119,19 @@ def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, prob
         assert [data.text(number).tolist() for number in data.pool_texts(row)] == texts
 
 
-def test_a_killed_worker_is_replaced_and_each_step_stands_once(local_ray, problem):
-    """Prevents a dead worker from ending the run, from hanging it, and from leaving steps twice or not at all."""
+def test_workers_told_to_stop_or_killed_are_replaced_and_each_step_stands_once(local_ray, problem, capsys):
+    """Prevents a worker that is preempted or dies from ending the run, hanging it, or leaving steps twice or undone."""
     config, groups, base, root = problem
     artifact = Artifact(root, train_spec(config, groups, base))
     artifact.begin()
-    killed = threading.Event()
-    thread = threading.Thread(target=kill_one_worker, args=((artifact.path / "work").resolve(), killed), daemon=True)
-    thread.start()
+    sent = []
+    threading.Thread(target=disturb, args=((artifact.path / "work").resolve(), sent), daemon=True).start()
     started = time.monotonic()
     run_train(config, artifact, groups, base)
-    assert time.monotonic() - started < 300
-    assert killed.is_set()
+    assert time.monotonic() - started < 500
+    assert sent == [signal.SIGTERM, signal.SIGKILL]
+    [went_on] = re.findall(r"told to stop: training goes on from step (\d+)", capsys.readouterr().err)
+    assert 12 <= int(went_on) < NUM_STEPS
     artifact.verify()
     steps = artifact.read("steps").to_pylist()
     assert [step["step"] for step in steps] == list(range(NUM_STEPS))

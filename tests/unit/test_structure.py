@@ -28,7 +28,7 @@ def uses(path: Path, library: str) -> bool:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("ray", r"(.*/stage|feedback/pool|cluster|pipeline|index/searcher|serving/app)\.py"),
+        ("ray", r"(.*/stage|training/fit|feedback/pool|cluster|pipeline|index/searcher|serving/app)\.py"),
         ("vllm", r"feedback/engine_vllm\.py"),
         ("faiss", r"index/shards\.py"),
         ("torch.distributed", r"training/(gather|step)\.py"),
