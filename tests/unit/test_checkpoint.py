@@ -153,9 +153,14 @@ def test_divergence_stops_the_run_and_keeps_the_weights(setup, tmp_path):
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])
 def test_groups_without_any_preference_keep_the_loss_finite(setup, tmp_path, batching):
     """Prevents rewards that are all equal, as those of a sample can be, from making NaN of the weights."""
-    trainer = make_trainer(tmp_path, *setup, batching=batching)
-    equal = np.ones_like(trainer.data.pool_reward)
-    trainer.data = type(trainer.data)(**(vars(trainer.data) | {"pool_reward": equal}))
+    base, data = setup
+    equal = tmp_path / "equal"
+    shutil.copytree(data, equal)
+    for path in equal.rglob("pool.npy"):
+        pool = np.load(path)
+        pool["reward"] = 1.0
+        np.save(path, pool)
+    trainer = make_trainer(tmp_path, base, equal, batching=batching)
     trainer.run()
     assert all(np.isfinite([step["loss"], step["grad_norm"]]).all() for step in checkpoint.read_steps(tmp_path))
     assert all(torch.isfinite(parameter).all() for parameter in trainer.names.values())
