@@ -200,6 +200,7 @@ def run_train(
         last = checkpoint.newest(work, allow_restart=allow_restart)
         if last is not None:
             print(f"train: goes on from step {last.step}", file=sys.stderr, flush=True)
+        checkpoint.keep_steps(work, last.step if last else 0)
         tokenize_groups(config, artifact, groups, base)
         told = tracked(
             runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
