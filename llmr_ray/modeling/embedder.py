@@ -1,4 +1,4 @@
-"""The embedder: any BERT-like encoder, loaded, pooled and saved by sentence-transformers, batched here without padding.
+"""The embedder: any BERT-like encoder, loaded, pooled and saved by sentence-transformers, batched here.
 
 Tensor legend: B texts of a batch, L tokens of its longest text, D embedding size, n texts of a call.
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+log = logging.getLogger(__name__)
+
 POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 """Our names of the poolings and those of sentence-transformers; `auto` keeps what the folder says."""
 
@@ -33,23 +35,23 @@ MIN_PADDING = 64
 """Padding tokens that cost no more than starting another batch does."""
 
 
-def pack(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+def pack(lengths: Sequence[int] | np.ndarray, batch_tokens: int, *, pads: bool = True) -> list[np.ndarray]:
     """Splits texts into batches of similar length: the row numbers of each, longest texts first.
 
-    A batch holds at most `batch_tokens` tokens with padding (one text may exceed it) and little padding: see
-    PADDING_ALLOWANCE. A pure function of the lengths; equal lengths keep their order.
+    A batch holds at most `batch_tokens` tokens (one text may exceed it). Where it `pads`, its padding counts, and there
+    is little of it: see PADDING_ALLOWANCE. A pure function of the lengths; equal lengths keep their order.
     """
     lengths_n = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths_n, kind="stable")
     batches, start, used = [], 0, 0
     for end, row in enumerate(order):
-        width, count = int(lengths_n[order[start]]), end - start
-        padded = width * (count + 1)
-        padding = padded - used - int(lengths_n[row])
+        width, length, count = int(lengths_n[order[start]]), int(lengths_n[row]), end - start
+        padded = width * (count + 1) if pads else used + length
+        padding = padded - used - length
         if count and (padded > batch_tokens or padding > max(MIN_PADDING, PADDING_ALLOWANCE * padded)):
             batches.append(order[start:end])
             start, used = end, 0
-        used += int(lengths_n[row])
+        used += length
     if len(order):
         batches.append(order[start:])
     return batches
@@ -97,6 +99,8 @@ class Embedder:
     ) -> None:
         import torch
 
+        from llmr_ray.modeling.linear import is_faster, use_onednn
+
         self.path = Path(path)
         self.precision = resolve_precision(precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -117,6 +121,9 @@ class Embedder:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "right"
         self.tokenizer.padding_side = "right"
+        if self.device.type == "cpu" and is_faster():
+            use_onednn(self.module)
+        self._position_offset = self._find_packing()
 
     @property
     def dimension(self) -> int:
@@ -147,15 +154,34 @@ class Embedder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+        """How texts of these lengths are best cut for `forward`: the row numbers of each batch, see `pack`."""
+        return pack(lengths, batch_tokens, pads=self._position_offset is None)
+
+    def computed_tokens(self, lengths: Sequence[int]) -> int:
+        """What `forward` computes for a batch of texts of these lengths: tokens, and padding if there is any."""
+        return sum(lengths) if self._position_offset is not None else max(lengths) * len(lengths)
+
     def forward(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> "torch.Tensor":
         """Embeddings of one batch, with gradient where it is enabled.
 
         Args:
-            tokens: B texts as token ids, best of similar length.
+            tokens: B texts as token ids, best in the order of their lengths.
 
         Returns:
             float32 [B, D], unit norm.
         """
+        import torch
+
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if self._position_offset is None:
+                features = self._padded(tokens)
+            else:
+                features = self._packed(tokens, self._position_offset)
+        return self._pooled(features)
+
+    def _padded(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> dict[str, "torch.Tensor"]:
+        """The transformer's output for texts as rows of one width."""
         import torch
 
         lengths_B = np.asarray([len(ids) for ids in tokens])
@@ -167,12 +193,63 @@ class Embedder:
             "input_ids": torch.from_numpy(ids_BL).to(self.device),
             "attention_mask": torch.from_numpy(mask_BL).to(self.device),
         }
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            features = self.module[0](features)
+        return self.module[0](features)
+
+    def _packed(self, tokens: Sequence[Sequence[int] | np.ndarray], position_offset: int) -> dict[str, "torch.Tensor"]:
+        """The transformer's output for texts one after the other, in the form that the pooling layer takes too."""
+        import torch
+
+        from llmr_ray.modeling.packed_attention import runs_of
+
+        lengths_B = np.asarray([len(ids) for ids in tokens])
+        end_B = lengths_B.cumsum()
+        position_T = np.arange(end_B[-1]) - np.repeat(end_B - lengths_B, lengths_B) + position_offset
+        ids_T = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
+        model: Any = self.module[0]
+        output = model.model(
+            input_ids=torch.from_numpy(ids_T[None]).to(self.device),
+            position_ids=torch.from_numpy(position_T[None]).to(self.device),
+            runs=runs_of(lengths_B.tolist()),
+        )
+        starts_and_end = torch.from_numpy(np.concatenate([[0], end_B])).to(self.device)
+        return {"token_embeddings": output.last_hidden_state, "cu_seq_lens_q": starts_and_end}
+
+    def _pooled(self, features: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         features["token_embeddings"] = features["token_embeddings"].float()
         for module in list(self.module)[1:]:
             features = module(features)
         return features["sentence_embedding"]
+
+    def _find_packing(self) -> int | None:
+        """The first position of a text in a packed batch, or None: this transformer needs padding.
+
+        Whatever the architecture, it packs if a few texts then have the embeddings that they have in a padded batch.
+        On a GPU, padding costs less than many small calls of attention.
+        """
+        import torch
+
+        from llmr_ray.modeling.packed_attention import NAME
+
+        model: Any = self.module[0]
+        if self.device.type != "cpu" or not model.model.is_backend_compatible():
+            return None
+        usual = model.model.config._attn_implementation
+        embeddings = getattr(model.model, "embeddings", None)
+        # RoBERTa's kin count positions from the padding token's number on.
+        counted_from = getattr(embeddings, "padding_idx", None)
+        offset = 0 if counted_from is None else int(counted_from) + 1
+        tokens = self.tokenize(["a b c d", "e", "f g"], instruction="", max_tokens=8)
+        self.module.eval()
+        with torch.no_grad():
+            expected = self._pooled(self._padded(tokens))
+            try:
+                model.model.set_attn_implementation(NAME)
+                if torch.allclose(self._pooled(self._packed(tokens, offset)), expected, atol=1e-4):
+                    return offset
+            except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+                log.debug("%s takes padded batches: %s", self.path, error)
+            model.model.set_attn_implementation(usual)
+        return None
 
     def encode(self, texts: list[str], *, instruction: str, max_tokens: int, batch_tokens: int) -> np.ndarray:
         """Embeds texts for search: float32 [n, D], unit norm, in input order.
@@ -189,7 +266,7 @@ class Embedder:
         embeddings_nD = np.empty((len(texts), self.dimension), dtype=np.float32)
         self.module.eval()
         with torch.inference_mode():
-            for rows in pack([len(ids) for ids in tokens], batch_tokens):
+            for rows in self.batches([len(ids) for ids in tokens], batch_tokens):
                 embeddings_nD[rows] = self.forward([tokens[row] for row in rows]).cpu().numpy()
         return embeddings_nD
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmr_ray.artifacts import seed_of
 from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.modeling.embedder import Embedder, pack
+from llmr_ray.modeling.embedder import Embedder
 from llmr_ray.training import checkpoint, gradient
 from llmr_ray.training.adapters import Adapters
 from llmr_ray.training.batches import MIXED, Plan
@@ -35,7 +35,7 @@ class PackedEncoder(torch.nn.Module):
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
         self.module = embedder.module
-        self._embed = embedder.forward
+        self._embed, self._cut = embedder.forward, embedder.batches
         self._budget = PACK_TOKENS.get(embedder.device.type, PACK_TOKENS["cuda"])
 
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
@@ -45,7 +45,7 @@ class PackedEncoder(torch.nn.Module):
 
     def batches(self, tokens: list[np.ndarray]) -> list[np.ndarray]:
         """How the texts are cut into passes."""
-        return pack([len(ids) for ids in tokens], self._budget)
+        return self._cut([len(ids) for ids in tokens], self._budget)
 
 
 class Trainer:
@@ -252,7 +252,7 @@ class Trainer:
         """Loss, tokens, tokens with padding, sum of the groups' best - worst reward, how many have rewards, and the
         in-batch documents that are no negatives because the query counts them, or their text, as its own."""
         lengths = [len(ids) for ids in tokens]
-        padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in self.packing(tokens))
+        padded = sum(self.embedder.computed_tokens([lengths[row] for row in rows]) for rows in self.packing(tokens))
         rewarded_BG = batch.rewards_BG[batch.has_rewards_B]
         margin = float((rewarded_BG.max(axis=1) - rewarded_BG.min(axis=1)).sum()) if len(rewarded_BG) else 0.0
         spared = int((~batch.others_BC).sum()) - batch.doc_BG.size

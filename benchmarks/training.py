@@ -1,0 +1,596 @@
+"""Training against the trainer of sentence-transformers: examples per second, memory, useful share of the machine.
+
+    python benchmarks/training.py                       # all workloads; the peer's batching is swept first
+    python benchmarks/training.py --workloads mixed_contrastive --rounds 3 --peers default
+
+Both train the sample MiniLM-L6 in float32 on the same batches: one query and seven documents an example, the same
+initial weights, loss, optimiser, learning rate and warm-up, dropout off. The peer (needs `pip install datasets`) is
+SentenceTransformerTrainer with MultipleNegativesRankingLoss or DistillKLDivLoss. It pads on a CPU; what it documents
+for batching is swept where the loss stays the same, and the fastest is compared. Ours is training.step.Trainer, with
+tokenising counted, since the peer tokenises while it trains. FlagEmbedding and Tevatron are not compared.
+
+
+On processors where our linear layers run by oneDNN (llmr_ray/modeling/linear.py) `ours_plain` says what we are without,
+by the products that the peer uses. The share of the machine is always that of the faster library's product.
+
+`mixed` lengths are lognormal, of which padding to the longest wastes about 58%; `equal` lengths leave nothing to save.
+`workers` compares two of our workers (gloo, DDP) with one. Each contender is a process of its own; rounds take turns,
+and a ratio is the median over rounds of CPU seconds of the same round. Where a contender's losses differ from ours by
+more than 1e-4 the ratio is void. A float32 matrix product is timed before and after each turn: where that varies by
+more than 15% the machine was not quiet, and no ratio is given unless --noisy asks for it.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+RESULTS = Path(__file__).parent / "results" / "training.json"
+WORKLOADS = {
+    f"{lengths}_{loss}": f"{told_lengths}, {told_loss}"
+    for lengths, told_lengths in (("mixed", "lognormal lengths"), ("equal", "texts of 64 tokens"))
+    for loss, told_loss in (("contrastive", "in-batch and hard negatives"), ("distill", "KL to a teacher's scores"))
+} | {"workers": "lognormal lengths, in-batch and hard negatives, two workers"}
+DOCUMENTS, EQUAL_TOKENS, MAX_TOKENS = 7, 64, 128
+TEMPERATURE, LEARNING_RATE, SEED = 0.05, 2e-5, 0
+TOLERANCE, GEMM_SPREAD = 1e-4, 0.15
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def make_examples(workload: str, number: int, model: str) -> list[dict[str, Any]]:
+    """Queries with seven documents each, the first of them gold, and a teacher's scores; no text occurs twice.
+
+    Texts are random words that are one token each, so that lengths are exact.
+    """
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and word.islower())
+    rng = np.random.default_rng(SEED)
+    seen: set[str] = set()
+
+    def text(median: float) -> str:
+        tokens = EQUAL_TOKENS
+        if not workload.startswith("equal"):
+            tokens = int(np.clip(rng.lognormal(np.log(median), 0.6), 5, MAX_TOKENS))
+        made = " ".join(rng.choice(words, tokens - 2))
+        assert made not in seen
+        seen.add(made)
+        return made
+
+    return [
+        {
+            "query": text(20),
+            "docs": [text(46) for _ in range(DOCUMENTS)],
+            "scores": rng.normal(size=DOCUMENTS).astype(np.float32).tolist(),
+        }
+        for _ in range(number)
+    ]
+
+
+def useful_flops(examples: list[dict[str, Any]], model: str) -> float:
+    """Operations of forward and backward over the tokens there are: linear layers, attention scores and sums."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    width, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    lengths = [len(text.split()) + 2 for example in examples for text in (example["query"], *example["docs"])]
+    return sum(3 * layers * (2 * n * (4 * width**2 + 2 * width * inner) + 4 * n * n * width) for n in lengths)
+
+
+def padding_waste(examples: list[dict[str, Any]], batch_size: int) -> float:
+    """Share of padding where queries and documents of a batch are each padded to their longest."""
+    real = padded = 0
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        for texts in ([e["query"] for e in batch], [doc for e in batch for doc in e["docs"]]):
+            lengths = [len(text.split()) + 2 for text in texts]
+            real += sum(lengths)
+            padded += max(lengths) * len(lengths)
+    return 1 - real / padded
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def train_config(batch_size: int, steps: int) -> Any:
+    """What all contenders train with."""
+    from llmr_ray.config import TrainConfig
+
+    return TrainConfig(
+        num_steps=steps,
+        global_batch_size=batch_size,
+        group_size=DOCUMENTS,
+        learning_rate=LEARNING_RATE,
+        warmup_fraction=0.5,
+        temperature=TEMPERATURE,
+        self_paced=False,
+        checkpoint_interval=0,
+        dropout=False,
+    )
+
+
+def write_data(job: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Our training data: tokenised once, before the first step. Returns what that cost."""
+    from llmr_ray.schemas import table_of
+    from llmr_ray.training.dataset import write_training_data
+
+    rows = [
+        {
+            "query_id": f"q{number}",
+            "task": "task",
+            "dataset": "data",
+            "query": example["query"],
+            "doc_ids": [f"q{number}-{place}" for place in range(DOCUMENTS)],
+            "docs": example["docs"],
+            "roles": ["gold", *["candidate"] * (DOCUMENTS - 1)],
+            "rewards": example["scores"],
+        }
+        for number, example in enumerate(job["examples"])
+    ]
+    embedder = load_embedder(Path(job["model"]))
+    with spent() as tokenising:
+        write_training_data(
+            table_of("groups", rows),
+            folder,
+            tokenize=lambda texts, instruction, limit: embedder.tokenize(
+                texts, instruction=instruction, max_tokens=limit
+            ),
+            instructions={"task": ("", "")},
+            max_query_tokens=MAX_TOKENS,
+            max_document_tokens=MAX_TOKENS,
+        )
+    return tokenising
+
+
+def load_embedder(folder: Path) -> Any:
+    """Ours, in float32 on the CPU."""
+    from llmr_ray.modeling.embedder import Embedder
+
+    return Embedder(
+        folder, max_query_tokens=MAX_TOKENS, max_document_tokens=MAX_TOKENS, precision="float32", device="cpu"
+    )
+
+
+def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
+    """Our trainer at its first step."""
+    from llmr_ray.config import TaskTrain
+    from llmr_ray.training.dataset import read_training_data
+    from llmr_ray.training.step import Trainer
+
+    # The peer multiplies its loss by the square of the temperature.
+    is_distilled = job["loss"] == "distill"
+    weights = {"kl_weight": TEMPERATURE**2} if is_distilled else {"contrastive_weight": 1.0}
+    root.mkdir(exist_ok=True)
+    return Trainer(
+        base=Path(job["model"]),
+        load=load_embedder,
+        data=read_training_data(data),
+        config=train_config(job["batch_size"], job["steps"]),
+        tasks={"task": TaskTrain(positive="first", negatives="first", **weights)},
+        seed=SEED,
+        prompts={},
+        root=root,
+    )
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains with one worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenising = write_data(job, Path(folder) / "data")
+        trainer = make_trainer(job, Path(folder) / "data", Path(folder) / "run")
+        with spent() as training:
+            records = [trainer.train_step() for _ in range(job["steps"])]
+    cost = {name: training[name] + tokenising[name] for name in ("cpu", "wall")}
+    return {**training, **cost, "losses": [record["loss"] for record in records]}
+
+
+def ours_plain(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains with one worker whose linear layers are PyTorch's own."""
+    with mock.patch("llmr_ray.modeling.linear.is_faster", return_value=False):
+        return ours(job)
+
+
+def two_workers(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains with two workers; CPU seconds are those of both, without tokenising."""
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(job, folder / "data")
+        mp.spawn(_worker, args=(2, job, folder), nprocs=2)
+        told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    cpu, wall = sum(one["cpu"] for one in told), max(one["wall"] for one in told)
+    return {"cpu": cpu, "wall": wall, "losses": told[0]["losses"], "peak_mb": sum(one["peak_mb"] for one in told)}
+
+
+def _worker(rank: int, world_size: int, job: dict[str, Any], folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(job["threads"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world_size)
+    _train_worker(rank, job, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train_worker(rank: int, job: dict[str, Any], folder: Path) -> None:
+    import torch.distributed as dist
+
+    trainer = make_trainer(job, folder / "data", folder / "run")
+    dist.barrier()
+    with spent() as training:
+        losses = [trainer.train_step()["loss"] for _ in range(job["steps"])]
+    (folder / f"{rank}.json").write_text(json.dumps({**training, "losses": losses}))
+
+
+# --- the peer --------------------------------------------------------------------------------------------------------
+
+
+def peer_variants(loss: str, batch_size: int) -> dict[str, dict[str, Any]]:
+    """The peer's documented ways to batch that leave the loss as it is, by a short name."""
+    if loss == "distill":
+        # Each query has its own softmax, so small batches that are accumulated have the same gradient and pad less.
+        sizes = [size for size in (batch_size, 8, 4, 2, 1) if size <= batch_size]
+        return {f"batch {size} x {batch_size // size}": {"size": size} for size in dict.fromkeys(sizes)}
+    cached = {f"cached, {size} texts": {"mini_batch_size": size} for size in (4, 16)}
+    cached["cached, 1024 tokens"] = {"mini_batch_num_tokens": 1024}
+    return {"columns merged": {}, "columns apart": {"apart": True}, **cached}
+
+
+def sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains with SentenceTransformerTrainer."""
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.base.losses.merged_forward import column_merging_disabled
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+
+    from llmr_ray.training.schedule import warmup_decay
+    from llmr_ray.training.step import make_optimizer
+
+    variant, steps, batch_size = job["variant"], job["steps"], job["batch_size"]
+    config = train_config(batch_size, steps)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = SentenceTransformer(job["model"], device="cpu", local_files_only=True, config_kwargs=no_dropout)
+    model.max_seq_length = MAX_TOKENS
+    optimizer = make_optimizer(dict(model.named_parameters()), config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: warmup_decay(
+            step, num_steps=steps, warmup_fraction=config.warmup_fraction, schedule=config.schedule
+        ),
+    )
+    losses: list[torch.Tensor] = []
+
+    class Recording(SentenceTransformerTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with column_merging_disabled() if "apart" in variant else contextlib.nullcontext():
+                loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.detach().clone())
+            return loss
+
+    class Clock(TrainerCallback):
+        """Runs from before the first batch is made to the end of the last step: model cards are not timed."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.block = spent()
+            self.cost = self.block.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+            if state.global_step == steps:
+                self.block.__exit__(None, None, None)
+
+    clock, size = Clock(), variant.get("size", batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Recording(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                output_dir=folder,
+                use_cpu=True,
+                max_steps=steps,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=batch_size // size,
+                max_grad_norm=config.max_grad_norm,
+                batch_sampler=lambda dataset, **kwargs: DefaultBatchSampler(SequentialSampler(dataset), **kwargs),
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(peer_rows(job)),
+            loss=peer_loss(job, model),
+            optimizers=(optimizer, scheduler),
+        )
+        trainer.add_callback(clock)
+        trainer.train()
+    of_step = torch.stack(losses).view(steps, -1).mean(dim=1)
+    return {**clock.cost, "losses": of_step.tolist()}
+
+
+def peer_loss(job: dict[str, Any], model: Any) -> Any:
+    """The peer's loss."""
+    from sentence_transformers import util
+    from sentence_transformers.sentence_transformer import losses
+
+    if job["loss"] == "distill":
+        return losses.DistillKLDivLoss(
+            model, similarity_fct=util.pairwise_cos_sim, student_temperature=TEMPERATURE, teacher_temperature=1.0
+        )
+    cached = {name: value for name, value in job["variant"].items() if name.startswith("mini_batch")}
+    if cached:
+        return losses.CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **cached)
+    return losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+
+
+def peer_rows(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The examples in the order in which our trainer takes them."""
+    import numpy as np
+
+    from llmr_ray.training.batches import Plan
+
+    config = train_config(job["batch_size"], job["steps"])
+    rows = {"data": np.arange(len(job["examples"]))}
+    plan = Plan(rows, repeats={}, batch_size=config.global_batch_size, batching=config.batching, seed=SEED)
+    taken = [job["examples"][row] for step in range(job["steps"]) for row in plan.block(step).rows]
+    return [
+        {"query": example["query"]}
+        | {f"document{place}": doc for place, doc in enumerate(example["docs"])}
+        | ({"label": example["scores"]} if job["loss"] == "distill" else {})
+        for example in taken
+    ]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+CONTENDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "ours": ours,
+    "ours_plain": ours_plain,
+    "ours_2": two_workers,
+    "sentence_transformers": sentence_transformers,
+}
+
+
+@contextlib.contextmanager
+def spent() -> Iterator[dict[str, float]]:
+    """CPU and wall seconds of the block, and the process's peak memory in it."""
+    cost: dict[str, float] = {}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    cpu, wall = _cpu_seconds(), time.perf_counter()
+    yield cost
+    cost["cpu"], cost["wall"] = _cpu_seconds() - cpu, time.perf_counter() - wall
+    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    cost["peak_mb"] = int(peak.split()[1]) / 1024
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def gemm_gflops() -> float:
+    """Billions of operations per CPU second of a float32 product of the model's sizes, by the faster library."""
+    import torch
+    from torch.nn.functional import linear
+
+    from llmr_ray.modeling.linear import is_faster, product
+
+    left, right = torch.randn(1024, 384), torch.randn(1536, 384)
+    multiply = product if is_faster() else linear
+    times = []
+    for _ in range(12):
+        started = _cpu_seconds()
+        for _ in range(10):
+            multiply(left, right)
+        times.append(_cpu_seconds() - started)
+    return 10 * 2 * 1024 * 384 * 1536 / statistics.median(times) / 1e9
+
+
+def serve(name: str, threads: int) -> None:
+    """A contender's process: reads a job as JSON a line, writes a JSON answer a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    import torch
+
+    torch.set_num_threads(threads)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        before = gemm_gflops()
+        told = CONTENDERS[name](json.loads(line))
+        print(json.dumps({**told, "gemm": [before, gemm_gflops()]}), file=answers, flush=True)
+
+
+class Contender:
+    """A contender's process."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        command = [sys.executable, __file__, "--serve", name, "--threads", str(threads)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "RAYON_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+        }
+        pipe = subprocess.PIPE
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+
+    def train(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Trains once, from the base model."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        while line.strip() == "ready":
+            line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended; run with --serve {self.name} to see why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Runs the benchmark and writes benchmarks/results/training.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--peers", choices=("sweep", "default", "none"), default="sweep")
+    parser.add_argument("--batch-size", type=int, default=16, help="queries of a step")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default="minilm-l6")
+    parser.add_argument("--noisy", action="store_true", help="give ratios on a machine that is not quiet, marked so")
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.threads)
+        return
+    if options.peers != "none" and not importlib.util.find_spec("datasets"):
+        parser.error("the peer needs `pip install datasets`; --peers none measures ours alone")
+    with contextlib.ExitStack() as stack:
+        contenders = {}
+        for name in CONTENDERS:
+            contenders[name] = Contender(name, options.threads)
+            stack.callback(contenders[name].close)
+        report = {
+            "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "command": f"python benchmarks/training.py {' '.join(sys.argv[1:])}".strip(),
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "not_compared": ["FlagEmbedding", "Tevatron"],
+            "workloads": {name: run_workload(name, options, contenders) for name in options.workloads},
+        }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written: {RESULTS}")
+
+
+def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, Contender]) -> dict[str, Any]:
+    """Rounds of one workload, and what they say."""
+    from llmr_ray.assets import resolve
+    from llmr_ray.modeling.linear import is_faster
+
+    model = str(resolve(options.model).path)
+    number = options.batch_size * options.steps
+    examples = make_examples(name, number, model)
+    job = {
+        "model": model,
+        "loss": "distill" if name.endswith("distill") else "contrastive",
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+        "examples": examples,
+        "variant": {},
+    }
+    waste = padding_waste(examples, options.batch_size)
+    print(f"\n{name}: {WORKLOADS[name]}; {number} examples, padding wastes {waste:.0%}", flush=True)
+    found: dict[str, Any] = {"examples": number, "padding_waste": waste}
+    taking_part = {"ours": (contenders["ours"], job)}
+    if is_faster() and name != "workers":
+        taking_part["ours_plain"] = (contenders["ours_plain"], job)
+    if name == "workers":
+        taking_part["ours_2"] = (contenders["ours_2"], job)
+    elif options.peers != "none":
+        variants = peer_variants(job["loss"], options.batch_size)
+        peer, best = contenders["sentence_transformers"], next(iter(variants))
+        if options.peers == "sweep":
+            short = {**job, "steps": 1, "examples": examples[: options.batch_size]}
+            peer.train(short)  # warms up
+            cpu = {told: peer.train({**short, "variant": variant})["cpu"] for told, variant in variants.items()}
+            best = min(cpu, key=lambda told: cpu[told])
+            print("  sweep: " + ", ".join(f"{told} {seconds:.2f} CPU s" for told, seconds in cpu.items()), flush=True)
+            found["peer_sweep_cpu_seconds"] = cpu
+        found["peer_batching"] = best
+        taking_part["sentence_transformers"] = (peer, {**job, "variant": variants[best]})
+    runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in taking_part}
+    for turn in range(options.rounds + 1):
+        for contender, (process, own_job) in taking_part.items():
+            told = process.train(own_job)
+            if turn:  # the first round warms up
+                runs[contender].append(told)
+    return found | summary(runs, useful_flops(examples, model), number, options.noisy)
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is_noise_allowed: bool) -> dict[str, Any]:
+    """Figures of all contenders, printed as a table."""
+    speeds = [speed for own in runs.values() for run in own for speed in run["gemm"]]
+    peak, spread = statistics.median(speeds), (max(speeds) - min(speeds)) / statistics.median(speeds)
+    is_quiet = spread <= GEMM_SPREAD
+    reference, figures = runs["ours"], dict[str, Any]()
+    for contender, own in runs.items():
+        cpu, wall = (statistics.median(run[what] for run in own) for what in ("cpu", "wall"))
+        pairs = zip(own[0]["losses"], reference[0]["losses"], strict=True)
+        differs = max(abs(a - b) / abs(b) for a, b in pairs)
+        ratios = sorted(run["cpu"] / mine["cpu"] for run, mine in zip(own, reference, strict=True))
+        walls = sorted(run["wall"] / mine["wall"] for run, mine in zip(own, reference, strict=True))
+        is_given = differs <= TOLERANCE and (is_quiet or is_noise_allowed)
+        figures[contender] = {
+            "cpu_seconds": cpu,
+            "wall_seconds": wall,
+            "examples_per_cpu_second": number / cpu,
+            "useful_share_of_gemm": statistics.median(
+                flops / run["cpu"] / statistics.mean(run["gemm"]) / 1e9 for run in own
+            ),
+            "peak_mb": max(run["peak_mb"] for run in own),
+            "losses": own[0]["losses"],
+            "loss_difference": differs,
+            "cpu_of_it_per_cpu_of_ours": statistics.median(ratios) if is_given else None,
+            "cpu_ratios": ratios if is_given else None,
+            "wall_of_it_per_wall_of_ours": statistics.median(walls) if is_given else None,
+        }
+        one = figures[contender]
+        verdict = (
+            f"{statistics.median(ratios):.2f}x ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if is_given else "no ratio"
+        )
+        print(
+            f"  {contender:22} {cpu:7.2f} CPU s {wall:7.2f} s {number / cpu:7.1f} examples/CPU s  "
+            f"{one['useful_share_of_gemm']:.2f} of GEMM  {one['peak_mb']:6.0f} MB  differs {differs:.0e}"
+            f"{'  VOID' if differs > TOLERANCE else ''}  {verdict}"
+        )
+    noise = "" if is_quiet else ": not a quiet machine"
+    print(f"  matrix products {peak:.0f} GFLOP/s, spread {spread:.0%}{noise}", flush=True)
+    return {"gemm_gflops": peak, "gemm_spread": spread, "is_quiet": is_quiet, "contenders": figures}
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
