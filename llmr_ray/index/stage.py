@@ -23,7 +23,7 @@ from llmr_ray.index import shards
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
 from llmr_ray.precision import resolve_precision
 
-EMBED_VERSION = 1
+EMBED_VERSION = 2
 INDEX_VERSION = 1
 
 # --- embed -----------------------------------------------------------------------------------------------------------
