@@ -171,6 +171,9 @@ class TaskTrain:
     """graded: strict (tied documents are not each other's negatives) or sorted (released code)."""
     position0: str = "gold_first"
     """graded: gold_first (the chosen positive stays first whatever its reward) or by_reward."""
+    include_self: bool = True
+    """graded: a document stands in its own denominator (released code); False: as printed, unbounded below, for
+    study."""
     repeat: int = 1
     """How often the data set occurs in an epoch."""
 

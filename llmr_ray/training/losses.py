@@ -186,6 +186,7 @@ def graded_distillation(
     position0: str,
     reward_temperature: float,
     reward_form: str = "raw",
+    include_self: bool = True,
 ) -> torch.Tensor:
     """Each document of the group against the worse ones and all in-batch negatives, weighted by softmax(reward).
 
@@ -197,7 +198,8 @@ def graded_distillation(
     And `position0`:
       gold_first: (code) the chosen positive counts as better than all that it does not tie with, whatever its reward;
       by_reward: (paper) it stands where its reward puts it.
-    The weights follow the rewards in either case. Released temperature: 1.
+    The weights follow the rewards in either case. Released temperature: 1. `include_self` False is the equation as
+    printed, for study: a document that has no negatives then contributes 0.
 
     Returns:
         float32 [B].
@@ -205,7 +207,8 @@ def graded_distillation(
     rewards_BG = _wide(rewards_BG)
     weights_BG = F.softmax(teacher_scores(rewards_BG, reward_form) / reward_temperature, dim=1)
     negative_BGG = worse(rewards_BG, tie_policy=tie_policy, position0=position0) & ~same_BGG
-    return (weights_BG * _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC)).sum(dim=1)
+    each_BG = _cross_entropies(sim_BC, own_BG, negative_BGG, others_BC, include_self=include_self)
+    return (weights_BG * each_BG).sum(dim=1)
 
 
 def worse(rewards_BG: torch.Tensor, *, tie_policy: str, position0: str) -> torch.Tensor:
@@ -232,10 +235,13 @@ def _cross_entropies(
     negative_BIG: torch.Tensor,
     others_BC: torch.Tensor,
     further_B: torch.Tensor | None = None,
+    *,
+    include_self: bool = True,
 ) -> torch.Tensor:
     """-log softmax of own documents 0..I-1, each against itself, its own negatives and the in-batch ones: [B, I].
 
-    `further_B` is the logsumexp of negatives that stand in no column.
+    `further_B` is the logsumexp of negatives that stand in no column. Without itself a document is weighed against its
+    negatives alone, and one that has none gives 0.
     """
     sim_BC = _wide(sim_BC)
     own_sim_BG = sim_BC.gather(1, own_BG)
@@ -244,8 +250,10 @@ def _cross_entropies(
         in_batch_B = torch.logaddexp(in_batch_B, further_B)
     num_items = negative_BIG.shape[1]
     itself_IG = torch.eye(num_items, own_BG.shape[1], dtype=torch.bool, device=sim_BC.device)
-    own_BI = _logsumexp(own_sim_BG[:, None, :].expand_as(negative_BIG), negative_BIG | itself_IG)
-    return torch.logaddexp(own_BI, in_batch_B[:, None]) - own_sim_BG[:, :num_items]
+    among_BIG = negative_BIG | itself_IG if include_self else negative_BIG & ~itself_IG
+    own_BI = _logsumexp(own_sim_BG[:, None, :].expand_as(negative_BIG), among_BIG)
+    all_BI = torch.logaddexp(own_BI, in_batch_B[:, None])
+    return torch.where(all_BI == -torch.inf, 0.0, all_BI - own_sim_BG[:, :num_items])
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

@@ -213,6 +213,7 @@ def _graded(of: Scored, task: TaskTrain) -> torch.Tensor:
         position0=task.position0,
         reward_temperature=task.reward_temperature,
         reward_form=task.reward_form,
+        include_self=task.include_self,
     )
 
 

@@ -77,6 +77,9 @@ def test_printed_equation_4_is_why_the_document_stands_in_its_own_denominator(te
     sim, parts = COSINES / temperature, layout(2, 3)
     loss = naive_graded(sim, REWARDS, *parts, "strict", "by_reward", 1.0, include_self=False)
     assert float(loss.mean()) == pytest.approx(printed, abs=1e-5)
+    settings = {"tie_policy": "strict", "position0": "by_reward", "reward_temperature": 1.0}
+    found = losses.graded_distillation(sim, parts[0], REWARDS, *parts[1:], **settings, include_self=False)
+    torch.testing.assert_close(found, loss.to(found.dtype), rtol=1e-5, atol=1e-5)
     assert (graded(sim, REWARDS, *parts, tie_policy="strict") > 0).all()
 
 
@@ -114,6 +117,20 @@ def test_contrastive_is_cross_entropy_where_nothing_is_masked():
     sim = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 10
     expected = torch.nn.functional.cross_entropy(sim, own[:, 0], reduction="none")
     torch.testing.assert_close(losses.contrastive(sim, own, same, others), expected)
+
+
+def test_as_printed_a_document_without_negatives_says_nothing():
+    """Prevents an infinite loss where the worst document has no in-batch negative either, and NaN in its gradient."""
+    own, same, others = layout(1, 3)
+    sim = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    rewards = torch.tensor([[2.0, 1.0, 0.0]])
+    settings = {"tie_policy": "strict", "position0": "by_reward", "reward_temperature": 1.0, "include_self": False}
+    [loss] = losses.graded_distillation(sim, own, rewards, same, others, **settings)
+    weights = torch.softmax(rewards[0], dim=0)
+    expected = weights[0] * (math.log(math.exp(1) + math.exp(2)) - 3) + weights[1] * (2 - 1)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert torch.isfinite(sim.grad).all()
 
 
 def test_several_positives_equal_the_loop():
