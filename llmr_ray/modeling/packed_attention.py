@@ -52,16 +52,16 @@ def packed_attention(
     changes = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if changes or getattr(module, "is_causal", False) or key.shape != query.shape:
         raise NotImplementedError(f"attention of {type(module).__name__} on packed texts: {changes}")
-    sizes = [count * length for count, length in runs]
+    sizes, dtype = [count * length for count, length in runs], query.dtype
     # Split and not sliced: the gradient of a split is one concatenation.
     parts = zip(*(part[0].transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
     attended = []
     with torch.autocast(query.device.type, enabled=False):
         for (count, length), part in zip(runs, parts, strict=True):
-            texts = [rows_THd.float().unflatten(0, (count, length)).transpose(1, 2) for rows_THd in part]
-            found = functional.scaled_dot_product_attention(*texts, dropout_p=dropout, scale=scaling)
+            query, key, value = (rows_THd.float().unflatten(0, (count, length)).transpose(1, 2) for rows_THd in part)
+            found = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
             attended.append(found.transpose(1, 2).flatten(0, 1))
-        return torch.cat(attended)[None].to(query.dtype), None
+        return torch.cat(attended)[None].to(dtype), None
 
 
 AttentionInterface.register(NAME, packed_attention)
