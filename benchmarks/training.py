@@ -572,9 +572,9 @@ def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is
             "wall_of_it_per_wall_of_ours": statistics.median(walls) if is_given else None,
         }
         one = figures[contender]
-        verdict = (
-            f"{statistics.median(ratios):.2f}x ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if is_given else "no ratio"
-        )
+        verdict = "no ratio"
+        if is_given:
+            verdict = f"{statistics.median(ratios):.2f}x the CPU s of ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
         print(
             f"  {contender:22} {cpu:7.2f} CPU s {wall:7.2f} s {number / cpu:7.1f} examples/CPU s  "
             f"{one['useful_share_of_gemm']:.2f} of GEMM  {one['peak_mb']:6.0f} MB  differs {differs:.0e}"

@@ -7,7 +7,7 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import linear
 
-from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.modeling.embedder import Embedder, pack
 from llmr_ray.modeling.linear import use_onednn
 from llmr_ray.modeling.packed_attention import runs_of
 from tests.tiny import tiny_bert
@@ -115,6 +115,17 @@ def test_dropout_reaches_the_attention_of_packed_texts(folders):
 
     torch.testing.assert_close(drawn(1), drawn(1), atol=0, rtol=0)
     assert (drawn(1) - drawn(2)).abs().max() > 1e-3
+
+
+def test_batches_without_padding_are_filled_with_tokens():
+    """Prevents batches cut for a padding that nobody computes, and ones above the budget."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.2, 0.7, 500).astype(int), 3, 256)
+    batches = pack(lengths, 2048, pads=False)
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    tokens = [int(lengths[rows].sum()) for rows in batches]
+    assert max(tokens) <= 2048
+    assert min(tokens[:-1]) > 2048 - 256
+    assert [list(rows) for rows in pack([50, 3], 10, pads=False)] == [[0], [1]]
 
 
 def test_runs_are_of_neighbours_of_one_length():
