@@ -46,6 +46,9 @@ def start(runtime: RuntimeConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
     else:
+        # Ray gives up a node that was too busy to answer for 15 seconds, and the driver with it. There is one here, and
+        # `or_lost` sees when its processes are gone.
+        os.environ.setdefault("RAY_health_check_failure_threshold", "100")
         ray.init(
             num_cpus=runtime.logical_cpus,
             include_dashboard=False,
