@@ -19,6 +19,7 @@ from llmr_ray.feedback.engine import EngineSettings, Rival, Scored
 from llmr_ray.feedback.engine_hf import load_model, plain_logprobs
 from llmr_ray.feedback.rewards import likelihood
 from llmr_ray.feedback.trie import Ids, Pair, TokenTree, build_tree, packs
+from llmr_ray.modeling.linear import is_faster, use_onednn
 
 LOGIT_ROWS = 256
 """Predicting tokens whose logits exist at a time."""
@@ -69,6 +70,8 @@ class TreeScorer:
     def __init__(self, settings: EngineSettings) -> None:
         self.max_tokens = settings.max_batched_tokens
         self.model, self.device = load_model(settings)
+        if self.device.type == "cpu" and is_faster():
+            use_onednn(self.model)
         self.softcap = getattr(self.model.config, "final_logit_softcapping", None)
         self._verify(settings.path)
 

@@ -39,6 +39,8 @@ def product(left: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | N
 def _forward(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if input.dtype != torch.float32 or not input.is_cpu or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(input, layer.weight, layer.bias)
+    if not torch.is_grad_enabled():
+        return product(input, layer.weight, layer.bias)
     return _Linear.apply(input, layer.weight, layer.bias)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import Runner, environment
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SCENARIOS = {"knowledge", "memory", "examples", "tools"}
 
