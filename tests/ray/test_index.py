@@ -36,7 +36,7 @@ def config_of(runtime: RuntimeConfig, **changes: int) -> Config:
             "qa": TaskConfig(query_instruction="query : ", document_instruction="document : "),
             "chat": TaskConfig(query_instruction="a a a ", document_instruction="z z "),
         },
-        embedder=EmbedderConfig(max_query_tokens=8, max_document_tokens=12),
+        embedder=EmbedderConfig(max_query_tokens=8, max_document_tokens=12, precision="float32"),
         runtime=dataclasses.replace(runtime, **changes),
     )
 
@@ -132,7 +132,7 @@ def test_embeddings_join_their_rows_and_use_the_instruction_of_their_task(
     assert documents["doc_id"].to_pylist() == prepare.read("corpus")["doc_id"].to_pylist()
     assert queries["query_id"].to_pylist() == prepare.read("queries")["query_id"].to_pylist()
 
-    embedder = Embedder(asset.path, max_query_tokens=8, max_document_tokens=12)
+    embedder = Embedder(asset.path, max_query_tokens=8, max_document_tokens=12, precision="float32")
 
     def alone(text: str, instruction: str, max_tokens: int) -> np.ndarray:
         return embedder.encode([text], instruction=instruction, max_tokens=max_tokens, batch_tokens=64)[0]
