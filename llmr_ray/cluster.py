@@ -28,7 +28,7 @@ from llmr_ray.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = 2.0
+WATCH_SECONDS = 0.2
 """How often it is looked whether a local Ray still lives."""
 
 LOST_GRACE_SECONDS = 40.0
@@ -73,8 +73,9 @@ def stop() -> None:
 def or_lost(resume: str) -> Iterator[None]:
     """Ends the block with ResourceError when a process that holds a local Ray together dies; then stops Ray.
 
-    Without its raylet or its control store Ray neither answers nor fails, so the driver would wait for ever. One that
-    does not come to an end within LOST_GRACE_SECONDS is ended at once: what is committed is durable at any time.
+    Without its raylet or its control store Ray neither answers nor fails, so the driver would wait for ever; or its next
+    use of the object store ends the driver without a word, so the watch is close. A driver that does not come to an end
+    within LOST_GRACE_SECONDS is ended at once: what is committed is durable at any time.
 
     Args:
         resume: the command that goes on, for the error.

@@ -218,7 +218,8 @@ def run_train(
             )
         _publish(artifact, work, last, config.train.num_steps, groups.require()["rows"].get("groups", 0))
     steps = artifact.ledger()[0]["rows"]["steps"]
-    speed = summary(checkpoint.read_steps(work), **json.loads((work / SPEED_FILE).read_text()))
+    measured = work / SPEED_FILE
+    speed = summary(checkpoint.read_steps(work), **json.loads(measured.read_text())) if measured.exists() else None
     artifact.commit(1, seconds=time.monotonic() - started, extra={"steps": steps, "speed": speed})
     shutil.rmtree(work)
 
