@@ -73,9 +73,9 @@ def stop() -> None:
 def or_lost(resume: str) -> Iterator[None]:
     """Ends the block with ResourceError when a process that holds a local Ray together dies; then stops Ray.
 
-    Without its raylet or its control store Ray neither answers nor fails, so the driver would wait for ever; or its next
-    use of the object store ends the driver without a word, so the watch is close. A driver that does not come to an end
-    within LOST_GRACE_SECONDS is ended at once: what is committed is durable at any time.
+    Without its raylet or its control store Ray neither answers nor fails, so the driver would wait for ever; or the
+    driver's next use of the object store ends it without a word, so the watch is close. A driver that does not come to
+    an end within LOST_GRACE_SECONDS is ended at once: what is committed is durable at any time.
 
     Args:
         resume: the command that goes on, for the error.
