@@ -317,20 +317,21 @@ def main() -> None:
         for name in names:
             contenders[name] = Contender(name, model, options.threads)
             stack.callback(contenders[name].close)
-        report = {
+        report: dict[str, Any] = {
             "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
             "command": f"python benchmarks/feedback.py {' '.join(sys.argv[1:])}".strip(),
             "threads": options.threads,
             "rounds": options.rounds,
             "queries": options.queries,
-            "workloads": {
-                name: _workload(name, make_pairs(name, options.queries, tokenizer), contenders, options.rounds)
-                for name in options.workloads
-            },
+            "workloads": {},
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {RESULTS}")
+        RESULTS.parent.mkdir(exist_ok=True)
+        for name in options.workloads:
+            pairs = make_pairs(name, options.queries, tokenizer)
+            report["workloads"][name] = _workload(name, pairs, contenders, options.rounds)
+            # After each: the whole takes an hour and more.
+            RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"written: {RESULTS}", flush=True)
 
 
 def _workload(name: str, pairs: list[Any], contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
