@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -145,6 +146,11 @@ def _fit(
         raise ResourceError(
             f"training failed and {runtime.train_max_failures} restarts did not help: {str(error).splitlines()[0]} "
             "What was trained is kept: run again to continue. runtime.log_workers=true shows the workers' output."
+        ) from error
+    except RayActorError as error:
+        raise ResourceError(
+            "training lost the process that directs it (Ray Train's controller), by a kill or for want of memory. What "
+            "was trained is kept: run again to continue."
         ) from error
     fault = work / "fault.json"
     if fault.exists():
