@@ -119,6 +119,7 @@ def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, prob
         assert [data.text(number).tolist() for number in data.pool_texts(row)] == texts
 
 
+@pytest.mark.slow
 def test_workers_told_to_stop_or_killed_are_replaced_and_each_step_stands_once(local_ray, problem, capsys):
     """Prevents a worker that is preempted or dies from ending the run, hanging it, or leaving steps twice or undone."""
     config, groups, base, root = problem
