@@ -13,23 +13,22 @@ Contenders score the same (prompt, continuation) pairs with the same weights in 
 
 Each contender is a process of its own that stays alive; rounds take turns, and a ratio is the median over rounds of
 ours against the peer in the same round. A contender whose log-probabilities differ from `embedder_loop`'s by more than
-1e-3 is void. Matrix product speed is measured in every round; where it varies by more than 15% the machine was not
-quiet, which is said beside the figures.
+1e-3 a token is void. A float32 matrix product by the faster library there is (llmr_ray/modeling/linear.py) is timed
+before and after each turn; where it varies by more than 15% the machine was not quiet, which is said beside the
+figures. The share of it is that of the operations that no engine can spare, over the CPU seconds.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from contender import Contender, gemm_spread, machine, serve, spent
 
 RESULTS = Path(__file__).parent / "results" / "feedback.json"
 CONTENDERS = ("tree", "vllm_override", "vllm_default", "lm_eval", "embedder_loop")
@@ -42,7 +41,9 @@ WORKLOADS = {
     "long_range": "8 chunks with continuation, a window of 256 tokens, 128 tokens of output",
     "nothing_shared": "prompts that share no beginning, one continuation each (no engine can save here)",
 }
-TOLERANCE = 1e-3
+TOLERANCE, GEMM_SPREAD = 1e-3, 0.15
+GEMM = (2048, 576, 1536)
+WARM_UP_PAIRS = 20
 
 
 # --- workloads -------------------------------------------------------------------------------------------------------
@@ -211,84 +212,20 @@ def _embedder_loop(model: str) -> Any:
     return ask
 
 
-def serve(name: str, model: str, threads: int) -> None:
-    """A contender's process: reads a JSON list of pairs a line, writes a JSON answer a line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    import torch
-
-    torch.set_num_threads(threads)
+def opened(name: str, model: str, threads: int) -> Callable[[Any], dict[str, Any]]:
+    """What a contender does with a job, a list of pairs."""
     ask = open_contender(name, model, threads)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        pairs = [(tuple(prompt), tuple(target)) for prompt, target in json.loads(line)]
-        cpu, wall = _cpu_seconds(), time.perf_counter()
-        logprobs, tokens = ask(pairs)
-        spent = {"cpu": _cpu_seconds() - cpu, "wall": time.perf_counter() - wall, "tokens": tokens}
-        sums = [float(sum(values)) for values in logprobs]
-        print(json.dumps({**spent, "sums": sums, "gemm": _gemm_gflops()}), file=answers, flush=True)
 
+    def work(job: list[Any]) -> dict[str, Any]:
+        pairs = [(tuple(prompt), tuple(target)) for prompt, target in job]
+        with spent() as cost:
+            logprobs, tokens = ask(pairs)
+        return {**cost, "tokens": tokens, "sums": [float(sum(values)) for values in logprobs]}
 
-def _cpu_seconds() -> float:
-    return sum(
-        usage.ru_utime + usage.ru_stime
-        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    )
-
-
-def _gemm_gflops() -> float:
-    """Billions of operations per CPU second of a float32 product of the sizes at hand."""
-    import torch
-
-    a, b = torch.randn(2048, 576), torch.randn(576, 1536)
-    for _ in range(3):
-        a @ b
-    started = _cpu_seconds()
-    for _ in range(40):
-        a @ b
-    return 40 * 2 * 2048 * 576 * 1536 / (_cpu_seconds() - started) / 1e9
+    return work
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
-
-
-class Contender:
-    """A contender's process."""
-
-    def __init__(self, name: str, model: str, threads: int) -> None:
-        command = [sys.executable, __file__, "--serve", name, "--model", model, "--threads", str(threads)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"{name} did not start; run with --serve {name} to see why")
-
-    def ask(self, pairs: list[Any]) -> dict[str, Any]:
-        """Scores the pairs once."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(pairs) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
 
 
 def main() -> None:
@@ -303,7 +240,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.model, options.threads)
+        serve(lambda: opened(options.serve, options.model, options.threads), options.threads, GEMM)
         return
     from transformers import AutoTokenizer
 
@@ -315,10 +252,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         contenders = {}
         for name in names:
-            contenders[name] = Contender(name, model, options.threads)
+            contenders[name] = Contender(__file__, name, options.threads, "--model", model)
             stack.callback(contenders[name].close)
         report: dict[str, Any] = {
-            "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "machine": machine(),
             "command": f"python benchmarks/feedback.py {' '.join(sys.argv[1:])}".strip(),
             "threads": options.threads,
             "rounds": options.rounds,
@@ -328,22 +265,25 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         for name in options.workloads:
             pairs = make_pairs(name, options.queries, tokenizer)
-            report["workloads"][name] = _workload(name, pairs, contenders, options.rounds)
+            report["workloads"][name] = run_workload(name, pairs, contenders, options, model)
             # After each: the whole takes an hour and more.
             RESULTS.write_text(json.dumps(report, indent=1) + "\n")
             print(f"written: {RESULTS}", flush=True)
 
 
-def _workload(name: str, pairs: list[Any], contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
+def run_workload(
+    name: str, pairs: list[Any], contenders: dict[str, Contender], options: argparse.Namespace, model: str
+) -> dict[str, Any]:
+    """Rounds of all contenders, and their figures, printed as a table."""
     from llmr_ray.feedback.trie import trie_min
 
-    least = trie_min([(tuple(prompt), tuple(target)) for prompt, target in pairs])
+    least, flops = trie_min(pairs), useful_flops(pairs, model)
     runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in contenders}
-    for number in range(rounds + 1):
+    for process in contenders.values():
+        process.ask(pairs[:WARM_UP_PAIRS])
+    for _ in range(options.rounds):
         for contender, process in contenders.items():
-            run = process.ask(pairs)
-            if number:  # the first round warms up
-                runs[contender].append(run)
+            runs[contender].append(process.ask(pairs))
     truth = runs[list(contenders)[-1]][0]["sums"]
     longest = max(len(target) for _, target in pairs)
     figures: dict[str, Any] = {}
@@ -351,40 +291,61 @@ def _workload(name: str, pairs: list[Any], contenders: dict[str, Contender], rou
     for contender, own in runs.items():
         worst = max(abs(a - b) for a, b in zip(own[0]["sums"], truth, strict=True))
         cpu, wall = (statistics.median(run[what] for run in own) for what in ("cpu", "wall"))
-        gemm = [run["gemm"] for run in own]
         figures[contender] = {
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             "continuations_per_second": len(pairs) / wall,
             "tokens": own[0]["tokens"],
             "token_ratio": own[0]["tokens"] / least,
+            "useful_share_of_gemm": statistics.median(
+                flops / run["cpu"] / statistics.mean(run["gemm"]) / 1e9 for run in own
+            ),
+            "peak_mb": max(run["peak_mb"] for run in own),
             "max_sum_logprob_difference": worst,
             "is_void": worst > TOLERANCE * longest,
-            "gemm_gflops_per_cpu_second": gemm,
         }
         figures[contender]["cpu_ratio_to"] = {
             peer: statistics.median(b["cpu"] / a["cpu"] for a, b in zip(own, other, strict=True))
             for peer, other in runs.items()
             if contender in OURS and peer != contender
         }
-        ratios = ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in figures[contender]["cpu_ratio_to"].items())
+        one = figures[contender]
+        ratios = ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in one["cpu_ratio_to"].items())
         print(
             f"  {contender:14} {cpu:7.2f} CPU s {wall:7.2f} s {len(pairs) / wall:8.1f}/s  "
-            f"tokens x{figures[contender]['token_ratio']:.3f}  differs {worst:.0e}"
-            f"{'  VOID' if figures[contender]['is_void'] else ''}  {ratios}"
+            f"tokens x{one['token_ratio']:.3f}  {one['useful_share_of_gemm']:.2f} of GEMM  differs {worst:.0e}"
+            f"{'  VOID' if one['is_void'] else ''}  {ratios}"
         )
-    speeds = [value for figure in figures.values() for value in figure["gemm_gflops_per_cpu_second"]]
-    spread = (max(speeds) - min(speeds)) / statistics.median(speeds)
-    noise = "" if spread < 0.15 else ": not a quiet machine"
-    print(f"  matrix products {statistics.median(speeds):.0f} GFLOP/s, spread {spread:.0%}{noise}")
-    return {"pairs": len(pairs), "least_tokens": least, "gemm_spread": spread, "contenders": figures}
+    peak, spread = gemm_spread([run for own in runs.values() for run in own])
+    noise = "" if spread <= GEMM_SPREAD else ": not a quiet machine"
+    print(f"  matrix products {peak:.0f} GFLOP/s, spread {spread:.0%}{noise}")
+    return {
+        "pairs": len(pairs),
+        "least_tokens": least,
+        "gemm_gflops": peak,
+        "gemm_spread": spread,
+        "contenders": figures,
+    }
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+def useful_flops(pairs: list[Any], model: str) -> float:
+    """Operations that no engine can spare: each distinct token once, logits only where something is predicted."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llmr_ray.training.speed import body_parameters
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        body = body_parameters(AutoModelForCausalLM.from_config(config).model)
+    begun, predicting = set(), set()
+    for prompt, target in pairs:
+        sequence = (*prompt, *target[:-1])
+        begun.update(sequence[:end] for end in range(1, len(sequence) + 1))
+        predicting.update(sequence[:end] for end in range(len(prompt), len(sequence) + 1))
+    attention = 4 * config.num_hidden_layers * config.hidden_size * sum(len(prefix) for prefix in begun)
+    logits = 2 * len(predicting) * config.vocab_size * config.hidden_size
+    return 2.0 * body * len(begun) + attention + logits
 
 
 if __name__ == "__main__":

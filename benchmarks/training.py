@@ -9,7 +9,6 @@ SentenceTransformerTrainer with MultipleNegativesRankingLoss or DistillKLDivLoss
 for batching is swept where the loss stays the same, and the fastest is compared. Ours is training.step.Trainer, with
 tokenising counted, since the peer tokenises while it trains. FlagEmbedding and Tevatron are not compared.
 
-
 On processors where our linear layers run by oneDNN (llmr_ray/modeling/linear.py) `ours_plain` says what we are without,
 by the products that the peer uses. The share of the machine is always that of the faster library's product.
 
@@ -24,18 +23,15 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from contender import Contender, gemm_spread, machine, serve, spent
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 WORKLOADS = {
@@ -46,6 +42,7 @@ WORKLOADS = {
 DOCUMENTS, EQUAL_TOKENS, MAX_TOKENS = 7, 64, 128
 TEMPERATURE, LEARNING_RATE, SEED = 0.05, 2e-5, 0
 TOLERANCE, GEMM_SPREAD = 1e-4, 0.15
+GEMM = (1024, 384, 1536)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -126,7 +123,7 @@ def train_config(batch_size: int, steps: int) -> Any:
 def write_data(job: dict[str, Any], folder: Path) -> dict[str, float]:
     """Our training data: tokenised once, before the first step. Returns what that cost."""
     from llmr_ray.schemas import table_of
-    from llmr_ray.training.dataset import write_training_data
+    from llmr_ray.training.dataset import write_shard
 
     rows = [
         {
@@ -143,7 +140,7 @@ def write_data(job: dict[str, Any], folder: Path) -> dict[str, float]:
     ]
     embedder = load_embedder(Path(job["model"]))
     with spent() as tokenising:
-        write_training_data(
+        write_shard(
             table_of("groups", rows),
             folder,
             tokenize=lambda texts, instruction, limit: embedder.tokenize(
@@ -178,7 +175,7 @@ def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
     return Trainer(
         base=Path(job["model"]),
         load=load_embedder,
-        data=read_training_data(data),
+        data=read_training_data([data]),
         config=train_config(job["batch_size"], job["steps"]),
         tasks={"task": TaskTrain(positive="first", negatives="first", **weights)},
         seed=SEED,
@@ -372,93 +369,6 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@contextlib.contextmanager
-def spent() -> Iterator[dict[str, float]]:
-    """CPU and wall seconds of the block, and the process's peak memory in it."""
-    cost: dict[str, float] = {}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    cpu, wall = _cpu_seconds(), time.perf_counter()
-    yield cost
-    cost["cpu"], cost["wall"] = _cpu_seconds() - cpu, time.perf_counter() - wall
-    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    cost["peak_mb"] = int(peak.split()[1]) / 1024
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def gemm_gflops() -> float:
-    """Billions of operations per CPU second of a float32 product of the model's sizes, by the faster library."""
-    import torch
-    from torch.nn.functional import linear
-
-    from llmr_ray.modeling.linear import is_faster, product
-
-    left, right = torch.randn(1024, 384), torch.randn(1536, 384)
-    multiply = product if is_faster() else linear
-    times = []
-    for _ in range(12):
-        started = _cpu_seconds()
-        for _ in range(10):
-            multiply(left, right)
-        times.append(_cpu_seconds() - started)
-    return 10 * 2 * 1024 * 384 * 1536 / statistics.median(times) / 1e9
-
-
-def serve(name: str, threads: int) -> None:
-    """A contender's process: reads a job as JSON a line, writes a JSON answer a line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    import torch
-
-    torch.set_num_threads(threads)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        before = gemm_gflops()
-        told = CONTENDERS[name](json.loads(line))
-        print(json.dumps({**told, "gemm": [before, gemm_gflops()]}), file=answers, flush=True)
-
-
-class Contender:
-    """A contender's process."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        command = [sys.executable, __file__, "--serve", name, "--threads", str(threads)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "RAYON_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-        }
-        pipe = subprocess.PIPE
-        self.name = name
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
-
-    def train(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Trains once, from the base model."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        while line.strip() == "ready":
-            line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended; run with --serve {self.name} to see why")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -476,17 +386,17 @@ def main() -> None:
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.threads)
+        serve(lambda: CONTENDERS[options.serve], options.threads, GEMM)
         return
     if options.peers != "none" and not importlib.util.find_spec("datasets"):
         parser.error("the peer needs `pip install datasets`; --peers none measures ours alone")
     with contextlib.ExitStack() as stack:
         contenders = {}
         for name in CONTENDERS:
-            contenders[name] = Contender(name, options.threads)
+            contenders[name] = Contender(__file__, name, options.threads)
             stack.callback(contenders[name].close)
         report = {
-            "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "machine": machine(),
             "command": f"python benchmarks/training.py {' '.join(sys.argv[1:])}".strip(),
             "threads": options.threads,
             "rounds": options.rounds,
@@ -528,8 +438,8 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
         peer, best = contenders["sentence_transformers"], next(iter(variants))
         if options.peers == "sweep":
             short = {**job, "steps": 1, "examples": examples[: options.batch_size]}
-            peer.train(short)  # warms up
-            cpu = {told: peer.train({**short, "variant": variant})["cpu"] for told, variant in variants.items()}
+            peer.ask(short)  # warms up
+            cpu = {told: peer.ask({**short, "variant": variant})["cpu"] for told, variant in variants.items()}
             best = min(cpu, key=lambda told: cpu[told])
             print("  sweep: " + ", ".join(f"{told} {seconds:.2f} CPU s" for told, seconds in cpu.items()), flush=True)
             found["peer_sweep_cpu_seconds"] = cpu
@@ -538,7 +448,7 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
     runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in taking_part}
     for turn in range(options.rounds + 1):
         for contender, (process, own_job) in taking_part.items():
-            told = process.train(own_job)
+            told = process.ask(own_job)
             if turn:  # the first round warms up
                 runs[contender].append(told)
     return found | summary(runs, useful_flops(examples, model), number, options.noisy)
@@ -546,8 +456,7 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
 
 def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is_noise_allowed: bool) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
-    speeds = [speed for own in runs.values() for run in own for speed in run["gemm"]]
-    peak, spread = statistics.median(speeds), (max(speeds) - min(speeds)) / statistics.median(speeds)
+    peak, spread = gemm_spread([run for own in runs.values() for run in own])
     is_quiet = spread <= GEMM_SPREAD
     reference, figures = runs["ours"], dict[str, Any]()
     for contender, own in runs.items():
@@ -583,13 +492,6 @@ def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is
     noise = "" if is_quiet else ": not a quiet machine"
     print(f"  matrix products {peak:.0f} GFLOP/s, spread {spread:.0%}{noise}", flush=True)
     return {"gemm_gflops": peak, "gemm_spread": spread, "is_quiet": is_quiet, "contenders": figures}
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
