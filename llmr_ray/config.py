@@ -207,6 +207,10 @@ class TaskConfig:
     group: TaskGroup = field(default_factory=TaskGroup)
     train: TaskTrain = field(default_factory=TaskTrain)
 
+    def instruction(self, side: str) -> str:
+        """What is put before a "query" or a "document"."""
+        return {"query": self.query_instruction, "document": self.document_instruction}[side]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BM25Config:

@@ -27,7 +27,6 @@ from llmr_ray.data.text import document_text
 from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation.metrics import retrieval_values
 from llmr_ray.modeling.embedder import Embedder
-from llmr_ray.precision import resolve_precision
 from llmr_ray.ticking import ticking
 from llmr_ray.training import checkpoint
 
@@ -123,14 +122,13 @@ def measure_model(model: str, sets: Sequence[LookSet], config: Config) -> Measur
         pooling=config.embedder.pooling,
         max_query_tokens=limits["query"],
         max_document_tokens=limits["document"],
-        precision=resolve_precision(config.embedder.precision),
+        precision=config.embedder.precision,
     )
 
     def encode(texts: list[str], task: str, side: str) -> np.ndarray:
-        of = config.tasks[task]
         return embedder.encode(
             texts,
-            instruction=of.query_instruction if side == "query" else of.document_instruction,
+            instruction=config.tasks[task].instruction(side),
             max_tokens=limits[side],
             batch_tokens=config.runtime.encode_batch_tokens,
         )
@@ -176,6 +174,7 @@ def early_look(look: Look | None, root: Path, *, base: Path, folder: Path, artif
         yield
         return
     seen = {found["step"]: found["values"] for found in read_looks(folder, artifact_id)}
+    tried = set(seen)  # one that failed once would fail again
     running: list[tuple[int, Future[Measured]]] = []
 
     def collect() -> None:
@@ -191,8 +190,9 @@ def early_look(look: Look | None, root: Path, *, base: Path, folder: Path, artif
         print(f"early look, step {step}: {MEASURE} on development queries: {means}", file=sys.stderr, flush=True)
 
     def start() -> None:
-        step, model = (0, base) if 0 not in seen else checkpoint.last_saved(root) or (0, base)
-        if step not in seen:
+        step, model = (0, base) if 0 not in tried else checkpoint.last_saved(root) or (0, base)
+        if step not in tried:
+            tried.add(step)
             running.append((step, look(model)))
 
     def tick() -> None:

@@ -67,12 +67,9 @@ def look_curves(looks: Sequence[Mapping[str, Any]], measure: str) -> str:
         measure: its name.
     """
     datasets = sorted({dataset for look in looks for dataset in look["values"]})
-    columns = min(4, len(datasets))
     with rc_context(_STYLE):
-        figure, grid = _grid(-(-len(datasets) // columns), columns, height=1.9)
-        for axes in grid.flat[len(datasets) :]:
-            axes.set_visible(False)
-        for axes, dataset in zip(grid.flat, datasets, strict=False):
+        figure, panels = _panels(len(datasets))
+        for axes, dataset in zip(panels, datasets, strict=True):
             points = [(look["step"], look["values"][dataset]) for look in looks if dataset in look["values"]]
             axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.4, marker=".")
             axes.set_title(dataset)
@@ -87,12 +84,9 @@ def reward_histograms(rewards: Mapping[str, Sequence[float]]) -> str:
     Args:
         rewards: data set -> rewards of its (query, document) pairs.
     """
-    columns = min(4, len(rewards))
     with rc_context(_STYLE):
-        figure, grid = _grid(-(-len(rewards) // columns), columns, height=1.9)
-        for axes in grid.flat[len(rewards) :]:
-            axes.set_visible(False)
-        for axes, (dataset, values) in zip(grid.flat, sorted(rewards.items()), strict=False):
+        figure, panels = _panels(len(rewards))
+        for axes, (dataset, values) in zip(panels, sorted(rewards.items()), strict=True):
             array = np.asarray(values, np.float64)
             whole = bool((array == np.round(array)).all())
             bins: Any = np.arange(array.min() - 0.5, array.max() + 1.0) if whole else 30
@@ -100,6 +94,15 @@ def reward_histograms(rewards: Mapping[str, Sequence[float]]) -> str:
             axes.set_title(f"{dataset} (n={len(array):,})")
             axes.set_xlabel("reward")
         return _svg(figure)
+
+
+def _panels(number: int) -> tuple[Figure, list[Axes]]:
+    """That many panels, four in a row."""
+    columns = min(4, number)
+    figure, grid = _grid(-(-number // columns), columns, height=1.9)
+    for axes in grid.flat[number:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:number])
 
 
 def _grid(rows: int, columns: int, *, height: float) -> tuple[Figure, np.ndarray]:

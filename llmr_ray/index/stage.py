@@ -136,7 +136,7 @@ class EmbedWorker:
             parts.append(
                 self.embedder.encode(
                     [texts[row] for row in members],
-                    instruction=settings.query_instruction if side == "query" else settings.document_instruction,
+                    instruction=settings.instruction(side),
                     max_tokens=self.max_tokens[side],
                     batch_tokens=self.batch_tokens,
                 )

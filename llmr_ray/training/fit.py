@@ -20,7 +20,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from llmr_ray import stopping
 from llmr_ray.artifacts import canonical_json
-from llmr_ray.config import Config, TaskConfig
+from llmr_ray.config import Config, RuntimeConfig, TaskConfig
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.training import checkpoint
@@ -47,7 +47,7 @@ def fit(
     work: Path,
     last: checkpoint.Checkpoint | None,
 ) -> checkpoint.Checkpoint | None:
-    """Trains under Ray Train; workers that die or are told to stop are replaced.
+    """Trains under Ray Train; workers that die or are told to stop are replaced, and so is what directs them.
 
     Args:
         config: the run's.
@@ -63,10 +63,22 @@ def fit(
 
     Raises:
         DataError: training diverged.
-        ResourceError: the workers kept dying.
+        ResourceError: the workers, or what directs them, kept dying.
     """
-    stop, begun, step = work / STOP_FILE, -1, last.step if last else 0
+    stop, step, lost = work / STOP_FILE, last.step if last else 0, 0
     stopping.clear(stop)
+    arguments = {
+        "settings": config.train,
+        "num_threads": config.runtime.train_threads,
+        "grad_cache": config.runtime.train_grad_cache,
+        "checkpointing": config.runtime.train_checkpointing,
+        "spec": spec,
+        "tasks": tasks,
+        "data": data,
+        # Absolute, since a worker need not start in this folder.
+        "base": str(base.resolve()),
+        "work": str(work),
+    }
 
     def ask() -> None:
         done = checkpoint.last_steps(work, 1)
@@ -77,14 +89,24 @@ def fit(
         print(said, file=sys.stderr, flush=True)
 
     with stopping.asking(ask, config.runtime.stop_seconds) as is_asked:
-        # When SIGTERM comes to a worker all end early; others take over, as long as that leads anywhere.
-        while begun < step < config.train.num_steps and not is_asked():
-            _fit(config, spec, tasks, data, base, work)
+        while step < config.train.num_steps and not is_asked():
+            begun: int | None = step
+            why = "a worker was told to stop"
+            try:
+                _fit(config.runtime, arguments, work)
+            except RayActorError as error:
+                lost, begun, why = lost + 1, None, "the process that directs it (Ray Train's controller) was lost"
+                if lost > config.runtime.train_max_failures:
+                    raise ResourceError(
+                        f"training lost the process that directs it (Ray Train's controller) {lost} times, by kills or "
+                        "for want of memory. What was trained is kept: run again to continue."
+                    ) from error
             last = checkpoint.newest(work)
-            begun, step = step, last.step if last else 0
+            step = last.step if last else 0
+            if step == begun:
+                break  # told to stop before anything could be saved: starting again would lead nowhere
             if step < config.train.num_steps and not is_asked():
-                said = f"train: a worker was told to stop: training goes on from step {step}"
-                print(said, file=sys.stderr, flush=True)
+                print(f"train: {why}: training goes on from step {step}", file=sys.stderr, flush=True)
     return last
 
 
@@ -105,31 +127,13 @@ class _TorchConfig(TorchConfig):
         return _Backend
 
 
-def _fit(
-    config: Config,
-    spec: Mapping[str, Any],
-    tasks: Mapping[str, TaskConfig],
-    data: Sequence[Path],
-    base: Path,
-    work: Path,
-) -> None:
-    runtime = config.runtime
+def _fit(runtime: RuntimeConfig, arguments: Mapping[str, Any], work: Path) -> None:
+    """Trains once; RayActorError when Ray Train's controller is lost, which takes the workers with it."""
     (work / "fault.json").unlink(missing_ok=True)
     shutil.rmtree(work / "ray", ignore_errors=True)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={
-            "settings": config.train,
-            "num_threads": runtime.train_threads,
-            "grad_cache": runtime.train_grad_cache,
-            "checkpointing": runtime.train_checkpointing,
-            "spec": spec,
-            "tasks": tasks,
-            "data": data,
-            # Absolute, since a worker need not start in this folder.
-            "base": str(base.resolve()),
-            "work": str(work),
-        },
+        train_loop_config=dict(arguments),
         torch_config=_TorchConfig(
             backend="nccl" if runtime.train_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
         ),
@@ -146,11 +150,6 @@ def _fit(
         raise ResourceError(
             f"training failed and {runtime.train_max_failures} restarts did not help: {str(error).splitlines()[0]} "
             "What was trained is kept: run again to continue. runtime.log_workers=true shows the workers' output."
-        ) from error
-    except RayActorError as error:
-        raise ResourceError(
-            "training lost the process that directs it (Ray Train's controller), by a kill or for want of memory. What "
-            "was trained is kept: run again to continue."
         ) from error
     fault = work / "fault.json"
     if fault.exists():

@@ -79,19 +79,23 @@ def problem(tmp_path):
 
 
 def disturb(work, sent):
-    """Tells a training worker to stop, as a platform does, then ends one of the new ones as the kernel would."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """Tells a training worker to stop, as a platform does, then ends processes of training as the kernel would."""
+    for number, kind in (
+        (signal.SIGTERM, "RayTrainWorker"),
+        (signal.SIGKILL, "RayTrainWorker"),
+        (signal.SIGKILL, "TrainController"),
+    ):
         begun = len(read_steps(work))
         while len(read_steps(work)) < begun + 12:
             time.sleep(0.02)
-        workers = [
+        found = [
             process
             for process in psutil.Process().children(recursive=True)
-            if any("RayTrainWorker" in part for part in process.cmdline())
+            if any(kind in part for part in process.cmdline())
         ]
-        workers[-1].send_signal(number)
-        sent.append(number)
-        workers[-1].wait()
+        found[-1].send_signal(number)
+        sent.append(kind)
+        found[-1].wait()
 
 
 def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, problem):
@@ -120,8 +124,8 @@ def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, prob
 
 
 @pytest.mark.slow
-def test_workers_told_to_stop_or_killed_are_replaced_and_each_step_stands_once(local_ray, problem, capsys):
-    """Prevents a worker that is preempted or dies from ending the run, hanging it, or leaving steps twice or undone."""
+def test_what_is_told_to_stop_or_killed_is_replaced_and_each_step_stands_once(local_ray, problem, capsys):
+    """Prevents a worker or controller that dies from ending the run, hanging it, or leaving steps twice or undone."""
     config, groups, base, root = problem
     artifact = Artifact(root, train_spec(config, groups, base))
     artifact.begin()
@@ -130,9 +134,10 @@ def test_workers_told_to_stop_or_killed_are_replaced_and_each_step_stands_once(l
     started = time.monotonic()
     run_train(config, artifact, groups, base)
     assert time.monotonic() - started < 500
-    assert sent == [signal.SIGTERM, signal.SIGKILL]
-    [went_on] = re.findall(r"told to stop: training goes on from step (\d+)", capsys.readouterr().err)
-    assert 12 <= int(went_on) < NUM_STEPS
+    assert sent == ["RayTrainWorker", "RayTrainWorker", "TrainController"]
+    went_on = re.findall(r"(told to stop|was lost): training goes on from step (\d+)", capsys.readouterr().err)
+    assert [why for why, _ in went_on] == ["told to stop", "was lost"]
+    assert 12 <= int(went_on[0][1]) < int(went_on[1][1]) < NUM_STEPS
     artifact.verify()
     steps = artifact.read("steps").to_pylist()
     assert [step["step"] for step in steps] == list(range(NUM_STEPS))

@@ -117,6 +117,19 @@ def test_base_then_newest_and_at_the_end_the_last(places):
     assert look.read_looks(where["folder"], "train/2") == []
 
 
+def test_what_failed_is_not_tried_again(places):
+    """Prevents a base model that cannot be measured from keeping every checkpoint from being looked at."""
+    (where, saved), models = places, Models()
+    with look.early_look(models, artifact_id="train/1", **where):
+        models.wait(1)
+        models.futures[0].set_exception(MemoryError("no room"))
+        saved.append((5, where["root"] / "step5"))
+        models.wait(2)
+        models.futures[1].set_result({"a": 0.2})
+    assert models.asked == ["base", "step5"]
+    assert [one["step"] for one in look.read_looks(where["folder"], "train/1")] == [5]
+
+
 def test_what_was_looked_at_is_not_looked_at_again(places):
     """Prevents a resumed run from beginning with the base model once more."""
     (where, saved), models = places, Models()
