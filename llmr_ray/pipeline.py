@@ -109,7 +109,8 @@ class Pipeline:
         of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
         groups = add("group", training.group_spec(config, **of), training.run_group, **of)
         beside = partial(_early_look, config, prepare, base)
-        train = partial(training.run_train, beside=beside, allow_restart=self.allow_restart)
+        looks = partial(look.read_looks, self.run_dir)
+        train = partial(training.run_train, beside=beside, looks=looks, allow_restart=self.allow_restart)
         checkpoint = add("train", training.train_spec(config, groups, base), train, groups=groups, base=base)
         # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
         trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)

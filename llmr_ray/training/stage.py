@@ -11,8 +11,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def run_train(
     base: Asset,
     *,
     beside: Callable[[Artifact, Path], AbstractContextManager[None]] | None = None,
+    looks: Callable[[str], Sequence[Mapping[str, Any]]] | None = None,
     allow_restart: bool = False,
 ) -> None:
     """Trains and commits ``files/embedder`` and the table `steps`.
@@ -184,6 +186,7 @@ def run_train(
         groups: the artifact to train on.
         base: the model to start from.
         beside: what goes on while training does, given the artifact and the folder of its checkpoints.
+        looks: from the artifact's id, what looks beside training have found so far; trackers show it.
         allow_restart: train anew where there are checkpoints but none is valid.
 
     Raises:
@@ -203,10 +206,15 @@ def run_train(
         checkpoint.keep_steps(work, last.step if last else 0)
         tokenize_groups(config, artifact, groups, base)
         told = tracked(
-            runtime.trackers, work, folder=Path(runtime.run_root) / config.name, run=config.name, run_id=artifact.id
+            runtime.trackers,
+            work,
+            folder=Path(runtime.run_root) / config.name,
+            run=config.name,
+            run_id=artifact.id,
+            looks=partial(looks, artifact.id) if looks else tuple,
         )
         other = beside(artifact, work) if beside else nullcontext()
-        with train_progress(work, config.train.num_steps), other, told:
+        with train_progress(work, config.train.num_steps), told, other:
             last = fit(
                 config,
                 artifact.spec.config,

@@ -8,6 +8,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,10 @@ class Tracker(Protocol):
         """Records the values of a step."""
         ...
 
+    def look(self, step: int, values: Mapping[str, float]) -> None:
+        """Records what an early look found; it comes when later steps are recorded already."""
+        ...
+
     def close(self) -> None:
         """Sends what is left."""
         ...
@@ -44,8 +49,16 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id: str) -> Iterator[None]:
-    """Feeds trackers with the steps done while the block runs, and with those done before it.
+def tracked(
+    names: Sequence[str],
+    root: Path,
+    *,
+    folder: Path,
+    run: str,
+    run_id: str,
+    looks: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+) -> Iterator[None]:
+    """Feeds trackers with the steps and early looks of the time the block runs, and with those of before.
 
     Args:
         names: tensorboard, mlflow or wandb.
@@ -53,6 +66,7 @@ def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id:
         folder: where trackers that write files put them.
         run: the run's name.
         run_id: names the training for trackers that continue one.
+        looks: what early looks have found so far: `step` and `values` by name.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -67,22 +81,37 @@ def tracked(names: Sequence[str], root: Path, *, folder: Path, run: str, run_id:
                 trackers[name] = OPENERS[name](folder, run, run_id)
                 stack.callback(_close, name, trackers[name])
         failed: set[str] = set()
-        sent = -1
+        sent, shown = -1, set[int]()
+
+        def each(tell: Callable[[Tracker], None]) -> None:
+            for name in trackers.keys() - failed:
+                with _or_warn(name, "told further", failed):
+                    tell(trackers[name])
 
         def feed() -> None:
             nonlocal sent
             for record in read_steps(root):
                 if record["step"] > sent:
                     sent = record["step"]
-                    for name in trackers.keys() - failed:
-                        with _or_warn(name, "told further", failed):
-                            trackers[name].log(sent, values_of(record))
+                    each(partial(_tell_step, record=record))
+            for found in looks():
+                if found["step"] not in shown:
+                    shown.add(found["step"])
+                    each(partial(_tell_look, found=found))
 
         try:
             with ticking(feed, POLL_SECONDS, "trackers"):
                 yield
         finally:
             feed()
+
+
+def _tell_step(tracker: Tracker, record: Mapping[str, Any]) -> None:
+    tracker.log(record["step"], values_of(record))
+
+
+def _tell_look(tracker: Tracker, found: Mapping[str, Any]) -> None:
+    tracker.look(found["step"], {f"early_look/{name}": value for name, value in found["values"].items()})
 
 
 def _close(name: str, tracker: Tracker) -> None:
@@ -118,6 +147,8 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    look = log
+
     def close(self) -> None:
         """As in Tracker."""
         self._writer.close()
@@ -135,6 +166,8 @@ class MLflow:
         """As in Tracker."""
         self._mlflow.log_metrics(dict(values), step=step)
 
+    look = log
+
     def close(self) -> None:
         """As in Tracker."""
         self._mlflow.end_run()
@@ -147,10 +180,16 @@ class WandB:
         self._run = _module("wandb", "wandb").init(
             project=run, id=run_id.replace("/", "-"), resume="allow", dir=str(folder)
         )
+        # Its own step only rises, and a look comes late.
+        self._run.define_metric("early_look/*", step_metric="early_look/step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """As in Tracker."""
         self._run.log(dict(values), step=step)
+
+    def look(self, step: int, values: Mapping[str, float]) -> None:
+        """As in Tracker."""
+        self._run.log({**values, "early_look/step": step})
 
     def close(self) -> None:
         """As in Tracker."""

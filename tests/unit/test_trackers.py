@@ -61,6 +61,20 @@ def test_tensorboard_holds_every_step_with_losses_by_task(tmp_path):
     assert found["tokens_per_second"][1] == pytest.approx(600)
 
 
+def test_what_early_looks_find_stands_at_its_step(tmp_path):
+    """Prevents a look from being missed that ends with the training, and from standing at the step it came in."""
+    found_looks = []
+    with tracked(
+        ["tensorboard"], tmp_path, folder=tmp_path / "run", run="r", run_id="train/1", looks=lambda: found_looks
+    ):
+        for step in range(3):
+            append_step(tmp_path, record(step))
+        found_looks += [{"step": 0, "values": {"a-set": 0.25}}, {"step": 2, "values": {"a-set": 0.5, "b-set": 0.75}}]
+    found = scalars(tmp_path / "run" / "tensorboard")
+    assert found["early_look/a-set"] == {0: 0.25, 2: 0.5}
+    assert found["early_look/b-set"] == {2: 0.75}
+
+
 def test_a_resumed_training_shows_each_step_once(tmp_path):
     """Prevents curves that go back on themselves: the second run's files replace the first's."""
     for steps in ((0, 1, 2), (3,)):
