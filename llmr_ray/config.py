@@ -203,9 +203,16 @@ class TaskConfig:
     document_instruction: str = ""
     """Put before a document."""
     mine: TaskMine = field(default_factory=TaskMine)
+    mine_again: TaskMine | None = None
+    """Candidates of the rounds after the first, whose miner is the last round's embedder; without it as `mine`. LLM-R
+    mines by BM25 first and by the embedder then (methods.md B.1)."""
     score: TaskScore = field(default_factory=TaskScore)
     group: TaskGroup = field(default_factory=TaskGroup)
     train: TaskTrain = field(default_factory=TaskTrain)
+
+    def mine_in(self, *, again: bool) -> TaskMine:
+        """How candidates are mined in the first round, or again."""
+        return self.mine_again if again and self.mine_again else self.mine
 
     def instruction(self, side: str) -> str:
         """What is put before a "query" or a "document"."""
@@ -378,6 +385,9 @@ class Config:
     bm25: BM25Config = field(default_factory=BM25Config)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: int = 1
+    """How often candidates are mined, scored and trained on, each round from the initial embedder's weights with the
+    last round's embedder as miner (LLM-R: 2, methods.md B.1). LLM scores of earlier rounds are not paid for again."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -1,18 +1,14 @@
-"""The pipeline: which stages there are, what each depends on, and running those that are not done.
+"""The pipeline: what its stages will cost, and running those that are not done.
 
-Ids depend only on the configuration and on the ids of inputs, so the whole plan is known before anything runs: that is
-what `--dry-run` prints, what makes a rerun free, and why a changed setting redoes only what depends on it.
+The whole plan is known before anything runs (stages.py): that is what `--dry-run` prints, what makes a rerun free, and
+why a changed setting redoes only what depends on it.
 """
 
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,42 +18,17 @@ from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
-from llmr_ray.artifacts import Artifact, ArtifactSpec, locked
-from llmr_ray.assets import Asset
+from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
-from llmr_ray.data import stage as data
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
-from llmr_ray.evaluation import look, report
-from llmr_ray.evaluation import stage as evaluation
+from llmr_ray.evaluation import report
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
-from llmr_ray.index import stage as index
 from llmr_ray.memory import metered_memory
-from llmr_ray.mining import stage as mining
-from llmr_ray.training import stage as training
-
-MAKES = {"mine": "candidates", "score": "llm_scores", "reward": "rewards", "group": "groups", "train": "checkpoint"}
-"""What a stage's artifact is called where it is read; the others are called like their stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One node of the plan: its artifact, what the stage is given, and the function that makes the artifact."""
-
-    name: str
-    artifact: Artifact
-    inputs: dict[str, Any]
-    run: Callable[[Artifact], None]
-
-    def require_inputs(self) -> None:
-        """Raises DataError naming the first input artifact that is not finished."""
-        for value in self.inputs.values():
-            for item in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(item, Artifact):
-                    item.require()
+from llmr_ray.stages import MAKES, Stage, StagePlan, in_round
 
 
 class Pipeline:
@@ -74,60 +45,12 @@ class Pipeline:
 
     def __init__(self, config: Config, console: Console | None = None, *, allow_restart: bool = False) -> None:
         self.config = config
-        self.allow_restart = allow_restart
         self.console = console or Console()
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
-        self.base, self.llm = resolved[config.embedder.model], resolved[config.llm.model]
-        self.client = RayClient(config, self.llm)
-        self.stages = self._plan(resolved)
+        self.client = RayClient(config, resolved[config.llm.model])
+        self.stages = StagePlan(config, resolved, self.client, allow_restart=allow_restart).stages
         self.by_name = {stage.name: stage for stage in self.stages}
-
-    def _plan(self, resolved: dict[str, Asset]) -> list[Stage]:
-        config, base, llm = self.config, self.base, self.llm
-        asking: dict[str, Any] = {"client": self.client}
-        stages: list[Stage] = []
-
-        def add(name: str, spec: ArtifactSpec, run: Callable[..., None], **inputs: Any) -> Artifact:
-            artifact = Artifact(config.runtime.artifact_root, spec)
-            stages.append(Stage(name=name, artifact=artifact, inputs=inputs, run=partial(run, config, **inputs)))
-            return artifact
-
-        def embed_and_index(which: str, **of: Any) -> tuple[Artifact, Artifact]:
-            vectors = add(f"embed_{which}", index.embed_spec(config, **of), index.run_embed, **of)
-            built = {"embeddings": vectors}
-            return vectors, add(f"index_{which}", index.index_spec(config, **built), index.run_index, **built)
-
-        prepare = add("prepare", data.prepare_spec(config, resolved), data.run_prepare, assets=resolved)
-        base_vectors, base_index = embed_and_index("base", embedder=base, prepare=prepare)
-        of = {"prepare": prepare, "embeddings": base_vectors, "index": base_index}
-        candidates = add("mine", mining.mine_spec(config, **of), mining.run_mine, **of)
-        of = {"prepare": prepare, "candidates": candidates}
-        scores = add("score", feedback.score_spec(config, llm, **of), feedback.run_score, **asking, **of)
-        of = {"prepare": prepare, "llm_scores": scores}
-        rewards = add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
-        of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
-        groups = add("group", training.group_spec(config, **of), training.run_group, **of)
-        beside = partial(_early_look, config, prepare, base)
-        looks = partial(look.read_looks, self.run_dir)
-        train = partial(training.run_train, beside=beside, looks=looks, allow_restart=self.allow_restart)
-        checkpoint = add("train", training.train_spec(config, groups, base), train, groups=groups, base=base)
-        # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
-        trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
-        trained_vectors, trained_index = embed_and_index("trained", embedder=trained, prepare=prepare)
-        searched: dict[str, Any] = {
-            "prepare": prepare,
-            "embeddings": {"base": base_vectors, "trained": trained_vectors},
-            "indexes": {"base": base_index, "trained": trained_index},
-        }
-        add(
-            "evaluate",
-            evaluation.evaluate_spec(config, llm, **searched),
-            evaluation.run_evaluate,
-            **asking,
-            **searched,
-        )
-        return stages
 
     # --- looking ahead -----------------------------------------------------------------------------------------------
 
@@ -137,13 +60,20 @@ class Pipeline:
         return [{"stage": name, "artifact": at.artifact.id, "state": _state(at.artifact)} for name, at in stages]
 
     def costs(self) -> list[TaskCost]:
-        """The LLM work of scoring by task: exact once candidates are mined, else an upper bound."""
-        score, mine, prepare = (self.by_name[name].artifact for name in ("score", "mine", "prepare"))
-        if score.is_done:
-            return []
-        if not mine.is_done:
-            return planning.upper_costs(self.config)
-        return planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
+        """The LLM work of scoring by task and round: exact once candidates are mined, else an upper bound."""
+        prepare, result = self.by_name["prepare"].artifact, list[TaskCost]()
+        for number in range(1, self.config.rounds + 1):
+            mine, score = self._of_round("mine", number), self._of_round("score", number)
+            if score.is_done:
+                continue
+            if mine.is_done:
+                result += planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
+            else:
+                result += planning.upper_costs(self.config, again=number > 1)
+        return result
+
+    def _of_round(self, name: str, number: int) -> Artifact:
+        return self.by_name[in_round(name, number, self.config.rounds)].artifact
 
     def plan(self, *, probe: bool, tokens_per_second: float) -> None:
         """Prints what the LLM will cost by task, and how long it takes at a speed that is given or measured.
@@ -155,12 +85,12 @@ class Pipeline:
         costs = self.costs()
         _print_costs(self.console, self.config, costs, exact=self.is_mined)
         if probe:
-            if not self.is_mined:
+            if not self._of_round("mine", 1).is_done:
                 raise ConfigError(
                     "a probe asks about real candidates, and they are not mined yet. Run without --probe."
                 )
             actors = max(1, self.config.runtime.llm_actors)
-            prepare, mine = self.by_name["prepare"].artifact, self.by_name["mine"].artifact
+            prepare, mine = self.by_name["prepare"].artifact, self._of_round("mine", 1)
             speed = planning.probe(feedback.score_jobs(self.config, prepare, mine), self.client)
             tokens_per_second = speed.tokens / speed.seconds / actors
             self.console.print(
@@ -171,8 +101,8 @@ class Pipeline:
 
     @property
     def is_mined(self) -> bool:
-        """Whether the candidates are known, and with them the exact number of pairs."""
-        return self.by_name["mine"].artifact.is_done
+        """Whether the candidates of all rounds are known, and with them the exact number of pairs."""
+        return all(self._of_round("mine", number).is_done for number in range(1, self.config.rounds + 1))
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -233,7 +163,7 @@ class Pipeline:
         )
 
     def _report(self, record: dict[str, Any]) -> dict[str, Any]:
-        done = {MAKES.get(stage.name, stage.name): stage.artifact for stage in self.stages if stage.artifact.is_done}
+        done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
         if "evaluate" not in done:
             raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
         stages = [
@@ -290,7 +220,7 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        costs = planning.upper_costs(config)
+        costs = [cost for number in range(config.rounds) for cost in planning.upper_costs(config, again=number > 0)]
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return
@@ -339,24 +269,6 @@ def fetch_assets(path: str, overrides: list[str]) -> None:
     config = loading.load(path, overrides)
     for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
         console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")
-
-
-def _early_look(
-    config: Config, prepare: Artifact, base: Asset, checkpoint: Artifact, root: Path
-) -> AbstractContextManager[None]:
-    """Measures the checkpoints in `root` beside training, if the configuration asks for it and there is what to ask."""
-    sets: list[look.LookSet] = []
-    if config.runtime.look_queries:
-        queries, corpus, qrels = (prepare.read(name) for name in ("queries", "corpus", "qrels"))
-        sets = look.look_sets(queries, corpus, qrels, config.runtime.look_queries)
-
-    def start(model: Path) -> Future[look.Measured]:
-        return cluster.background(
-            look.measure_model, str(model.resolve()), sets, config, num_gpus=config.runtime.encode_gpus
-        )
-
-    run_dir = Path(config.runtime.run_root) / config.name
-    return look.early_look(start if sets else None, root, base=base.path, folder=run_dir, artifact_id=checkpoint.id)
 
 
 def _asset_names(config: Config) -> list[str]:

@@ -50,11 +50,14 @@ def costs(work: ScoreJobs, client: StoreClient) -> list[TaskCost]:
     ]
 
 
-def upper_costs(config: Config) -> list[TaskCost]:
-    """By task, from the configuration alone: every query has all the candidates it may have, of full length."""
+def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
+    """By task, from the configuration alone: every query has all the candidates it may have, of full length.
+
+    again: in a round after the first; answers that it shares with earlier ones are counted too.
+    """
     result = []
     for task, settings in feedback_tasks(config).items():
-        mine = config.tasks[task].mine
+        mine = config.tasks[task].mine_in(again=again)
         queries = sum(dataset.num_train for dataset in config.datasets.values() if dataset.task == task)
         # One more than mined: the gold document.
         pairs = queries * (mine.num_bm25 + mine.num_dense + mine.num_random + 1)

@@ -36,15 +36,20 @@ MIN_CANDIDATES = 2
 _EXCLUSIONS = pa.schema([("query_id", pa.string()), ("reason", pa.string()), ("num_documents", pa.int32())])
 
 
-def mine_spec(config: Config, prepare: Artifact, embeddings: Artifact, index: Artifact) -> ArtifactSpec:
-    """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner."""
+def mine_spec(
+    config: Config, prepare: Artifact, embeddings: Artifact, index: Artifact, *, again: bool = False
+) -> ArtifactSpec:
+    """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner.
+
+    again: for a round after the first.
+    """
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
     return ArtifactSpec(
         stage="mine",
         version=MINE_VERSION,
         config={
             "bm25": identity(config.bm25),
-            "tasks": {task: identity(config.tasks[task].mine) for task in tasks},
+            "tasks": {task: identity(config.tasks[task].mine_in(again=again)) for task in tasks},
             "seed": config.seed,
             "shard_queries": MINE_QUERIES,
         },
@@ -52,7 +57,15 @@ def mine_spec(config: Config, prepare: Artifact, embeddings: Artifact, index: Ar
     )
 
 
-def run_mine(config: Config, artifact: Artifact, prepare: Artifact, embeddings: Artifact, index: Artifact) -> None:
+def run_mine(
+    config: Config,
+    artifact: Artifact,
+    prepare: Artifact,
+    embeddings: Artifact,
+    index: Artifact,
+    *,
+    again: bool = False,
+) -> None:
     """Mines every query of the split "train": table `candidates`, and `exclusions` (query_id, reason, num_documents).
 
     A query left with fewer than two candidates is skipped, with its reason counted, and has no rows.
@@ -75,7 +88,7 @@ def run_mine(config: Config, artifact: Artifact, prepare: Artifact, embeddings: 
             "prepare": prepare,
             "embeddings": embeddings,
             "index": index,
-            "tasks": {name: task.mine for name, task in config.tasks.items()},
+            "tasks": {name: task.mine_in(again=again) for name, task in config.tasks.items()},
             "bm25": config.bm25,
             "seed": config.seed,
             "num_threads": config.runtime.index_threads,

@@ -1,0 +1,158 @@
+"""Which stages a configuration has, what each of them makes, and what each of them is given.
+
+Ids depend only on the configuration and on the ids of inputs, so all stages are known before any has run.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact, ArtifactSpec
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config
+from llmr_ray.data import stage as data
+from llmr_ray.evaluation import look
+from llmr_ray.evaluation import stage as evaluation
+from llmr_ray.feedback import stage as feedback
+from llmr_ray.feedback.requests import LLMClient
+from llmr_ray.index import stage as index
+from llmr_ray.mining import stage as mining
+from llmr_ray.training import stage as training
+
+MAKES = {"mine": "candidates", "score": "llm_scores", "reward": "rewards", "group": "groups", "train": "checkpoint"}
+"""What a stage's artifact is called where it is read; the others are called like their stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One node of the plan: its artifact, what the stage is given, and the function that makes the artifact.
+
+    base_name: the stage's name without its round.
+    """
+
+    name: str
+    base_name: str
+    artifact: Artifact
+    inputs: dict[str, Any]
+    run: Callable[[Artifact], None]
+
+    def require_inputs(self) -> None:
+        """Raises DataError naming the first input artifact that is not finished."""
+        for value in self.inputs.values():
+            for item in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(item, Artifact):
+                    item.require()
+
+
+def in_round(name: str, number: int, rounds: int) -> str:
+    """A stage's name in a round: those of the last, often the only one, have the plain names."""
+    return name if number == rounds else f"{name}_{number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Retriever:
+    """Vectors of all texts by one embedder, and the index of the documents."""
+
+    embeddings: Artifact
+    index: Artifact
+
+
+class StagePlan:
+    """The stages of a configuration, in the order they run.
+
+    Args:
+        config: the resolved configuration.
+        assets: the models and data sets it names.
+        client: asks the LLM.
+        allow_restart: train anew where none of the checkpoints of an unfinished training is valid.
+    """
+
+    def __init__(
+        self, config: Config, assets: dict[str, Asset], client: LLMClient, *, allow_restart: bool = False
+    ) -> None:
+        self.config, self.client, self.allow_restart = config, client, allow_restart
+        self.base, self.llm = assets[config.embedder.model], assets[config.llm.model]
+        self.stages: list[Stage] = []
+        self._round = 0
+        self.prepare = self._add("prepare", data.prepare_spec(config, assets), data.run_prepare, assets=assets)
+        retrievers = {"base": self._embed_and_index("base", self.base)}
+        miner = retrievers["base"]
+        for number in range(1, config.rounds + 1):
+            self._round = number
+            miner = self._train(self._groups(miner))
+            retrievers["trained" if number == config.rounds else f"round_{number}"] = miner
+            self._evaluate(retrievers)
+
+    def _add(self, name: str, spec: ArtifactSpec, run: Callable[..., None], **inputs: Any) -> Artifact:
+        artifact = Artifact(self.config.runtime.artifact_root, spec)
+        full_name = in_round(name, self._round, self.config.rounds) if self._round else name
+        made = partial(run, self.config, **inputs)
+        self.stages.append(Stage(name=full_name, base_name=name, artifact=artifact, inputs=inputs, run=made))
+        return artifact
+
+    def _embed_and_index(self, which: str, embedder: Asset) -> _Retriever:
+        of: dict[str, Any] = {"embedder": embedder, "prepare": self.prepare}
+        vectors = self._add(f"embed_{which}", index.embed_spec(self.config, **of), index.run_embed, **of)
+        built = {"embeddings": vectors}
+        documents = self._add(f"index_{which}", index.index_spec(self.config, **built), index.run_index, **built)
+        return _Retriever(embeddings=vectors, index=documents)
+
+    def _groups(self, miner: _Retriever) -> Artifact:
+        """What a round trains on: from candidates by way of the LLM's scores to groups."""
+        config, prepare, again = self.config, self.prepare, self._round > 1
+        of = {"prepare": prepare, "embeddings": miner.embeddings, "index": miner.index}
+        mine = partial(mining.run_mine, again=again)
+        candidates = self._add("mine", mining.mine_spec(config, again=again, **of), mine, **of)
+        of = {"prepare": prepare, "candidates": candidates}
+        spec = feedback.score_spec(config, self.llm, **of)
+        scores = self._add("score", spec, feedback.run_score, client=self.client, **of)
+        of = {"prepare": prepare, "llm_scores": scores}
+        rewards = self._add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
+        of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
+        return self._add("group", training.group_spec(config, **of), training.run_group, **of)
+
+    def _train(self, groups: Artifact) -> _Retriever:
+        """Training of a round, always from the initial embedder, and the trained retriever."""
+        run = partial(
+            training.run_train,
+            beside=partial(_early_look, self.config, self.prepare, self.base),
+            looks=partial(look.read_looks, Path(self.config.runtime.run_root) / self.config.name),
+            allow_restart=self.allow_restart,
+        )
+        spec = training.train_spec(self.config, groups, self.base)
+        checkpoint = self._add("train", spec, run, groups=groups, base=self.base)
+        # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
+        trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
+        return self._embed_and_index("trained", trained)
+
+    def _evaluate(self, retrievers: dict[str, _Retriever]) -> Artifact:
+        searched: dict[str, Any] = {
+            "prepare": self.prepare,
+            "embeddings": {name: retriever.embeddings for name, retriever in retrievers.items()},
+            "indexes": {name: retriever.index for name, retriever in retrievers.items()},
+        }
+        spec = evaluation.evaluate_spec(self.config, self.llm, **searched)
+        return self._add("evaluate", spec, evaluation.run_evaluate, client=self.client, **searched)
+
+
+def _early_look(
+    config: Config, prepare: Artifact, base: Asset, checkpoint: Artifact, root: Path
+) -> AbstractContextManager[None]:
+    """Measures the checkpoints in `root` beside training, if the configuration asks for it and there is what to ask."""
+    sets: list[look.LookSet] = []
+    if config.runtime.look_queries:
+        queries, corpus, qrels = (prepare.read(name) for name in ("queries", "corpus", "qrels"))
+        sets = look.look_sets(queries, corpus, qrels, config.runtime.look_queries)
+
+    def start(model: Path) -> Future[look.Measured]:
+        return cluster.background(
+            look.measure_model, str(model.resolve()), sets, config, num_gpus=config.runtime.encode_gpus
+        )
+
+    run_dir = Path(config.runtime.run_root) / config.name
+    return look.early_look(start if sets else None, root, base=base.path, folder=run_dir, artifact_id=checkpoint.id)
