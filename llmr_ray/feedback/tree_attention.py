@@ -20,7 +20,7 @@ from llmr_ray.feedback.trie import TokenTree
 
 NAME = "llmr_tree"
 
-BLOCK_ROWS = 128
+BLOCK_ROWS = {"cpu": 32, "cuda": 128}
 """Rows of a block. Fewer waste less on masked columns, more make larger products."""
 
 
@@ -65,8 +65,9 @@ def layout(tree: TokenTree, device: torch.device, rows_R: np.ndarray, held_K: np
     keys_K = np.concatenate([held_K, rows_R])
     end_K = tree.end_T[keys_K]
     blocks = []
-    for start in range(0, len(rows_R), BLOCK_ROWS):
-        block_R = rows_R[start : start + BLOCK_ROWS]
+    size = BLOCK_ROWS.get(device.type, BLOCK_ROWS["cuda"])
+    for start in range(0, len(rows_R), size):
+        block_R = rows_R[start : start + size]
         # Seen by some row of the block: a row stands between the token and the end of its descendants.
         seen_K = np.flatnonzero(np.searchsorted(block_R, keys_K) < np.searchsorted(block_R, end_K))
         visible_RK = (keys_K[seen_K][None] <= block_R[:, None]) & (block_R[:, None] < end_K[seen_K][None])

@@ -195,12 +195,8 @@ def test_random_kills(runner: Runner, finished: Runner) -> None:
         while time.monotonic() < end and lives(driver):
             with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
                 titles = {child: _title(child) for child in driver.children(recursive=True)}
-                # Ray itself does not outlive its agents, nor Ray Train its controller.
-                workers = [
-                    child
-                    for child, title in titles.items()
-                    if "ray::" in title and "Agent" not in title and "TrainController" not in title
-                ]
+                # Ray itself does not outlive its agents.
+                workers = [child for child, title in titles.items() if "ray::" in title and "Agent" not in title]
                 if workers:
                     rng.choice(workers).kill()
             time.sleep(rng.uniform(3, 8))

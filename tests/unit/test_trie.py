@@ -126,7 +126,7 @@ def settings(folder, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tree_gives_the_plain_forward_pass(family, tmp_path, monkeypatch):
     """Whatever is shared, packed or cut into blocks, a log-probability is the model's own (within 1e-4)."""
-    monkeypatch.setattr(tree_attention, "BLOCK_ROWS", 16)
+    monkeypatch.setitem(tree_attention.BLOCK_ROWS, "cpu", 16)
     monkeypatch.setattr(engine_tree, "LOGIT_ROWS", 7)
     model = save(FAMILIES[family], tmp_path)
     pairs = random_pairs(np.random.default_rng(3), 40)
@@ -145,7 +145,7 @@ def test_tree_gives_the_plain_forward_pass(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_stops_where_the_comparison_is_settled(family, rank_by, tmp_path, monkeypatch):
     """Every comparison comes out as if all had been read; what was read is the model's own; and less is read."""
-    monkeypatch.setattr(tree_attention, "BLOCK_ROWS", 16)
+    monkeypatch.setitem(tree_attention.BLOCK_ROWS, "cpu", 16)
     monkeypatch.setattr(engine_tree, "FIRST_TOKENS", 2)
     # Outputs that are about equally likely, as those of random weights are, would not be settled early.
     model = save(FAMILIES[family], tmp_path, sharpness=6.0)
