@@ -57,7 +57,7 @@ def upper_costs(config: Config) -> list[TaskCost]:
         mine = config.tasks[task].mine
         queries = sum(dataset.num_train for dataset in config.datasets.values() if dataset.task == task)
         # One more than mined: the gold document.
-        pairs = queries * (mine.num_bm25 + mine.num_dense + mine.num_random + 1)
+        pairs = queries * (mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1)
         prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
         tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
