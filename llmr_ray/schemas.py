@@ -16,7 +16,7 @@ def _strings() -> pa.DataType:
 
 
 def _floats() -> pa.DataType:
-    return pa.list_(pa.field("element", pa.float32(), nullable=False))
+    return pa.list_(pa.field("element", pa.float32()))
 
 
 def _field(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:
@@ -81,6 +81,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("doc_id", _S),
             _field("scorer_id", _S),
             _field("kind", _S),
+            # Null with the reason in `error`: what failed, or the rule by which the LLM was not asked.
             _field("llm_score", _F, nullable=True),
             _field("rank_without", _I, nullable=True),
             _field("rank_with", _I, nullable=True),
@@ -91,11 +92,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("error", _S, nullable=True),
         ]
     ),
+    # Where a rule put a document below all that have a reward, it has none, and reward_source is the rule.
     "rewards": pa.schema(
-        [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F), _field("reward_source", _S)]
+        [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F, nullable=True), _field("reward_source", _S)]
     ),
     # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold" or
-    # "candidate". rewards is null for tasks trained on labels alone.
+    # "candidate". rewards is null for tasks trained on labels alone, and null for a document below all that have one.
     "groups": pa.schema(
         [
             _field("query_id", _S),
