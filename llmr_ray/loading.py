@@ -128,13 +128,6 @@ def _check_run(config: Config) -> None:
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
             )
-    for name, task in config.tasks.items():
-        ruled = task.score.same_task or task.score.same_label
-        if ruled and (task.train.reward_form in ("zscore", "minmax") or task.train.kl_direction == "student_teacher"):
-            raise ConfigError(
-                f"tasks.{name}: score.same_task and same_label rank documents below all others without a number, which "
-                "reward_form zscore and minmax and kl_direction student_teacher need. Use raw and teacher_student."
-            )
     if config.train.global_batch_size % max(1, config.runtime.train_workers):
         raise ConfigError(
             f"train.global_batch_size {config.train.global_batch_size} does not divide over "

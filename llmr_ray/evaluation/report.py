@@ -182,6 +182,6 @@ def _histograms(artifacts: dict[str, Artifact]) -> Markup | None:
     queries = artifacts["prepare"].read("queries").select(["query_id", "dataset"])
     joined: pa.Table = rewards.select(["query_id", "reward"]).join(queries, "query_id", join_type="inner")
     by_dataset: dict[str, list[float]] = defaultdict(list)
-    for row in joined.select(["dataset", "reward"]).to_pylist():
+    for row in joined.select(["dataset", "reward"]).drop_null().to_pylist():
         by_dataset[row["dataset"]].append(row["reward"])
     return Markup(plots.reward_histograms(by_dataset))
