@@ -60,7 +60,7 @@ def write_report(
         samples=config.evaluate.bootstrap_samples,
         seed=config.seed,
         artifacts={method: _rests_on(evaluate, method) for method in config.evaluate.methods},
-        held_out=_held_out(config),
+        held_out=held_out_tasks(config),
     )
     results = {
         "name": config.name,
@@ -131,7 +131,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(view, crop=False)
 
 
-def _held_out(config: Config) -> set[str]:
+def held_out_tasks(config: Config) -> set[str]:
     """Data sets of examples that this run does not train on, nor on others of their kind."""
     trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
     return {name for name, dataset in config.datasets.items() if dataset.task == "icl" and pool_of(name) not in trained}

@@ -18,7 +18,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import BM25Config, Config, TaskMine, identity
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.text import document_text
-from llmr_ray.errors import DataError
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
 from llmr_ray.index.topk import MISSING, merge_topk
 from llmr_ray.index.vectors import query_vectors
@@ -37,8 +37,18 @@ _EXCLUSIONS = pa.schema([("query_id", pa.string()), ("reason", pa.string()), ("n
 
 
 def mine_spec(config: Config, prepare: Artifact, embeddings: Artifact, index: Artifact) -> ArtifactSpec:
-    """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner."""
+    """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner.
+
+    Raises:
+        ConfigError: a task wants given candidates, but no data set of it names a file of them.
+    """
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
+    given = {dataset.task for dataset in config.datasets.values() if dataset.candidates}
+    without = [task for task in tasks if config.tasks[task].mine.num_given and task not in given]
+    if without:
+        raise ConfigError(
+            f"tasks.{without[0]}.mine.num_given is set, but none of the task's data sets names a file of `candidates`."
+        )
     return ArtifactSpec(
         stage="mine",
         version=MINE_VERSION,

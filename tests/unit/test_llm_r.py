@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from llmr_ray import loading
 from llmr_ray.config import DatasetConfig, PrepareConfig
 from llmr_ray.data.example_tasks import TASKS, pool_of
 from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
 from llmr_ray.data.selection import Selected, collect, held_out_texts, select
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.evaluation.report import held_out_tasks
 
 
 def row(identity: str, query: str, answers: Any, options: Any = None, **changes: Any) -> dict[str, Any]:
@@ -201,3 +203,13 @@ def test_the_table_is_llm_rs() -> None:
         assert not task.positive_label or task.positive_label in task.labels
         # Constrained decoding tells labels apart by their first token (evaluation/examples.py).
         assert len({label.encode()[0] for label in task.labels}) == len(task.labels)
+
+
+def test_the_papers_configuration_tests_all_and_trains_on_none_that_is_held_out() -> None:
+    """A held-out task that is trained on makes the claim about unseen tasks void."""
+    config = loading.load(Path(__file__).parents[2] / "conf" / "paper" / "llm_r_tasks.yaml")
+    tested = {name for name, dataset in config.datasets.items() if dataset.num_test and name != "mnli"}
+    assert set(config.evaluate.num_llm_queries) == tested
+    assert len(tested) == 30
+    assert held_out_tasks(config) == {name for name, task in TASKS.items() if task.is_held_out}
+    assert {dataset.num_train for dataset in config.datasets.values()} == {0, 30_000}
