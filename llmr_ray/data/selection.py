@@ -37,6 +37,7 @@ class Selected:
     queries: list[dict[str, Any]]
     corpus: list[dict[str, Any]]
     qrels: list[dict[str, Any]]
+    given: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     counts: Counts
 
@@ -124,6 +125,11 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
             {"query_id": query.query_id, "doc_id": doc_id, "relevance": relevance}
             for query in chosen
             for doc_id, relevance in sorted(query.qrels)
+        ],
+        given=[
+            {"query_id": query.query_id, "doc_id": doc_id, "retrieval_score": score}
+            for query in chosen
+            for doc_id, score in query.given
         ],
         quarantine=[
             {"dataset": data.name, "row": bad.row, "reason": bad.reason, "excerpt": bad.excerpt} for bad in data.bad

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from llmr_ray.data.examples import read_icl
 from llmr_ray.data.jsonl import read_jsonl
 from llmr_ray.data.knowledge import read_hotpotqa, read_squad
+from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.memory import read_bfcl_memory, read_chitchat, read_stdlib
 from llmr_ray.data.records import Record, Source
 from llmr_ray.data.tools import read_bfcl_tools
@@ -17,6 +18,7 @@ SOURCES: dict[str, Callable[[Source], Iterator[Record]]] = {
     "stdlib": read_stdlib,
     "bfcl_memory": read_bfcl_memory,
     "icl": read_icl,
+    "llm_r": read_llm_r,
     "bfcl_tools": read_bfcl_tools,
     "jsonl": read_jsonl,
 }

@@ -119,5 +119,8 @@ class PrepareWorker:
             "qrels": [row for part in selected for row in part.qrels],
             "quarantine": [row for part in selected for row in part.quarantine],
         }
+        given = [row for part in selected for row in part.given]
+        # Written only where there are any: most sources bring none.
+        rows |= {"given": given} if given else {}
         tables = {name: table_of(name, table) for name, table in rows.items()}
         return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))

@@ -1,4 +1,4 @@
-"""How an answer in words is judged: exact match and token F1 after SQuAD's normalisation, ROUGE-L.
+"""How an answer in words is judged: exact match and token F1 after a normalisation, ROUGE-L.
 
 Each takes the output and all accepted answers and returns the best over the answers, in [0, 1]. An alias that merely
 occurs inside the output is no match: the released PopQA code counts substrings and calls it exact match (methods.md
@@ -13,22 +13,31 @@ from functools import cache
 from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION: dict[str, dict[int, str | None]] = {
+    "squad": dict.fromkeys(map(ord, string.punctuation)),
+    "trivia_qa": dict.fromkeys(map(ord, string.punctuation + "‘’´"), " "),
+}
 
 
-def normalize(text: str) -> str:
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+def normalize(text: str, normalization: str = "squad") -> str:
+    """Lower case, no punctuation, no articles, single spaces.
+
+    squad: ASCII punctuation is taken out. trivia_qa: it becomes a space, and so do typographic quotes (TriviaQA's
+    evaluation, which LLM-R applies to natural_questions): "U.S.A." is "usa" in the one and "u s" in the other.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION[normalization])).split())
 
 
-def exact_match(output: str, answers: Sequence[str]) -> float:
+def exact_match(output: str, answers: Sequence[str], normalization: str = "squad") -> float:
     """1.0 when the normalised output equals one of the normalised answers (SQuAD v1.1 evaluation)."""
-    return float(any(normalize(output) == normalize(answer) for answer in answers))
+    said = normalize(output, normalization)
+    return float(any(said == normalize(answer, normalization) for answer in answers))
 
 
-def token_f1(output: str, answers: Sequence[str]) -> float:
+def token_f1(output: str, answers: Sequence[str], normalization: str = "squad") -> float:
     """The best F1 over bags of normalised tokens (SQuAD v1.1 evaluation)."""
-    return max((_f1(normalize(output).split(), normalize(answer).split()) for answer in answers), default=0.0)
+    said = normalize(output, normalization).split()
+    return max((_f1(said, normalize(answer, normalization).split()) for answer in answers), default=0.0)
 
 
 def rouge_l(output: str, answers: Sequence[str]) -> float:

@@ -42,12 +42,16 @@ RETRIEVAL_MEASURES: dict[str, tuple[str, ...]] = {
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
+POSITIVE_F1 = "F1-positive"
+"""F1 of one label of a classification, over all queries of a data set."""
+
 
 @dataclass(frozen=True)
 class Judgement:
     """What an answer was worth: measure -> value, and the words that the LLM said or chose (None: it was only scored).
 
-    The value of ``perplexity`` is the query's mean NLL: the figure is exp of its mean over queries.
+    The value of ``perplexity`` is the query's mean NLL: the figure is exp of its mean over queries. The value of
+    ``F1-positive`` is 2 where the LLM said the positive label, plus 1 where it is right: the figure is F1 over queries.
     """
 
     values: dict[str, float]
@@ -79,8 +83,9 @@ class Ask:
 
 
 def applies(method: str, task: str) -> bool:
-    """Whether a method has a row in a task's table: recency is a baseline of memory alone (methods.md G)."""
-    return method != "recency" or SCENARIOS[task] == "memory"
+    """Whether a method has a row in a task's table: recency is a baseline of memory alone (methods.md G), and k-means,
+    which gives every query the same examples, one of examples (B.9)."""
+    return SCENARIOS[task] == {"recency": "memory", "kmeans": "examples"}.get(method, SCENARIOS[task])
 
 
 def asks(

@@ -14,12 +14,13 @@ from rich.table import Table as TerminalTable
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
+from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
-from llmr_ray.evaluation.tables import METHOD_NAMES, effect, p_text, tables
+from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
 from llmr_ray.evaluation.trec import write_trec
 from llmr_ray.loading import to_yaml
 
@@ -59,6 +60,7 @@ def write_report(
         samples=config.evaluate.bootstrap_samples,
         seed=config.seed,
         artifacts={method: _rests_on(evaluate, method) for method in config.evaluate.methods},
+        held_out=held_out_tasks(config),
     )
     results = {
         "name": config.name,
@@ -84,6 +86,11 @@ def write_report(
     return results
 
 
+def _short(method: str) -> str:
+    """What a narrow column calls a method."""
+    return method_name(method).removesuffix(" embedder")
+
+
 TABLE_WIDTH = 160
 """Columns that the terminal's table may take, whatever the terminal's width."""
 
@@ -91,12 +98,14 @@ TABLE_WIDTH = 160
 def print_table(results: dict[str, Any], console: Console) -> None:
     """Prints every figure to the terminal: a row per data set and measure, a column per method."""
     arranged = tables(results["rows"])
-    methods = [method for method in METHOD_NAMES if any(method in table.methods for table in arranged)]
-    view = TerminalTable(title=f"{results['name']}: test figures (difference: trained minus base, 95% interval)")
+    methods = in_order({method for table in arranged for method in table.methods})
+    result = result_of(methods)
+    compared = f"difference: {_short(result)} minus {_short('base')}".lower()
+    view = TerminalTable(title=f"{results['name']}: test figures ({compared}, 95% interval)")
     for heading in ("data set", "measure", "n"):
         view.add_column(heading, no_wrap=True)
     for method in methods:
-        view.add_column(METHOD_NAMES[method].split()[0], justify="right", no_wrap=True)
+        view.add_column(_short(method), justify="right", no_wrap=True)
     view.add_column("difference", no_wrap=True)
     view.add_column("p", no_wrap=True)
     for table in arranged:
@@ -106,7 +115,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
                 figure = column.figures.get(method)
                 text = f"{figure['mean']:.3f}" if figure else ""
                 cells.append(f"[bold]{text}[/bold]" if method in column.best else text)
-            trained = column.figures.get("trained")
+            trained = column.figures.get(result)
             delta = trained["delta_vs_base"] if trained else None
             difference = p = ""
             if trained and delta:
@@ -120,6 +129,12 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     # Job logs and narrow terminals would cut figures off; a line that the terminal wraps loses none.
     view.width = console.measure(view, options=console.options.update(max_width=TABLE_WIDTH)).maximum
     console.print(view, crop=False)
+
+
+def held_out_tasks(config: Config) -> set[str]:
+    """Data sets of examples that this run does not train on, nor on others of their kind."""
+    trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
+    return {name for name, dataset in config.datasets.items() if dataset.task == "icl" and pool_of(name) not in trained}
 
 
 def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
@@ -143,7 +158,8 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         llm=config.llm.model,
         headline=[column for table in arranged for column in table.columns if column.is_main],
         tables=arranged,
-        method_names=METHOD_NAMES,
+        method_names={method: method_name(method) for method in config.evaluate.methods},
+        result=result_of(config.evaluate.methods),
         effect=effect,
         p_text=p_text,
         curves=_curves(artifacts),
@@ -151,7 +167,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         looks=_looks(artifacts, run_dir),
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
-        test_examples=test_examples(artifacts),
+        test_examples=test_examples(artifacts, result_of(config.evaluate.methods)),
         configuration=to_yaml(config),
     )
 
@@ -182,6 +198,6 @@ def _histograms(artifacts: dict[str, Artifact]) -> Markup | None:
     queries = artifacts["prepare"].read("queries").select(["query_id", "dataset"])
     joined: pa.Table = rewards.select(["query_id", "reward"]).join(queries, "query_id", join_type="inner")
     by_dataset: dict[str, list[float]] = defaultdict(list)
-    for row in joined.select(["dataset", "reward"]).to_pylist():
+    for row in joined.select(["dataset", "reward"]).drop_null().to_pylist():
         by_dataset[row["dataset"]].append(row["reward"])
     return Markup(plots.reward_histograms(by_dataset))

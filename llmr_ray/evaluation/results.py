@@ -3,15 +3,16 @@
 The rows made here are `rows` of results.json; the report and the terminal only show them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.evaluation.examples import MAIN_MEASURES
-from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, RETRIEVAL_MEASURES, SCENARIOS
+from llmr_ray.data.example_tasks import TASKS
+from llmr_ray.evaluation.examples import main_measure
+from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, POSITIVE_F1, RETRIEVAL_MEASURES, SCENARIOS
 from llmr_ray.evaluation.significance import estimate, paired_difference
 
 AVERAGE = "average"
@@ -19,6 +20,9 @@ AVERAGE = "average"
 
 AVERAGE_MEASURE = "score"
 """Its measure: each data set enters with its own main measure."""
+
+HELD_OUT = "held-out tasks"
+"""The average over the examples' data sets that the run did not train on."""
 
 _Values = dict[str, dict[str, float]]
 """method -> query id -> value."""
@@ -32,16 +36,21 @@ def result_rows(
     samples: int,
     seed: int,
     artifacts: Mapping[str, dict[str, str]],
+    held_out: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Every figure of the tables, by scenario, data set, measure and method.
 
+    Examples have averages over data sets besides: over all, over each category of several data sets, and over those
+    that are held out.
+
     Args:
-        metrics: the `metrics` table. Values of ``perplexity`` are mean NLLs.
+        metrics: the `metrics` table. Values of ``perplexity`` and ``F1-positive`` are those of protocols.Judgement.
         tasks: data set -> task; data sets come out in this order.
         methods: rows of the tables, in order.
         samples: bootstrap and randomisation samples.
         seed: of the run.
         artifacts: method -> the ids of the artifacts its figures rest on.
+        held_out: data sets that nothing was trained on.
 
     Returns:
         dictionaries with scenario, dataset, task, method, measure, mean, ci95, n, delta_vs_base (None where there is
@@ -57,46 +66,65 @@ def result_rows(
     for dataset in sorted(tasks, key=lambda name: order[SCENARIOS[tasks[name]]]):
         for (owner, measure), by_method in values.items():
             if owner == dataset:
-                rows += _rows_of(dataset, tasks[dataset], measure, [by_method], methods, samples, seed, artifacts)
-    strata = []
+                strata = [(measure, by_method)]
+                rows += _rows_of(dataset, tasks[dataset], measure, strata, methods, samples, seed, artifacts)
+    mains: dict[str, tuple[str, _Values]] = {}
     for dataset in (name for name, task in tasks.items() if task == "icl"):
-        main = next((measure for measure in MAIN_MEASURES if (dataset, measure) in values), None)
+        main = main_measure(dataset, [measure for owner, measure in values if owner == dataset])
         if main is not None:
-            strata.append(values[dataset, main])
-    if strata:
-        rows += _rows_of(AVERAGE, "icl", AVERAGE_MEASURE, strata, methods, samples, seed, artifacts)
+            mains[dataset] = (main, values[dataset, main])
+    for name, members in _averages(list(mains), held_out).items():
+        strata = [mains[dataset] for dataset in members]
+        rows += _rows_of(name, "icl", AVERAGE_MEASURE, strata, methods, samples, seed, artifacts)
     return rows
+
+
+def _averages(datasets: Sequence[str], held_out: Collection[str]) -> dict[str, list[str]]:
+    """The averages over data sets of examples by name, each with its members."""
+    parts: dict[str, list[str]] = {}
+    for dataset in datasets:
+        if dataset in TASKS:
+            parts.setdefault(TASKS[dataset].category, []).append(dataset)
+    # Of one data set it would repeat that one's figure, and of all the average.
+    averages = {f"{AVERAGE} {name}": part for name, part in parts.items() if 1 < len(part) < len(datasets)}
+    outside = [dataset for dataset in datasets if dataset in held_out]
+    if 0 < len(outside) < len(datasets):
+        averages[f"{AVERAGE} {HELD_OUT}"] = outside
+    return averages | ({AVERAGE: list(datasets)} if datasets else {})
 
 
 def _rows_of(
     dataset: str,
     task: str,
     measure: str,
-    strata: Sequence[_Values],
+    strata: Sequence[tuple[str, _Values]],
     methods: Sequence[str],
     samples: int,
     seed: int,
     artifacts: Mapping[str, dict[str, str]],
 ) -> list[dict[str, Any]]:
-    """The figures of one column of a table: one stratum for a data set, one per data set for an average."""
+    """The figures of one column of a table: one stratum for a data set, one per data set for an average.
+
+    A stratum is the values of a measure.
+    """
     exponential = measure == "perplexity"
     column_seed = seed_of(seed, "bootstrap", dataset, measure)
     rows = []
     for method in methods:
-        if any(not values.get(method) for values in strata):
+        if any(not values.get(method) for _, values in strata):
             continue
         figure = estimate(
-            [np.asarray(list(values[method].values())) for values in strata],
+            [_parts(name, np.asarray(list(values[method].values()))) for name, values in strata],
             exponential=exponential,
             samples=samples,
             seed=column_seed,
         )
         delta = None
-        pairs = [_paired(values[method], values.get("base", {})) for values in strata]
+        pairs = [_paired(values[method], values.get("base", {})) for _, values in strata]
         if method != "base" and all(len(pair) for pair in pairs):
             difference = paired_difference(
-                [pair[:, 0] for pair in pairs],
-                [pair[:, 1] for pair in pairs],
+                [_parts(name, pair[:, 0]) for (name, _), pair in zip(strata, pairs, strict=True)],
+                [_parts(name, pair[:, 1]) for (name, _), pair in zip(strata, pairs, strict=True)],
                 exponential=exponential,
                 samples=samples,
                 seed=column_seed,
@@ -124,6 +152,17 @@ def _rows_of(
             }
         )
     return rows
+
+
+def _parts(measure: str, values: np.ndarray) -> np.ndarray:
+    """What is averaged over queries: the values [N], or for F1 its numerator and denominator [N, 2].
+
+    F1 = 2 TP / (2 TP + FP + FN), and a value is 2 (the LLM said the label) + 1 (it is right).
+    """
+    if measure != POSITIVE_F1:
+        return values
+    said, meant = np.divmod(values, 2)
+    return np.stack([2 * said * meant, said + meant], axis=1)
 
 
 def _paired(method: Mapping[str, float], base: Mapping[str, float]) -> np.ndarray:

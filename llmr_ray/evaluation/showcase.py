@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, sha256_text
 from llmr_ray.evaluation.examples import MAIN_MEASURES
-from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, RETRIEVAL_MEASURES, SCENARIOS
+from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, POSITIVE_F1, RETRIEVAL_MEASURES, SCENARIOS
 
 SHOWN_CHARACTERS = 500
 SHOWN_DOCUMENTS = 3
@@ -63,14 +63,21 @@ def training_examples(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]
     return result
 
 
-def test_examples(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]:
-    """Test queries of each scenario with what the base and the trained embedder retrieve, and what the LLM answers."""
+def test_examples(artifacts: Mapping[str, Artifact], trained: str) -> list[dict[str, Any]]:
+    """Test queries of each scenario with what the base and the trained embedder retrieve, and what the LLM answers.
+
+    Args:
+        artifacts: "prepare" and "evaluate".
+        trained: the method to set beside "base".
+    """
     prepare, evaluate = artifacts["prepare"], artifacts["evaluate"]
     metrics = evaluate.read("metrics")
     values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for row in metrics.filter(pc.is_in(metrics["method"], value_set=pa.array(["base", "trained"]))).to_pylist():
+    for row in metrics.filter(pc.is_in(metrics["method"], value_set=pa.array(["base", trained]))).to_pylist():
+        if row["measure"] == POSITIVE_F1:  # says nothing about a single query that accuracy does not say
+            continue
         values[row["query_id"], row["method"]][row["measure"]] = row["value"]
-    both = [query_id for query_id, method in values if method == "base" and (query_id, "trained") in values]
+    both = [query_id for query_id, method in values if method == "base" and (query_id, trained) in values]
     queries = _by_id(prepare.read("queries"), "query_id", set(both))
     chosen = []
     for scenario in dict.fromkeys(SCENARIOS.values()):
@@ -78,7 +85,7 @@ def test_examples(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         for query_id in both:
             task = queries[query_id]["task"]
             if SCENARIOS[task] == scenario:
-                gains[query_id] = _gain(task, values[query_id, "base"], values[query_id, "trained"])
+                gains[query_id] = _gain(task, values[query_id, "base"], values[query_id, trained])
         chosen += _one_of_each(gains)
     run = _of(evaluate.read("run"), [query_id for query_id, _ in chosen])
     top = run.filter(pc.less_equal(run["rank"], SHOWN_DOCUMENTS))
@@ -89,7 +96,7 @@ def test_examples(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     result = []
     for query_id, change in chosen:
         sides = []
-        for method in ("base", "trained"):
+        for method in ("base", trained):
             outputs = [row["output"] for row in answers.get(query_id, []) if row["method"] == method]
             sides.append(
                 {

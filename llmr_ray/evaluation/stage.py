@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
+from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import examples, knowledge, memory
-from llmr_ray.evaluation.baselines import eligible, random_topk, recency_topk
+from llmr_ray.evaluation.baselines import eligible, kmeans_topk, owners, random_topk, recency_topk
 from llmr_ray.evaluation.protocols import (
     SCENARIOS,
     Ask,
@@ -33,17 +34,16 @@ from llmr_ray.evaluation.protocols import (
     asks,
     measured_rankings,
 )
+from llmr_ray.evaluation.tables import METHOD_NAMES, is_embedder, is_method
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMResult
 from llmr_ray.index.searcher import search
-from llmr_ray.index.vectors import encoder_of, query_vectors
+from llmr_ray.index.vectors import encoder_of, query_vectors, to_matrix
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import table_of
 
 VERSION = 1
-
-_METHODS = ("none", "random", "bm25", "recency", "base", "trained")
 
 _ANSWERS = pa.schema(
     [
@@ -65,15 +65,17 @@ log = logging.getLogger(__name__)
 def evaluate_spec(
     config: Config, llm: Asset, prepare: Artifact, embeddings: dict[str, Artifact], indexes: dict[str, Artifact]
 ) -> ArtifactSpec:
-    """What determines an evaluation. `embeddings` and `indexes` have the keys "base" and "trained".
+    """What determines an evaluation. `embeddings` and `indexes` have a key for each method that is an embedder: "base",
+    "trained", "round_1", "round_2" and so on.
 
     Raises:
-        ConfigError: evaluate.methods names an unknown method or one without an index, or `num_llm_queries` a data set
-            that is unknown or whose task has no LLM half.
+        ConfigError: evaluate.methods names an unknown method or one without an index, `num_llm_queries` a data set
+            that is unknown or whose task has no LLM half, or demotion looks deeper than the search.
     """
-    unknown = [method for method in config.evaluate.methods if method not in _METHODS]
+    unknown = [method for method in config.evaluate.methods if not is_method(method)]
     if unknown:
-        raise ConfigError(f"evaluate.methods: {unknown} is not known. Choose among {', '.join(_METHODS)}.")
+        known = ", ".join([*METHOD_NAMES, "round_1", "round_2"])
+        raise ConfigError(f"evaluate.methods: {unknown} is not known. Choose among {known} and so on.")
     strangers = sorted(set(config.evaluate.num_llm_queries) - set(config.datasets))
     if strangers:
         raise ConfigError(
@@ -89,13 +91,21 @@ def evaluate_spec(
             f"evaluate.num_llm_queries asks the LLM about {speechless}, whose tasks are measured against labels alone. "
             "Leave these data sets out."
         )
-    lacking = sorted({"base", "trained"} & set(config.evaluate.methods) - set(indexes))
+    # The clusters of k-means are those of the base embedder.
+    needed = {"base" if method == "kmeans" else method for method in config.evaluate.methods}
+    lacking = sorted(method for method in needed if is_embedder(method) and method not in indexes)
     if lacking:
         raise ConfigError(f"evaluate.methods: there is no index for {lacking}; leave them out, or train first.")
+    head = examples.DEMOTION_DEPTH * config.evaluate.icl_demonstrations
+    if config.evaluate.icl_demotion != "none" and config.evaluate.search_depth < head:
+        raise ConfigError(
+            f"evaluate.icl_demotion chooses among the {head} best examples, but evaluate.search_depth is "
+            f"{config.evaluate.search_depth}. Raise it to {head}."
+        )
     # Intervals are made by the report; their number of samples changes no table.
     evaluate = {key: value for key, value in identity(config.evaluate).items() if key != "bootstrap_samples"}
     inputs = {"prepare": prepare.id, "llm": llm.fingerprint}
-    for name in sorted(set(embeddings) & set(config.evaluate.methods)):
+    for name in sorted(set(embeddings) & needed):
         inputs |= {f"embeddings_{name}": embeddings[name].id, f"index_{name}": indexes[name].id}
     return ArtifactSpec(
         stage="evaluate",
@@ -191,6 +201,10 @@ def _found(
         started = time.monotonic()
         if method == "random":
             found = random_topk(query_ids, eligible(queries, corpus, ranges), k, config.seed)
+        elif method == "kmeans":
+            vectors = to_matrix(embeddings["base"].read("document_embeddings"))
+            number = config.evaluate.icl_demonstrations
+            found = kmeans_topk(queries, eligible(queries, corpus, ranges), vectors, number, config.seed)
         elif method == "recency":
             # A chunk of a long text is read with its continuation, which is the chunk after it.
             strides = [2 if task == "lrlm" else 1 for task in queries["task"].to_pylist()]
@@ -244,8 +258,9 @@ def _protocols(config: Config) -> dict[str, Protocol]:
                 examples.request,
                 demonstration_tokens=settings.icl_demonstration_tokens,
                 max_new_tokens=settings.icl_max_new_tokens,
+                protocol=settings.icl_protocol,
             ),
-            judge=examples.judge,
+            judge=partial(examples.judge, protocol=settings.icl_protocol),
         ),
     }
 
@@ -262,11 +277,40 @@ def _questions(
     for query in queries:
         if query["query_id"] in llm_ids:
             by_task[query["task"]].append(query)
+    rankings = _demoted(config, by_task.get("icl", []), corpus, rankings)
     documents = _documents_read(protocols, by_task, corpus, rankings)
     questions = []
     for task, members in by_task.items():
         questions += asks(protocols[task], members, rankings, documents, config.evaluate.methods)
     return questions
+
+
+def _demoted(
+    config: Config, queries: Sequence[Row], corpus: pa.Table, rankings: Mapping[str, Mapping[str, Ranking]]
+) -> Mapping[str, Mapping[str, Ranking]]:
+    """The rankings with examples of other tasks demoted for these queries, as `icl_demotion` says (methods.md B.9).
+
+    The table `run` holds them as they were retrieved.
+    """
+    settings = config.evaluate
+    if settings.icl_demotion == "none":
+        return rankings
+    owner_of = dict(zip(corpus["doc_id"].to_pylist(), owners(corpus), strict=True))
+    own = {
+        query["query_id"]: query["dataset"]
+        if settings.icl_demotion.endswith("test_name")
+        else pool_of(query["dataset"])
+        for query in queries
+    }
+    return {
+        method: {
+            query_id: examples.demoted(found, owner_of, own[query_id], settings.icl_demonstrations)
+            if query_id in own
+            else found
+            for query_id, found in by_query.items()
+        }
+        for method, by_query in rankings.items()
+    }
 
 
 def _documents_read(

@@ -1,6 +1,7 @@
 """The figures arranged as in the paper: Table 1 knowledge, Table 2 memory, Table 3 examples and tools."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,49 @@ SIGNIFICANT = 0.05
 METHOD_NAMES = {
     "none": "None",
     "random": "Random",
+    "kmeans": "k-means",
     "bm25": "BM25",
     "recency": "Recency",
     "base": "Base embedder",
     "trained": "Trained embedder",
 }
+"""Rows of the tables in their order; training rounds stand before "trained"."""
+
+_ROUND = re.compile(r"round_([1-9]\d*)")
+
+
+def is_method(method: str) -> bool:
+    """Whether evaluate.methods may name it."""
+    return method in METHOD_NAMES or _round(method) > 0
+
+
+def is_embedder(method: str) -> bool:
+    """Whether a method searches an index of its own."""
+    return method in ("base", "trained") or _round(method) > 0
+
+
+def method_name(method: str) -> str:
+    """What a table calls a method."""
+    return METHOD_NAMES.get(method) or f"Round {_round(method)}"
+
+
+def in_order(methods: Collection[str]) -> list[str]:
+    """Methods as rows of a table."""
+    rounds = sorted((method for method in methods if _round(method)), key=_round)
+    named = [method for method in METHOD_NAMES if method in methods]
+    end = len(named) - ("trained" in methods)
+    return named[:end] + rounds + named[end:]
+
+
+def result_of(methods: Collection[str]) -> str:
+    """The method whose difference to the base embedder is what training brought: "trained", or the last round."""
+    rounds = [method for method in methods if _round(method)]
+    return "trained" if "trained" in methods or not rounds else max(rounds, key=_round)
+
+
+def _round(method: str) -> int:
+    match = _ROUND.fullmatch(method)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +105,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         mine = [column for scenario in scenarios for column in arranged if column.scenario == scenario]
         present = {method for column in mine for method in column.figures}
         if mine:
-            methods = [method for method in METHOD_NAMES if method in present]
-            result.append(Table(title=title, methods=methods, columns=mine))
+            result.append(Table(title=title, methods=in_order(present), columns=mine))
     return result
 
 

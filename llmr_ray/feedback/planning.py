@@ -42,7 +42,7 @@ def costs(work: ScoreJobs, client: StoreClient) -> list[TaskCost]:
     for shard in range(work.num_shards):
         for job in work.of_shard(shard):
             missing, tokens = to_pay(job, client.stored)
-            for place, value in enumerate((len(job.documents), missing, tokens)):
+            for place, value in enumerate((len(job.asked), missing, tokens)):
                 totals[job.task][place] += value
     return [
         TaskCost(task=task, feedback=work.tasks[task].feedback, pairs=pairs, missing=missing, tokens=tokens)
@@ -60,7 +60,7 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
         mine = config.tasks[task].mine_in(again=again)
         queries = sum(dataset.num_train for dataset in config.datasets.values() if dataset.task == task)
         # One more than mined: the gold document.
-        pairs = queries * (mine.num_bm25 + mine.num_dense + mine.num_random + 1)
+        pairs = queries * (mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1)
         prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
         tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
@@ -70,16 +70,16 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
 def probe(work: ScoreJobs, client: StoreClient) -> Speed:
     """Answers PROBE_PAIRS of the pairs that are still missing, spread over the work, after a few to warm up."""
     jobs = [job for shard in range(work.num_shards) for job in work.of_shard(shard) if to_pay(job, client.stored)[0]]
-    every = max(1, sum(len(job.documents) for job in jobs) // (PROBE_PAIRS + _WARM_UP_PAIRS))
+    every = max(1, sum(len(job.asked) for job in jobs) // (PROBE_PAIRS + _WARM_UP_PAIRS))
     chosen = jobs[::every]
     warm = 0
-    while warm < len(chosen) - 1 and sum(len(job.documents) for job in chosen[: warm + 1]) < _WARM_UP_PAIRS:
+    while warm < len(chosen) - 1 and sum(len(job.asked) for job in chosen[: warm + 1]) < _WARM_UP_PAIRS:
         warm += 1
     ask_jobs(client, chosen[:warm], "probe warm-up")
     before, started = client.usage.computed_tokens, time.monotonic()
     ask_jobs(client, chosen[warm:], "probe")
     return Speed(
-        pairs=sum(len(job.documents) for job in chosen[warm:]),
+        pairs=sum(len(job.asked) for job in chosen[warm:]),
         tokens=client.usage.computed_tokens - before,
         seconds=time.monotonic() - started,
     )

@@ -19,6 +19,9 @@ from llmr_ray.feedback.requests import Segment
 PROMPTS_VERSION = 1
 """Raised whenever a template, its trimming or its stop strings change; part of what determines llm_scores."""
 
+EXAMPLE_END = {"llm_embedder": "\n", "llm_r": "\n\n"}
+"""What stands between an example and what follows it, by layout."""
+
 _CANDIDATE, _CONTEXT, _QUERY = 1, 2, 3
 _SPACED = frozenset({"qa", "convsearch", "chat"})
 _STOP = {"qa": ("\n",), "convsearch": ("\n",), "icl": ("\n",), "chat": ("\n",), "lrlm": ()}
@@ -31,7 +34,12 @@ def candidate_text(task: str, document: Mapping[str, Any]) -> str:
 
 
 def feedback_segments(
-    task: str, query_row: Mapping[str, Any], doc_row: Mapping[str, Any] | None, *, max_candidate_tokens: int = 0
+    task: str,
+    query_row: Mapping[str, Any],
+    doc_row: Mapping[str, Any] | None,
+    *,
+    max_candidate_tokens: int = 0,
+    layout: str = "llm_embedder",
 ) -> tuple[Segment, ...]:
     """The prompt before the desired output.
 
@@ -47,6 +55,7 @@ def feedback_segments(
         query_row: a row of `queries`.
         doc_row: a row of `corpus`, or None for the form without retrieval.
         max_candidate_tokens: the candidate is cut to this many LLM tokens in any case (published: 512; 0: no limit).
+        layout: llm_embedder, or llm_r: an example is followed by a blank line (methods.md B.4).
 
     Raises:
         ConfigError: the task has no template (tools are trained on labels, methods.md A.4.2).
@@ -63,7 +72,7 @@ def feedback_segments(
             return (*shown, Segment(text="Question: "), query, Segment(text="\n\nAnswer:"))
         case "icl":
             if doc_row is not None:
-                shown = (candidate, Segment(text="\n"))
+                shown = (candidate, Segment(text=EXAMPLE_END[layout]))
             return (*shown, query, Segment(text="\n"))
         case "chat":
             if doc_row is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from llmr_ray.artifacts import Counts
 from llmr_ray.errors import DataError
+from llmr_ray.feedback.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def reward_rows(
 ) -> tuple[list[dict[str, object]], Counts]:
     """The rewards rows of llm_scores rows: the llm_score of the kind that the query's task uses.
 
-    Rows of another kind, failed rows and queries with fewer than two rewarded documents (there is nothing to compare)
-    are left out, each with its reason.
+    A document that a rule judged has no reward, and the rule as the source: it ranks below all that have one. Rows of
+    another kind, failed rows and queries with nothing to compare (fewer than two documents, or none that the LLM
+    scored) are left out, each with its reason.
 
     Args:
         score_rows: rows of llm_scores, all of a query's among them.
@@ -85,7 +87,7 @@ def reward_rows(
     for row in score_rows:
         if row["kind"] != kind_of[row["query_id"]]:
             counts.skipped["a kind the task does not use"] += 1
-        elif row["error"] is not None:
+        elif row["error"] is not None and row["error"] not in RULES:
             counts.skipped["the LLM request failed"] += 1
         else:
             rewarded.setdefault(row["query_id"], []).append(
@@ -93,13 +95,15 @@ def reward_rows(
                     "query_id": row["query_id"],
                     "doc_id": row["doc_id"],
                     "reward": row["llm_score"],
-                    "reward_source": "llm",
+                    "reward_source": row["error"] or "llm",
                 }
             )
     rows: list[dict[str, object]] = []
     for of_query in rewarded.values():
         if len(of_query) < 2:
             counts.skipped["the query has fewer than 2 rewarded documents"] += len(of_query)
+        elif all(row["reward"] is None for row in of_query):
+            counts.skipped["the LLM scored no document of the query"] += len(of_query)
         else:
             rows.extend(of_query)
     counts.ok = len(rows)

@@ -17,6 +17,7 @@ from llmr_ray.config import TaskScore
 from llmr_ray.feedback import prompts
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward, share_of
+from llmr_ray.feedback.rules import rule_of
 
 Row = Mapping[str, Any]
 
@@ -30,10 +31,14 @@ NO_TARGET = "the query has no desired output"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One query whose candidates are to be judged. `target` is None when the query has no desired output."""
+    """One query whose candidates are to be judged. `target` is None when the query has no desired output.
+
+    rules: for each document, the rule that judges it in place of the LLM (rules.py), or None.
+    """
 
     query: Row
     documents: tuple[Row, ...]
+    rules: tuple[str | None, ...]
     settings: TaskScore
     target: str | None
     max_candidate_tokens: int
@@ -49,14 +54,21 @@ class Job:
         """The query's task."""
         return str(self.query["task"])
 
+    @property
+    def asked(self) -> tuple[Row, ...]:
+        """The documents that the LLM is asked about."""
+        return tuple(document for document, rule in zip(self.documents, self.rules, strict=True) if rule is None)
+
 
 def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_candidate_tokens: int, seed: int) -> Job:
-    """A job. Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2)."""
-    targets = list(query["targets"])
+    """A job. Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2); LLM-R
+    always takes the first (B.4)."""
+    targets = list(query["targets"])[: 1 if settings.prompt == "llm_r" else None]
     rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
     return Job(
         query=query,
         documents=tuple(documents),
+        rules=tuple(rule_of(settings, query, document) for document in documents),
         settings=settings,
         target=targets[int(rng.integers(len(targets)))] if targets else None,
         max_candidate_tokens=max_candidate_tokens,
@@ -66,11 +78,11 @@ def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_cand
 
 def sampling_requests(job: Job) -> list[LLMRequest]:
     """The first round of rank feedback: N outputs without retrieval, and N per candidate when samples are fresh."""
-    if job.settings.feedback != "rank" or job.target is None:
+    if job.settings.feedback != "rank" or job.target is None or not job.asked:
         return []
     documents: list[Row | None] = [None]
     if job.settings.samples == "fresh":
-        documents += job.documents
+        documents += job.asked
     return [
         LLMRequest(
             request_id=_request_id("sample", job, document),
@@ -94,9 +106,9 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
         job: the query.
         samples: the job's results of the first round, by request id; where one failed, what needs it is not asked.
     """
-    if job.target is None:
+    if job.target is None or not job.asked:
         return []
-    documents: list[Row | None] = [None, *job.documents] if job.settings.feedback == "rank" else [*job.documents]
+    documents: list[Row | None] = [None, *job.asked] if job.settings.feedback == "rank" else [*job.asked]
     requests = []
     for document in documents:
         draws = _draws(job, document, samples)
@@ -141,7 +153,8 @@ def score_rows(
 ) -> tuple[list[dict[str, Any]], Counts]:
     """The llm_scores rows of a query, and the accounting of its pairs (a pair fares as the kind that its task uses).
 
-    A rank task gives both kinds, rank and likelihood, because the second comes for free.
+    A rank task gives both kinds, rank and likelihood, because the second comes for free. A pair that a rule judges has
+    its name in place of an error, and is skipped under it.
 
     Args:
         job: the query.
@@ -153,13 +166,15 @@ def score_rows(
     results = [*samples.values(), *scores.values()]
     counts.llm_tokens = sum(result.num_computed_tokens for result in results)
     counts.llm_tokens_least = sum(result.num_least_tokens for result in results)
-    for document in job.documents:
+    for document, rule in zip(job.documents, job.rules, strict=True):
         result = scores.get(_request_id("score", job, document))
-        kinds = [_likelihood_row(job, result)]
+        kinds = [_likelihood_row(job, result) if rule is None else {"kind": "likelihood", "error": rule}]
         if job.settings.feedback == "rank":
-            kinds.append(_rank_row(job, document, samples, scores))
+            kinds.append(_rank_row(job, document, samples, scores) if rule is None else {"kind": "rank", "error": rule})
         used = kinds[-1]
-        if used.get("error") is not None:
+        if rule is not None:
+            counts.skipped[rule] += 1
+        elif used.get("error") is not None:
             counts.quarantined[str(used["error"])] += 1
         elif result is not None and result.cached:
             counts.cached += 1
@@ -192,13 +207,13 @@ def to_pay(job: Job, stored: Callable[[Sequence[LLMRequest]], list[LLMResult | N
     tokens = sum(_prompt_tokens(request) + request.num_samples * _output_tokens(job) for request in open_sampling)
     if job.target is not None and open_sampling:
         guessed = _prompt_tokens(open_sampling[0]) + job.settings.num_samples * _output_tokens(job)
-        candidates = sum(len(str(document["text"])) // _CHARS_PER_TOKEN for document in job.documents)
-        return len(job.documents), tokens + candidates + guessed * (1 + len(job.documents))
+        candidates = sum(len(str(document["text"])) // _CHARS_PER_TOKEN for document in job.asked)
+        return len(job.asked), tokens + candidates + guessed * (1 + len(job.asked))
     scoring = scoring_requests(job, samples)
     missing = [request for request, result in zip(scoring, stored(scoring), strict=True) if result is None]
     for request in missing:
         tokens += _prompt_tokens(request) + sum(len(target) // _CHARS_PER_TOKEN + 1 for target in request.targets)
-    return min(len(missing), len(job.documents)), tokens
+    return min(len(missing), len(job.asked)), tokens
 
 
 def _prompt_tokens(request: LLMRequest) -> int:
@@ -260,7 +275,13 @@ def _draws(job: Job, document: Row | None, samples: Mapping[str, LLMResult]) -> 
 
 
 def _segments(job: Job, document: Row | None) -> tuple[Any, ...]:
-    return prompts.feedback_segments(job.task, job.query, document, max_candidate_tokens=job.max_candidate_tokens)
+    return prompts.feedback_segments(
+        job.task,
+        job.query,
+        document,
+        max_candidate_tokens=job.max_candidate_tokens,
+        layout=job.settings.prompt,
+    )
 
 
 def _rank_by(job: Job) -> str:

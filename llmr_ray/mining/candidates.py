@@ -22,9 +22,9 @@ RANDOM_SPARE = 64
 class Found:
     """What one source offers a query, best first.
 
-    source: "dense", "bm25" or "random". num: how many candidates it may add. rows: corpus rows, MISSING ones are
-    passed over. scores: retrieval scores, or None where the source has none. skip_top: this many of the best are left
-    out, whatever they are (a document's rank counts from 1 in the retriever's own list).
+    source: "given", "dense", "bm25" or "random". num: how many candidates it may add. rows: corpus rows, MISSING ones
+    are passed over. scores: retrieval scores, or None where the source has none. skip_top: this many of the best are
+    left out, whatever they are (a document's rank counts from 1 in the retriever's own list).
     """
 
     source: str
@@ -56,6 +56,7 @@ def union(
     query: str,
     found: Iterable[Found],
     key_of: Callable[[int], str],
+    skip_same_input: bool = False,
 ) -> tuple[list[Candidate], Counter[str]]:
     """The candidates of one query.
 
@@ -69,10 +70,12 @@ def union(
         query: the query's text.
         found: sources in order of precedence.
         key_of: the `text_key` of a corpus row.
+        skip_same_input: pass over documents that begin with the query (LLM-R, methods.md B.3).
 
     Returns:
         The candidates, and how many documents were passed over, by reason: "self", "self_text", "gold_text" (the text
-        of a gold document under another id: a false negative), "candidate_text", "query_text" and "skip_top".
+        of a gold document under another id: a false negative), "candidate_text", "query_text", "same_input" and
+        "skip_top".
     """
     candidates = [Candidate(row=row, source="gold") for row in dict.fromkeys(gold_rows)]
     taken = {candidate.row for candidate in candidates}
@@ -82,7 +85,8 @@ def union(
         texts.setdefault(key_of(candidate.row), "gold_text")
     if self_row is not None:
         texts.setdefault(key_of(self_row), "self_text")
-    texts.setdefault(text_key(query), "query_text")
+    query_key = text_key(query)
+    texts.setdefault(query_key, "query_text")
     excluded: Counter[str] = Counter()
     for source in found:
         added = 0
@@ -98,6 +102,8 @@ def union(
                 excluded["skip_top"] += 1
             elif key in texts:
                 excluded[texts[key]] += 1
+            elif skip_same_input and key.startswith(query_key + " "):
+                excluded["same_input"] += 1
             else:
                 ranked = source.scores is not None
                 candidates.append(

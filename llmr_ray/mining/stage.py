@@ -18,9 +18,9 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import BM25Config, Config, TaskMine, identity
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.text import document_text
-from llmr_ray.errors import DataError
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
-from llmr_ray.index.topk import merge_topk
+from llmr_ray.index.topk import MISSING, merge_topk
 from llmr_ray.index.vectors import query_vectors
 from llmr_ray.mining.candidates import Found, draw_random, text_key, union
 from llmr_ray.schemas import table_of
@@ -42,8 +42,17 @@ def mine_spec(
     """What determines candidates: the retrievers' settings, the seed of random candidates, the data and the miner.
 
     again: for a round after the first.
+
+    Raises:
+        ConfigError: a task wants given candidates, but no data set of it names a file of them.
     """
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
+    given = {dataset.task for dataset in config.datasets.values() if dataset.candidates}
+    without = [task for task in tasks if config.tasks[task].mine_in(again=again).num_given and task not in given]
+    if without:
+        raise ConfigError(
+            f"tasks.{without[0]}.mine.num_given is set, but none of the task's data sets names a file of `candidates`."
+        )
     return ArtifactSpec(
         stage="mine",
         version=MINE_VERSION,
@@ -128,6 +137,8 @@ class MineWorker:
         self.scopes_Q2 = scopes(self.queries, corpus)
         self.query_QD = query_vectors(embeddings, self.queries["query_id"].to_pylist())
         self.gold_rows = _gold_rows(prepare.read("qrels"), self.row_of)
+        takes_given = any(task.num_given for task in tasks.values())
+        self.given = _given_rows(prepare.read("given"), self.row_of) if takes_given else {}
         shards.set_threads(num_threads)
         self.shards = shards.open_shards(index, range(index.require()["num_shards"]))
         if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
@@ -151,6 +162,7 @@ class MineWorker:
                 query=query["query"],
                 found=offered,
                 key_of=self.text_key,
+                skip_same_input=self.tasks[query["task"]].skip_same_input,
             )
             excluded["gold_out_of_range"] += len(gold) - len(in_range)
             exclusions += [
@@ -179,7 +191,7 @@ class MineWorker:
         return self.artifact.write_shard(shard, tables, counts)
 
     def _retrieve(self, queries: list[dict[str, Any]], first: int) -> list[list[Found]]:
-        """What each source offers each query, in the order dense, bm25, random."""
+        """What each source offers each query, in the order given, dense, bm25, random."""
         found: list[list[Found]] = [[] for _ in queries]
         for task in sorted({query["task"] for query in queries}):
             settings = self.tasks[task]
@@ -194,7 +206,14 @@ class MineWorker:
                 texts = [queries[member]["query"] for member in members]
                 ranked.append(("bm25", settings.num_bm25, *self.bm25.topk(texts, scopes_Q2, settings.depth)))
             for position, member in enumerate(members):
-                found[member] = [
+                rows, scores = self.given.get(queries[member]["query_id"], ([], []))
+                given = Found(
+                    source="given",
+                    num=settings.num_given,
+                    rows=np.asarray(rows, np.int64),
+                    scores=np.asarray(scores, np.float32),
+                )
+                found[member] = [given] + [
                     Found(
                         source=source,
                         num=num,
@@ -213,6 +232,16 @@ class MineWorker:
         """The row of the document made from the query's own example (meta key "self_doc_id"), if it has one."""
         doc_id = json.loads(query["meta"]).get("self_doc_id") if query["meta"] else None
         return None if doc_id is None else self.row_of.get(doc_id)
+
+
+def _given_rows(given: pa.Table, row_of: dict[str, int]) -> dict[str, tuple[list[int], list[float]]]:
+    """Corpus rows and scores of each query's given candidates, in order; what the corpus lacks is MISSING."""
+    result: dict[str, tuple[list[int], list[float]]] = {}
+    for entry in given.to_pylist():
+        rows, scores = result.setdefault(entry["query_id"], ([], []))
+        rows.append(row_of.get(entry["doc_id"], MISSING))
+        scores.append(entry["retrieval_score"])
+    return result
 
 
 def _gold_rows(qrels: pa.Table, row_of: dict[str, int]) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmr_ray.durable import staged
-from llmr_ray.training.groups import Pool
+from llmr_ray.training.groups import Pool, pool_rewards
 
 _CHUNK_ROWS = 256
 """Rows of the groups turned into Python objects at once."""
@@ -93,7 +93,7 @@ def write_shard(
             task, docs, has_rewards = row["task"], row["docs"], row["rewards"] is not None
             query = number("query", task, row["query"])
             queries.append((query, len(pool), len(pool) + len(docs), has_rewards))
-            rewards = row["rewards"] if has_rewards else [0.0] * len(docs)
+            rewards = pool_rewards(row["rewards"]).tolist() if has_rewards else [0.0] * len(docs)
             pool += [
                 (number("document", task, doc), text_key(doc), reward, role == "gold")
                 for doc, reward, role in zip(docs, rewards, row["roles"], strict=True)

@@ -20,13 +20,18 @@ POSITIVES_OF_GOLD = ("first", "random", "teacher_gold")
 class Pool:
     """The candidate documents of one query, M of them.
 
-    keys: int64 [M], equal exactly for equal texts. is_gold: bool [M]. rewards: float32 [M], or None for tasks trained
-    on labels.
+    keys: int64 [M], equal exactly for equal texts. is_gold: bool [M]. rewards: float32 [M], -inf for a document that is
+    below all that have one, or None for tasks trained on labels.
     """
 
     keys: np.ndarray
     is_gold: np.ndarray
     rewards: np.ndarray | None
+
+
+def pool_rewards(rewards: Sequence[float | None]) -> np.ndarray:
+    """Rewards as a pool holds them: float32 [M]. None ranks below every number and has no weight in a softmax: -inf."""
+    return np.asarray([-np.inf if reward is None else reward for reward in rewards], np.float32)
 
 
 def reject_reason(pool: Pool, *, positive: str, min_reward: float | None, min_margin: float) -> str | None:

@@ -118,7 +118,8 @@ def group_kl(
     teacher_BG = F.log_softmax(teacher_scores(rewards_BG, reward_form) / reward_temperature, dim=1)
     student_BG = F.log_softmax(_wide(sim_BG) / student_temperature, dim=1)
     first, second = (teacher_BG, student_BG) if direction == "teacher_student" else (student_BG, teacher_BG)
-    return F.kl_div(second, first, reduction="none", log_target=True).sum(dim=1)
+    each_BG = F.kl_div(second, first, reduction="none", log_target=True)
+    return each_BG.masked_fill(first.isneginf(), 0.0).sum(dim=1)
 
 
 def marginal_likelihood(

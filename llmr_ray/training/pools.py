@@ -10,13 +10,15 @@ import pyarrow.compute as pc
 from llmr_ray.config import TaskConfig
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
-from llmr_ray.training.groups import Pool, reject_reason
+from llmr_ray.training.groups import Pool, pool_rewards, reject_reason
 
 
 def join_pools(
     qrels: pa.Table, candidates: pa.Table, rewards: pa.Table, corpus: pa.Table
 ) -> dict[str, dict[str, list[Any]]]:
-    """Each query's pool as lists: doc_id, row (of the corpus), gold, reward (None where there is none).
+    """Each query's pool as lists: doc_id, row (of the corpus), gold, judged, reward (None where there is none).
+
+    `judged` documents are those that the rewards name, also where they say no more than that it is below all others.
 
     Documents stand in the order of the candidates; gold documents that no candidate names come last.
 
@@ -32,7 +34,7 @@ def join_pools(
     assert isinstance(mined, pl.DataFrame)
     assert isinstance(rewarded, pl.DataFrame)
     assert isinstance(rows, pl.DataFrame)
-    gold = gold.with_columns(gold=pl.lit(True))
+    gold, rewarded = gold.with_columns(gold=pl.lit(True)), rewarded.with_columns(judged=pl.lit(True))
     mined = mined.join(gold, on=pair, how="left", maintain_order="left")
     mined = mined.select(*pair, gold=pl.col("gold").fill_null(False) | (pl.col("source") == "gold"))
     pairs = pl.concat([mined, gold.join(mined, on=pair, how="anti", maintain_order="left").select(*pair, "gold")])
@@ -42,7 +44,7 @@ def join_pools(
     lost = joined.filter(pl.col("row").is_null())
     if len(lost):
         raise DataError(f"candidates or qrels name documents that the corpus lacks, such as {lost['doc_id'][0]}.")
-    grouped = joined.group_by("query_id", maintain_order=True).agg("doc_id", "row", "gold", "reward")
+    grouped = joined.group_by("query_id", maintain_order=True).agg("doc_id", "row", "gold", "judged", "reward")
     return {row["query_id"]: row for row in grouped.iter_rows(named=True)}
 
 
@@ -62,8 +64,8 @@ def group_row(
     if found is None:
         return "no_candidates", 0
     needs_rewards = task.score.feedback != "none"
-    places = [n for n, reward in enumerate(found["reward"]) if reward is not None or not needs_rewards]
-    without = len(found["reward"]) - len(places)
+    places = [n for n, judged in enumerate(found["judged"]) if judged or not needs_rewards]
+    without = len(found["judged"]) - len(places)
     if not places:
         return "no_rewards", without
     numbers = [found["row"][n] for n in places]
@@ -74,7 +76,7 @@ def group_row(
     pool = Pool(
         keys=np.asarray([keys[doc] for doc in docs]),
         is_gold=np.asarray(gold, dtype=bool),
-        rewards=np.asarray(rewards, dtype=np.float32) if rewards is not None else None,
+        rewards=pool_rewards(rewards) if rewards is not None else None,
     )
     reason = reject_reason(
         pool, positive=task.train.positive, min_reward=task.group.min_reward, min_margin=task.group.min_margin

@@ -254,7 +254,9 @@ class Trainer:
         lengths = [len(ids) for ids in tokens]
         padded = sum(self.embedder.computed_tokens([lengths[row] for row in rows]) for rows in self.packing(tokens))
         rewarded_BG = batch.rewards_BG[batch.has_rewards_B]
-        margin = float((rewarded_BG.max(axis=1) - rewarded_BG.min(axis=1)).sum()) if len(rewarded_BG) else 0.0
+        best_B = rewarded_BG.max(axis=1, initial=-np.inf)
+        worst_B = rewarded_BG.min(axis=1, where=np.isfinite(rewarded_BG), initial=np.inf)
+        margin = float(np.where(worst_B <= best_B, best_B - worst_B, 0.0).sum())
         spared = int((~batch.others_BC).sum()) - batch.doc_BG.size
         return [loss, float(sum(lengths)), float(padded), margin, float(len(rewarded_BG)), float(spared)]
 

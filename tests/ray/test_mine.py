@@ -22,13 +22,20 @@ pytestmark = pytest.mark.ray
 WORDS = [f"{first}{second}{third}" for first in "bdfg" for second in "aiou" for third in "klmn"]
 NUM_SHARED, NUM_TURNS = 400, 30
 
+# The corpus lacks the second, and has the text of the first twice more.
+GIVEN = [
+    {"query_id": f"q{number}", "doc_id": doc_id, "retrieval_score": 9.0 - place}
+    for number in range(0, MINE_QUERIES, 3)
+    for place, doc_id in enumerate(["s310", "nowhere", "s320", f"s{301 + number % 7}", "s309"])
+]
+
 
 def config_of(runtime: RuntimeConfig, *, seed: int = 7, **changes: int) -> Config:
     return Config(
         seed=seed,
-        datasets={"shared": DatasetConfig(task="qa"), "dialogues": DatasetConfig(task="chat")},
+        datasets={"shared": DatasetConfig(task="qa", candidates="given"), "dialogues": DatasetConfig(task="chat")},
         tasks={
-            "qa": TaskConfig(mine=TaskMine(num_bm25=3, num_dense=3, num_random=2, depth=20)),
+            "qa": TaskConfig(mine=TaskMine(num_given=2, num_bm25=3, num_dense=3, num_random=2, depth=20)),
             "chat": TaskConfig(mine=TaskMine(num_bm25=2, num_dense=4, depth=20)),
         },
         runtime=dataclasses.replace(runtime, **changes),
@@ -77,7 +84,8 @@ def inputs(root: Path, runtime: RuntimeConfig) -> dict[str, Artifact]:
             )
     prepare = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={}, inputs={}))
     prepare.begin()
-    tables = {name: table_of(name, rows) for name, rows in (("queries", queries), ("corpus", corpus), ("qrels", qrels))}
+    rows = {"queries": queries, "corpus": corpus, "qrels": qrels, "given": GIVEN}
+    tables = {name: table_of(name, of_table) for name, of_table in rows.items()}
     prepare.write_shard(0, tables, Counts())
     prepare.commit(1, seconds=0)
 
@@ -128,7 +136,7 @@ def naive_lists(of: dict[str, Artifact], query: dict, depth: int) -> dict[str, l
         if document["pool"] == query["pool"] and (limit is None or document["position"] < limit)
     ]
     if not rows:
-        return {"dense": [], "bm25": []}
+        return {"given": [], "dense": [], "bm25": []}
     documents = of["embeddings"].read("document_embeddings").to_pylist()
     vectors = {entry["query_id"]: entry["embedding"] for entry in of["embeddings"].read("query_embeddings").to_pylist()}
     scope = np.asarray([[0, len(rows)]])
@@ -139,7 +147,8 @@ def naive_lists(of: dict[str, Artifact], query: dict, depth: int) -> dict[str, l
         depth,
     )[0][0]
     bm25 = bm25_topk([query["query"]], [corpus[row]["text"] for row in rows], scope, depth, 0.82, 0.68)[0][0]
-    return {
+    given = [pair["doc_id"] for pair in GIVEN if pair["query_id"] == query["query_id"]]
+    return {"given": given} | {
         name: [corpus[rows[place]]["doc_id"] for place in found if place >= 0]
         for name, found in (("dense", dense), ("bm25", bm25))
     }
@@ -159,11 +168,11 @@ def test_candidates_equal_those_of_a_naive_miner(mined) -> None:
         expected = [("gold", doc_id) for doc_id in gold_ids]
         seen = {texts[doc_id] for doc_id in [*gold_ids, *([own] if own else [])]} | {query["query"]}
         lists = naive_lists(of, query, 20)
-        wanted = {"dense": 3, "bm25": 3} if query["task"] == "qa" else {"dense": 4, "bm25": 2}
+        wanted = {"given": 2, "dense": 3, "bm25": 3} if query["task"] == "qa" else {"dense": 4, "bm25": 2}
         for source, number in wanted.items():
             fresh = []
             for doc_id in lists[source]:
-                if len(fresh) < number and texts[doc_id] not in seen:
+                if len(fresh) < number and doc_id in texts and texts[doc_id] not in seen:
                     seen.add(texts[doc_id])
                     fresh.append((source, doc_id))
             expected += fresh
@@ -173,7 +182,7 @@ def test_candidates_equal_those_of_a_naive_miner(mined) -> None:
             continue
         assert [(row["source"], row["doc_id"]) for row in mine if row["source"] != "random"] == expected
         for row in mine:
-            if row["source"] in ("dense", "bm25"):
+            if row["source"] in ("given", "dense", "bm25"):
                 assert lists[row["source"]][row["rank"] - 1] == row["doc_id"]
                 assert row["retrieval_score"] is not None
 

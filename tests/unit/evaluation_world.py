@@ -145,7 +145,7 @@ def make_training(root: Path) -> dict[str, Artifact]:
 
 
 class Embeddings:
-    """The embeddings of queries, of which the evaluation reads `query_embeddings` alone; in an order of its own."""
+    """Embeddings; those of queries in an order of their own."""
 
     def __init__(self, name: str, prepare: Artifact) -> None:
         self.id = f"embed/{name}"
@@ -157,11 +157,15 @@ class Embeddings:
         )
         ids = prepare.read("queries")["query_id"].to_pylist()[::-1]
         vectors = [np.random.default_rng(seed_of(name, query_id)).normal(size=4) for query_id in ids]
-        self.queries = to_table("query_id", ids, np.asarray(vectors, np.float32))
+        documents = prepare.read("corpus")["doc_id"].to_pylist()
+        document_vectors = np.random.default_rng(seed_of(name)).normal(size=(len(documents), 4)).astype(np.float32)
+        self.tables = {
+            "query_embeddings": to_table("query_id", ids, np.asarray(vectors, np.float32)),
+            "document_embeddings": to_table("doc_id", documents, document_vectors),
+        }
 
     def read(self, table: str) -> pa.Table:
-        assert table == "query_embeddings"
-        return self.queries
+        return self.tables[table]
 
 
 def brute_force_search(config, index, query_QD, scopes_Q2, k, *, encoder=None):
@@ -208,7 +212,7 @@ class FakeClient:
 
 def make_evaluation(root: Path, config: Config, prepare: Artifact, client: FakeClient) -> Artifact:
     """Runs the stage on the made-up data; `llmr_ray.evaluation.stage.search` must be brute_force_search."""
-    embeddings = {name: Embeddings(name, prepare) for name in ("base", "trained")}
+    embeddings = {name: Embeddings(name, prepare) for name in ("base", "trained", "round_1", "round_2")}
     llm = Asset(name="fake", kind="model", path=Path("."), fingerprint="fake")
     spec = evaluate_spec(config, llm, prepare, embeddings, embeddings)
     artifact = Artifact(root, spec)

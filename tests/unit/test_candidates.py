@@ -47,6 +47,25 @@ def test_skip_top_counts_the_retrievers_own_ranks() -> None:
     assert excluded == {"skip_top": 1}
 
 
+def test_examples_of_the_same_input_are_passed_over_where_asked() -> None:
+    """Under another label the same input says that the answer is wrong, and under the same one it is the answer."""
+    texts = ["what is it\nyes", "What  is it no", "what is it's\nno", "it", "what is it"]
+
+    def mined(**settings: bool) -> tuple[list[int], dict[str, int]]:
+        candidates, excluded = union(
+            gold_rows=(),
+            self_row=None,
+            query="What is it",
+            found=[found("bm25", 9, [0, 1, 2, 3, 4])],
+            key_of=lambda row: text_key(texts[row]),
+            **settings,
+        )
+        return [candidate.row for candidate in candidates], dict(excluded)
+
+    assert mined() == ([0, 1, 2, 3], {"query_text": 1})
+    assert mined(skip_same_input=True) == ([2, 3], {"same_input": 2, "query_text": 1})
+
+
 def test_fillers_and_missing_gold_are_no_candidates() -> None:
     """Row -1 read as an index is the last document of the corpus."""
     candidates, excluded = mine(found("bm25", 4, [-1, -1]), gold=(), own=None)

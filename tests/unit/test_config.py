@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmr_ray import loading
+from llmr_ray.config import TaskConfig, TaskScore, identity
 from llmr_ray.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -86,3 +87,13 @@ def test_config_imports_without_heavy_libraries() -> None:
         "sys.exit(int(any(m in sys.modules for m in ('torch', 'ray', 'vllm', 'transformers'))))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_that_came_later_leave_old_ids_alone() -> None:
+    """An upgrade that renames every artifact pays for all LLM feedback again; a setting that is on must still count."""
+    before = identity(TaskScore())
+    assert "feedback" in before
+    assert "same_task" not in before
+    assert identity(TaskScore(same_task=True)) == before | {"same_task": True}
+    assert identity(TaskConfig(score=TaskScore(same_task=True)))["score"] == before | {"same_task": True}
+    assert identity({"icl": TaskScore()}) == {"icl": before}

@@ -11,7 +11,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskScore, TaskTrain
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.schemas import table_of
-from llmr_ray.training.groups import Pool, in_batch_negatives, reject_reason, sample
+from llmr_ray.training.groups import Pool, in_batch_negatives, pool_rewards, reject_reason, sample
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.stage import group_spec, run_group, training_tasks
 
@@ -320,3 +320,25 @@ def test_documents_that_the_corpus_lacks_stop_the_join():
     qrels, candidates, rewards, corpus = tables()
     with pytest.raises(DataError, match="corpus lacks"):
         join_pools(qrels, candidates, rewards, pa.table(corpus).slice(0, 2))
+
+
+def test_documents_below_all_others_stay_negatives():
+    """Candidates of another task or label are what LLM-R learns to push away; dropped, only near misses are left."""
+    qrels, _, _, corpus = tables()
+    mined = [{"query_id": "b", "doc_id": doc_id, "source": "bm25"} for doc_id in ("d1", "d0")]
+    rewards = table_of(
+        "rewards",
+        [
+            {"query_id": "b", "doc_id": "d1", "reward": None, "reward_source": "other_label"},
+            {"query_id": "b", "doc_id": "d0", "reward": -7.5, "reward_source": "llm"},
+        ],
+    )
+    found = join_pools(qrels.slice(0, 0), table_of("candidates", mined), rewards, corpus)["b"]
+    query = {"query_id": "b", "task": "icl", "dataset": "x", "query": "?"}
+    row, without = group_row(query, task("likelihood", positive="teacher"), found, corpus)
+    assert (row["doc_ids"], row["rewards"], without) == (["d1", "d0"], [None, -7.5], 0)
+    assert table_of("groups", [row])["rewards"].to_pylist() == [[None, -7.5]]
+    below = Pool(keys=np.arange(4), is_gold=np.zeros(4, bool), rewards=pool_rewards([None, -9.0, None, -3.0]))
+    assert reject_reason(below, positive="teacher", min_reward=-4.0, min_margin=0.0) is None
+    assert draw(below, positive="teacher", negatives="lowest").tolist() == [3, 0, 2, 1]
+    assert draw(below, positive="teacher", negatives="highest").tolist() == [3, 1, 0, 2]

@@ -397,3 +397,18 @@ def test_half_types_are_widened(dtype):
     for loss in found:
         assert loss.dtype == torch.float32
         assert torch.isfinite(loss).all()
+
+
+def test_documents_without_a_reward_have_no_weight_in_distillation():
+    """0 * log 0 is NaN, and one candidate of another task would end the training (methods.md B.4, I.4)."""
+    sim = torch.tensor([[0.9, 0.2, 0.5, 0.1]], requires_grad=True)
+    rewards = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf]])
+    loss = losses.group_kl(sim, rewards, reward_temperature=1.0)
+    teacher, student = torch.tensor([-1.0, -2.0]).softmax(0), sim[0].detach().softmax(0)
+    expected = sum(float(t * (t.log() - s.log())) for t, s in zip(teacher, student[:2], strict=True))
+    assert loss.item() == pytest.approx(expected)
+    loss.sum().backward()
+    assert torch.allclose(sim.grad[0], student - torch.tensor([*teacher, 0.0, 0.0]))
+    own, same, others = layout(1, 4)
+    for tie_policy in ("strict", "sorted"):
+        assert torch.isfinite(graded(sim, rewards, own, same, others, tie_policy=tie_policy)).all()

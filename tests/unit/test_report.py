@@ -15,7 +15,7 @@ from llmr_ray.artifacts import Artifact, Counts
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.report import print_table, write_report
 from llmr_ray.evaluation.results import result_rows
-from llmr_ray.evaluation.tables import effect, p_text, tables
+from llmr_ray.evaluation.tables import effect, in_order, p_text, result_of, tables
 from llmr_ray.schemas import table_of
 
 
@@ -225,6 +225,40 @@ def test_report_of_an_evaluation_alone(run, tmp_path):
     assert all(row["delta_vs_base"] is None for row in results["rows"])
     assert not (folder / "embedder").exists()
     print_table(results, Console(file=io.StringIO()))
+
+
+def test_report_of_training_rounds_compares_the_last_one(run, tmp_path, monkeypatch):
+    """Rounds that a report leaves out, or sets beside the wrong one, hide whether another round was worth it."""
+    monkeypatch.setattr("llmr_ray.evaluation.stage.search", world.brute_force_search)
+    config, artifacts, stages, _ = run
+    methods = ["round_2", "base", "kmeans", "round_1"]
+    config = replace(config, evaluate=replace(config.evaluate, methods=methods))
+    evaluate = world.make_evaluation(tmp_path, config, artifacts["prepare"], world.FakeClient())
+    folder = tmp_path / "run"
+    results = write((config, {"prepare": artifacts["prepare"], "evaluate": evaluate}, stages, folder))
+    assert tables(results["rows"])[2].methods == ["kmeans", "base", "round_1", "round_2"]
+    text = (folder / "report.html").read_text()
+    assert "<th>Base</th><th>Round 2</th>" in text
+    assert "Differences are round 2 minus base" in text
+    assert '<tr class="trained"><th>Round 2</th>' in text
+    assert re.search(r"<div><b>Base embedder</b>.*?<div><b>Round 2</b>", text, re.DOTALL)
+    console = Console(file=io.StringIO())
+    print_table(results, console)
+    assert "round 2 minus base" in console.file.getvalue()
+    assert all(f"Round {number}" in console.file.getvalue() for number in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("methods", "order", "result"),
+    [
+        (["trained", "round_10", "base", "round_2"], ["base", "round_2", "round_10", "trained"], "trained"),
+        (["round_10", "round_9", "kmeans", "none"], ["none", "kmeans", "round_9", "round_10"], "round_10"),
+        (["none", "bm25"], ["none", "bm25"], "trained"),
+    ],
+)
+def test_rounds_are_in_the_order_of_their_numbers(methods, order, result):
+    """As words, round 10 comes before round 2, and the last round would be the ninth."""
+    assert (in_order(methods), result_of(methods)) == (order, result)
 
 
 def test_unfinished_evaluation_is_no_report(run):

@@ -1,9 +1,14 @@
 """Rewards against the worked numbers of methods.md A.5.5 and rules written out by hand."""
 
+import json
+
 import pytest
 
+from llmr_ray.config import TaskScore
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.rewards import distinct_draws, likelihood, rank_of, rank_reward, reward_rows
+from llmr_ray.feedback.rules import OTHER_LABEL, OTHER_TASK, rule_of
+from llmr_ray.schemas import table_of
 
 SAMPLES_WITHOUT = [-1.2, -0.8, -2.0, -1.5]
 SAMPLES_WITH = [-1.2, -0.9, -2.0, -1.5]
@@ -64,3 +69,53 @@ def test_reward_rows_account_for_every_score():
         "the LLM request failed": 1,
         "the query has fewer than 2 rewarded documents": 1,
     }
+
+
+def test_documents_judged_by_a_rule_rank_below_all_scored_ones():
+    """A sentinel such as -100 would enter means and softmaxes; a row dropped would be no negative (methods.md B.4)."""
+
+    def row(query_id, doc_id, score, error=None):
+        return {"query_id": query_id, "doc_id": doc_id, "kind": "likelihood", "llm_score": score, "error": error}
+
+    scores = [
+        row("q1", "d1", -1.0),
+        row("q1", "d2", None, OTHER_TASK),
+        row("q1", "d3", None, OTHER_LABEL),
+        row("q1", "d4", None, "the prompt does not fit"),
+        row("q2", "d1", None, OTHER_TASK),
+        row("q2", "d2", None, OTHER_TASK),
+    ]
+    rows, counts = reward_rows(scores, dict.fromkeys(("q1", "q2"), "likelihood"))
+    assert [(r["doc_id"], r["reward"], r["reward_source"]) for r in rows] == [
+        ("d1", -1.0, "llm"),
+        ("d2", None, OTHER_TASK),
+        ("d3", None, OTHER_LABEL),
+    ]
+    counts.check("rewards")
+    assert dict(counts.skipped) == {
+        "the LLM request failed": 1,
+        "the LLM scored no document of the query": 2,
+    }
+    table_of("rewards", rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "of", "text", "settings", "expected"),
+    [
+        ("rte", "rte", "P\nYes", {"same_task": True, "same_label": True}, None),
+        ("rte", "rte", "P\nNo", {"same_task": True, "same_label": True}, OTHER_LABEL),
+        ("rte", "rte", "P\nNo", {"same_task": True}, None),
+        ("rte", "rte", "No\nYes", {"same_label": True}, None),  # the label is the last line alone
+        ("rte", "snli", "P\nNo", {"same_task": True, "same_label": True}, OTHER_TASK),
+        ("rte", "snli", "P\nNo", {"same_label": True}, None),
+        ("rte", None, "P\nYes", {"same_task": True}, OTHER_TASK),
+        ("rte", "snli", "P\nNo", {}, None),
+        ("mnli_m", "mnli", "P\nYes", {"same_task": True, "same_label": True}, None),
+        ("arc_e", "arc_e", "P\nanother", {"same_task": True, "same_label": True}, None),
+        ("mine", "mine", "P\nanother", {"same_task": True, "same_label": True}, None),
+    ],
+)
+def test_rules_compare_tasks_and_then_the_labels_of_classifications(dataset, of, text, settings, expected):
+    """Options differ from row to row: only where labels are a task's own words does another one mean "worse"."""
+    document = {"text": text, "meta": None if of is None else json.dumps({"dataset": of})}
+    assert rule_of(TaskScore(**settings), {"dataset": dataset, "targets": ["Yes"]}, document) == expected

@@ -230,3 +230,38 @@ def test_identity_holds_what_changes_scores(tmp_path, llm):
     assert made(engine="vllm") != made()
     assert made(llm=Asset("tiny", "model", llm.path, "other")) != made()
     assert made(llm_actors=7, llm_scoring="tree") == made()
+
+
+@pytest.mark.parametrize("feedback", ["likelihood", "rank"])
+def test_pairs_that_a_rule_judges_are_not_asked(tmp_path, llm, feedback):
+    """LLM-R pays for scores that it then overwrites with -100; here they cost nothing and still come out as rows."""
+    settings = TaskScore(feedback=feedback, num_samples=2, max_new_tokens=4, same_task=True)
+    config = make_config(tmp_path, queries_task="icl", score=settings)
+    prepare, candidates = make_world(tmp_path, 1, task="icl", metas=[{"dataset": "main"}, None, {"dataset": "x"}, None])
+    client = make_client(config, llm, tmp_path)
+    work = score_jobs(config, prepare, candidates)
+    [cost] = costs(work, client)
+    assert (cost.pairs, cost.missing) == (1, 1)
+    artifact = scored(config, client, llm, prepare, candidates)
+    rows = [row for row in artifact.read("llm_scores").to_pylist() if row["kind"] == feedback]
+    assert [(row["doc_id"], row["error"], row["llm_score"] is None) for row in rows] == [
+        ("d0", None, False),
+        *((f"d{n}", "other_task", True) for n in (1, 2, 3)),
+    ]
+    counts = artifact.manifest["counts"]
+    assert (counts["ok"], counts["skipped"], counts["quarantined"]) == (1, {"other_task": 3}, {})
+    rewards = Artifact(config.runtime.artifact_root, reward_spec(config, prepare, artifact))
+    rewards.begin()
+    run_reward(config, rewards, prepare, artifact)
+    assert [row["reward"] is None for row in rewards.read("rewards").to_pylist()] == [False, True, True, True]
+
+
+def test_llm_rs_prompt_has_a_blank_line_and_its_target_is_the_first(tmp_path, llm):
+    """Without the blank line the example runs into the query, and the scores compare with nobody's (B.4)."""
+    prepare, candidates = make_world(tmp_path, 8, task="icl", targets=("Paris", "the sea"))
+    settings = TaskScore(feedback="likelihood", prompt="llm_r")
+    jobs = score_jobs(make_config(tmp_path, queries_task="icl", score=settings), prepare, candidates).of_shard(0)
+    asked = [request for job in jobs for request in scoring.scoring_requests(job, {})]
+    texts = {"".join(segment.text for segment in request.segments) for request in asked if request.unit == "q0"}
+    assert texts == {f"{passage}\n\nwhat is number 0?\n" for passage in PASSAGES}
+    assert {request.targets for request in asked} == {("Paris",)}

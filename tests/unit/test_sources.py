@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmr_ray.config import DatasetConfig
 from llmr_ray.data import memory
-from llmr_ray.data.examples import TASKS
+from llmr_ray.data.examples import SAMPLES
 from llmr_ray.data.memory import locate
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
 from llmr_ray.data.sources import reader
@@ -289,7 +289,7 @@ def test_bfcl_memory_is_for_testing_only(tmp_path: Path) -> None:
 
 
 def icl(tmp_path: Path, name: str, rows: list[Any]) -> list[Record]:
-    write_lines(tmp_path / TASKS[name].file, rows)
+    write_lines(tmp_path / SAMPLES[name].file, rows)
     return read(source(tmp_path, "icl", name=name, task="icl"))
 
 
@@ -342,6 +342,43 @@ def test_labelled_and_free_answers(tmp_path: Path) -> None:
     assert isinstance(document, Document)
     assert (query.query, query.targets, query.options) == ("Question: who is it? Answer:", ("me", "I"), None)
     assert document.text.endswith("\nme")
+
+
+def test_raw_rows_of_the_table(tmp_path: Path) -> None:
+    """Who has the raw data sets renders them as published; labels by number or word, options as a list (B.2)."""
+    rte = [{"premise": "P", "hypothesis": "H", "label": label} for label in (1, "Yes", 7, None)]
+    write_lines(tmp_path / "rte.jsonl", rte)
+    records = read(source(tmp_path, "icl", name="rte", task="icl"))
+    assert [query.targets for query in kinds(records, Query)] == [("No",), ("Yes",)]
+    text = 'P Based on the paragraph above can we conclude that "H"? Yes or No?'
+    assert kinds(records, Document)[0].text == f"{text}\nNo"
+    assert [bad.reason for bad in kinds(records, Bad)] == ["unknown_label", "missing_field"]
+    four = ["a", "b", "c", "d"]
+    rows = [
+        {"question": "q", "options": options, "answer": answer}
+        for options, answer in [
+            (four, "C"),
+            (four, 2),
+            (four, "c"),
+            (four, "E"),
+            (four, 4),
+            (["a", "b"], "A"),
+            (["a"], 0),
+            (["a", "A"], 0),
+        ]
+    ]
+    write_lines(tmp_path / "arc_c.jsonl", rows)
+    records = read(source(tmp_path, "icl", name="arc_c", task="icl"))
+    assert [query.gold_option for query in kinds(records, Query)] == [2, 2, 2]
+    assert [skip.reason for skip in kinds(records, Skip)] == ["other_number_of_options"]
+    reasons = ["answer_not_in_options", "answer_not_in_options", "unreadable_options", "equal_options"]
+    assert [bad.reason for bad in kinds(records, Bad)] == reasons
+    write_lines(tmp_path / "gigaword.jsonl", [{"text": text, "answer": "x"} for text in ("a", "a # b", "UNK")])
+    records = read(source(tmp_path, "icl", name="gigaword", task="icl"))
+    assert [skip.reason for skip in kinds(records, Skip)] == ["unwanted_text"] * 2
+    write_lines(tmp_path / "yelp.jsonl", [{"text": "w " * size, "label": 1} for size in (256, 257)])
+    records = read(source(tmp_path, "icl", name="yelp", task="icl"))
+    assert len(kinds(records, Query)) == 1
 
 
 def test_reviews(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Pairs about which the LLM is not asked, because a rule already says that the candidate is worse (methods.md B.4).
+
+LLM-R scores an example of another task, and in a classification one with another label, -100: such a candidate ranks
+below all that the LLM scored. Here it has no score at all, and the rule as the reason, so that no mean, softmax or
+margin takes a number that nobody measured, and the LLM is not paid for it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llmr_ray.config import TaskScore
+from llmr_ray.data.example_tasks import TASKS, pool_of
+
+OTHER_TASK = "other_task"
+OTHER_LABEL = "other_label"
+
+RULES = frozenset({OTHER_TASK, OTHER_LABEL})
+"""Reasons for a pair without a score that are no failures."""
+
+
+def rule_of(settings: TaskScore, query: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:
+    """The rule by which a candidate ranks below all scored ones; None where the LLM is to be asked.
+
+    The rules do not add up: a label is compared only within a task (methods.md I.18). An example's label is its last
+    line, because its input may have several.
+
+    Args:
+        settings: of the query's task.
+        query: a row of `queries`.
+        document: a row of `corpus`; `dataset` in its meta names the task that it is an example of.
+    """
+    if not (settings.same_task or settings.same_label):
+        return None
+    own = pool_of(query["dataset"])
+    if json.loads(document["meta"] or "{}").get("dataset") != own:
+        return OTHER_TASK if settings.same_task else None
+    is_classification = own in TASKS and TASKS[own].kind == "labels"
+    if settings.same_label and is_classification and document["text"].rsplit("\n", 1)[-1] != query["targets"][0]:
+        return OTHER_LABEL
+    return None
