@@ -51,17 +51,22 @@ class Job:
 
 
 def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_candidate_tokens: int, seed: int) -> Job:
-    """A job. Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2)."""
-    targets = list(query["targets"])
-    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    """A job."""
     return Job(
         query=query,
         documents=tuple(documents),
         settings=settings,
-        target=targets[int(rng.integers(len(targets)))] if targets else None,
+        target=desired_output(query, seed),
         max_candidate_tokens=max_candidate_tokens,
         seed=seed,
     )
+
+
+def desired_output(query: Row, seed: int) -> str | None:
+    """Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2)."""
+    targets = list(query["targets"])
+    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    return targets[int(rng.integers(len(targets)))] if targets else None
 
 
 def sampling_requests(job: Job) -> list[LLMRequest]:

@@ -137,6 +137,15 @@ class CrossEncoder(TextModel):
         """The encoder below the head; BERT's pooler is a part of it."""
         return self.module.base_model
 
+    @property
+    def heads(self) -> list[Any]:
+        """The classifier, which may be a fresh one."""
+        return [part for part in self.module.children() if part is not self.transformer]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole texts without special tokens: what `template` puts together."""
+        return tokenize(self.tokenizer, texts)
+
     def score(self, pairs: Tokens, batch_tokens: int) -> np.ndarray:
         """The logits of pairs that `template` made: float32 [n], in their order.
 
@@ -187,7 +196,7 @@ def _load(path: Path, head_seed: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     with loading(path, "a cross-encoder") as missing, torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(head_seed)
+        torch.default_generator.manual_seed(head_seed)
         module = AutoModelForSequenceClassification.from_pretrained(
             str(path),
             num_labels=1,

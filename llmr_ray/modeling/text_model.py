@@ -82,6 +82,11 @@ class TextModel(ABC):
     def transformer(self) -> Any:
         """The transformers model within `module`, without what is made of its output."""
 
+    @property
+    def heads(self) -> list[Any]:
+        """Parts of `module` on top of the transformer that have to be trained even where it has adapters."""
+        return []
+
     @abstractmethod
     def save(self, folder: Path | str, prompts: dict[str, str]) -> None:
         """Writes a folder that others load without this package; the caller makes it atomic."""

@@ -10,9 +10,9 @@ import torch
 from llmr_ray.schemas import table_of
 from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
+from llmr_ray.training.bi_encoder import nearness
 from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.objective import local_batch
-from llmr_ray.training.step import nearness
 from tests.training_setup import TASKS, groups_table
 
 

@@ -1,0 +1,196 @@
+"""The reward model from the LLM's rewards to rewards of its own, under Ray."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.assets import Asset
+from llmr_ray.config import (
+    Config,
+    DatasetConfig,
+    RewardModelConfig,
+    RuntimeConfig,
+    TaskConfig,
+    TaskScore,
+    TaskTrain,
+    TrainConfig,
+)
+from llmr_ray.evaluation.agreement import rank_agreement
+from llmr_ray.modeling.cross_encoder import CrossEncoder
+from llmr_ray.modeling.embedder import fingerprint_of
+from llmr_ray.schemas import table_of
+from llmr_ray.training.pairs import is_held_out
+from llmr_ray.training.reward_model import FILE, reward_model_spec, run_reward_model, run_teach, teach_spec
+from llmr_ray.training.stage import group_spec, run_group
+from tests.tiny import tiny_bert
+from tests.training_setup import groups_table
+
+pytestmark = pytest.mark.ray
+
+FEEDBACK = ("chat", "icl", "lrlm")
+
+
+def finished(root, stage, *shards):
+    """A committed artifact of some shards, each the rows of its tables."""
+    artifact = Artifact(root, ArtifactSpec(stage=stage, version=1, config={}, inputs={}))
+    artifact.begin()
+    for shard, tables in enumerate(shards):
+        content = {name: table_of(name, rows) for name, rows in tables.items()}
+        artifact.write_shard(shard, content, Counts(rows_in=1, ok=1))
+    artifact.commit(len(shards), seconds=0)
+    return artifact
+
+
+@pytest.fixture
+def problem(tmp_path):
+    """A configuration, the inputs of both stages (candidates in two shards, one query of them unrewarded), a base."""
+    rows = groups_table(num_queries=40, tasks=(*FEEDBACK, "tool")).to_pylist()
+    corpus = [
+        {"doc_id": doc_id, "pool": "p", "position": place, "task": row["task"], "text": doc}
+        for row in rows
+        for place, (doc_id, doc) in enumerate(zip(row["doc_ids"], row["docs"], strict=True))
+    ]
+    queries = [
+        {key: row[key] for key in ("query_id", "task", "dataset", "query")}
+        | {"split": "train", "targets": [row["query"]], "pool": "p"}
+        for row in rows
+    ]
+    candidates = [
+        [{"query_id": row["query_id"], "doc_id": doc_id, "source": "given"} for doc_id in row["doc_ids"]]
+        for row in rows
+    ]
+    rewards = [
+        {"query_id": row["query_id"], "doc_id": doc_id, "reward": reward, "reward_source": "llm"}
+        for row in rows[1:]
+        for doc_id, reward in zip(row["doc_ids"], row["rewards"] or [], strict=False)
+    ]
+    tables = {"queries": queries, "corpus": corpus, "qrels": []}
+    train = TrainConfig(
+        num_steps=60,
+        global_batch_size=16,
+        group_size=4,
+        learning_rate=3e-3,
+        temperature=1.0,
+        batching="mixed",
+        self_paced=False,
+        checkpoint_interval=20,
+        dropout=False,
+    )
+    config = Config(
+        name="test",
+        seed=11,
+        datasets={f"{task}-set": DatasetConfig(task=task, num_train=40) for task in (*FEEDBACK, "tool")},
+        tasks={
+            task: TaskConfig(
+                score=TaskScore(feedback="none" if task == "tool" else "likelihood"),
+                train=TaskTrain(positive="teacher", negatives="lowest", top_positives=2, kl_weight=1.0)
+                if task != "tool"
+                else TaskTrain(contrastive_weight=1.0),
+            )
+            for task in (*FEEDBACK, "tool")
+        },
+        reward_model=RewardModelConfig(
+            model="tiny",
+            max_tokens=24,
+            precision="float32",
+            top_positives=1,
+            bottom_negatives=4,
+            held_out_fraction=0.3,
+            train=train,
+        ),
+        runtime=RuntimeConfig(train_workers=1, run_root=str(tmp_path / "runs")),
+    )
+    folder = tiny_bert(tmp_path / "base")
+    inputs = {
+        "prepare": finished(tmp_path, "prepare", tables),
+        "candidates": finished(
+            tmp_path,
+            "mine",
+            {"candidates": [pair for of in candidates[:70] for pair in of]},
+            {"candidates": [pair for of in candidates[70:] for pair in of]},
+        ),
+    }
+    llm = finished(tmp_path, "reward", {"rewards": rewards})
+    return config, inputs, llm, Asset("tiny", "local", folder, fingerprint_of(folder)), tmp_path
+
+
+def test_the_reward_model_learns_the_llm_s_order_and_teaches_it(local_ray, problem):
+    """Prevents a teacher that learned nothing, that ranks no better where it did not train, or whose rewards are those
+    of other pairs."""
+    config, inputs, llm, base, root = problem
+    made = {**inputs, "rewards": llm, "base": base}
+    model = Artifact(root, reward_model_spec(config, **made))
+    model.begin()
+    run_reward_model(config, model, **made)
+    queries = inputs["prepare"].read("queries").to_pylist()
+    held_out = {row["query_id"] for row in queries if is_held_out(row["query_id"], 0.3)}
+    counts = model.require()["counts"]
+    rewarded = [row["query_id"] for row in queries if row["task"] in FEEDBACK and row["query_id"] not in held_out]
+    assert counts["skipped"]["task_without_feedback"] == 40
+    assert counts["skipped"]["held_out"] == len([query for query in held_out if not query.startswith("tool")])
+    assert counts["ok"] + counts["skipped"].get("no_rewards", 0) == len(rewarded)
+    assert set(model.read("groups")["query_id"].to_pylist()).isdisjoint(held_out)
+    steps = model.read("steps")
+    losses = steps["loss"].to_numpy()
+    assert losses[-10:].mean() < losses[:10].mean()
+    assert not (model.path / "work").exists()
+
+    taught = {**inputs, "reward_model": model}
+    artifact = Artifact(root, teach_spec(config, **taught))
+    artifact.begin()
+    run_teach(config, artifact, **taught)
+    rewards = artifact.read("rewards")
+    counts = artifact.require()["counts"]
+    assert counts["ok"] == rewards.num_rows == 120 * 6
+    assert counts["skipped"] == {"task_without_feedback": 40 * 6}
+    assert set(rewards["reward_source"].to_pylist()) == {"reward_model"}
+
+    # The rewards are those of their pairs: read anew by a model in this process, one by one.
+    teacher = CrossEncoder(model.file(FILE), max_tokens=24, precision="float32", device="cpu")
+    texts = {row["doc_id"]: row["text"] for row in inputs["prepare"].read("corpus").to_pylist()}
+    asked = {row["query_id"]: row["query"] for row in queries}
+    for row in rewards.slice(100, 500).to_pylist()[::83]:
+        query = asked[row["query_id"]]
+        ids = teacher.tokenizer(f"{query}\n{query}", texts[row["doc_id"]], truncation="longest_first", max_length=24)[
+            "input_ids"
+        ]
+        assert row["reward"] == pytest.approx(float(teacher.score([ids], 64)[0]), abs=1e-4)
+
+    untrained = run_untrained(config, root, taught, base)
+    before, after = (rank_agreement(table, llm.read("rewards")) for table in (untrained, rewards))
+    seen, new = ([query in held_out for query in after].count(which) for which in (False, True))
+    assert seen > 50
+    assert new > 20
+    for which in (False, True):
+        of = [query for query in after if (query in held_out) == which]
+        assert np.mean([after[query] for query in of]) > np.mean([before[query] for query in of]) + 0.1
+
+    # They take the place of the LLM's rewards.
+    grouped = {**inputs, "rewards": artifact}
+    groups = Artifact(root, group_spec(config, **grouped))
+    groups.begin()
+    run_group(config, groups, **grouped)
+    assert groups.require()["counts"]["ok"] >= 120
+    assert groups.require()["extra"]["documents_without_reward"] == 0
+
+    # Another run writes the same bytes, whoever does the shards.
+    again = Artifact(root / "again", teach_spec(config, **taught))
+    again.begin()
+    run_teach(dataclasses.replace(config, runtime=RuntimeConfig(encode_actors=1)), again, **taught)
+    assert {name: entry["sha256"] for name, entry in again.require()["files"].items()} == {
+        name: entry["sha256"] for name, entry in artifact.require()["files"].items()
+    }
+
+
+def run_untrained(config, root, taught, base):
+    """Rewards of the model at its first step."""
+    spec = ArtifactSpec(stage="reward_model", version=0, config={}, inputs={})
+    fresh = Artifact(root, spec)
+    CrossEncoder(base.path, max_tokens=24, precision="float32", device="cpu").save(fresh.file(FILE), {})
+    inputs = {**taught, "reward_model": fresh}
+    artifact = Artifact(root, teach_spec(config, **inputs))
+    artifact.begin()
+    run_teach(config, artifact, **inputs)
+    return artifact.read("rewards")
