@@ -183,7 +183,7 @@ class Trainer:
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise DataError(
                 f"step {step} ({block.dataset}): loss {mean_loss}, gradient norm {grad_norm}. Training diverged: lower "
-                "train.learning_rate, raise train.temperature, or look for extreme rewards in this data set."
+                "its learning_rate, raise its temperature, or look for extreme rewards in this data set."
             )
         task = self.data.task(int(block.rows[0])) if block.dataset != MIXED else MIXED
         factor = self.paced.observe(step, task, mean_loss) if config.self_paced else 1.0
