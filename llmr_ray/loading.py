@@ -132,6 +132,12 @@ def _check_run(config: Config) -> None:
         _check_turns(f"tasks.{name}.train", task.train)
     if config.reward_model.model:
         _check_reward_model(config.reward_model, config.runtime)
+        tasks = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
+        if all(config.tasks[task].score.feedback == "none" for task in tasks):
+            raise ConfigError(
+                f"reward_model.model is set, but none of the tasks that train {sorted(tasks)} has LLM feedback for it "
+                "to learn from. Set score.feedback of a task, or leave reward_model.model empty."
+            )
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
 

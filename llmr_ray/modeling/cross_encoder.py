@@ -178,12 +178,11 @@ class CrossEncoder(TextModel):
             output.pooler_output = pooler(output.last_hidden_state)
         return output
 
-    def save(self, folder: Path | str, prompts: dict[str, str]) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes a folder that transformers and sentence-transformers load as a model for pairs of texts.
 
         Args:
             folder: created; the caller makes it atomic.
-            prompts: a cross-encoder has none.
         """
         self.module.config.sentence_transformers = _RAW_LOGITS
         self.module.save_pretrained(str(folder))

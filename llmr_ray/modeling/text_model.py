@@ -88,10 +88,6 @@ class TextModel(ABC):
         return []
 
     @abstractmethod
-    def save(self, folder: Path | str, prompts: dict[str, str]) -> None:
-        """Writes a folder that others load without this package; the caller makes it atomic."""
-
-    @abstractmethod
     def _of_padded(self, features: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """The result for texts as rows of one width: input_ids and attention_mask [B, L] to [B, ...]."""
 

@@ -52,7 +52,7 @@ class CrossEncoderRecipe:
 
     def save(self, model: CrossEncoder, folder: Path) -> None:
         """A transformers folder."""
-        model.save(folder, {})
+        model.save(folder)
 
     def objective(self, model: CrossEncoder, data: TrainingData) -> "CrossEncoding":
         """The cross-entropy of groups."""
@@ -101,12 +101,16 @@ class CrossEncoding:
         )
         key_BG = np.stack([group.pool.keys[group.places] for group in groups])
         text_BG = np.stack([self.data.pool_texts(row)[group.places] for row, group in zip(rows_B, groups, strict=True)])
-        # A group of too few documents repeats some; what is computed is each pair once.
-        query_BG = np.broadcast_to(self.data.query_texts(rows_B)[:, None], text_BG.shape)
-        pairs_T2, where = np.unique(np.stack([query_BG, text_BG], -1).reshape(-1, 2), axis=0, return_inverse=True)
+        # A group of too few documents repeats some; what is computed is each pair once. They stand in the order of
+        # queries and places in their pools, which does not depend on how the data is cut into shards.
+        place_BG = np.stack([group.places for group in groups])
+        query_place_BG = place_BG + np.arange(len(rows_B))[:, None] * (place_BG.max() + 1)
+        _, first_T, pair_BG = np.unique(query_place_BG, return_index=True, return_inverse=True)
+        lefts_T = self.data.query_texts(rows_B)[first_T // train.group_size]
+        pairs = zip(lefts_T, text_BG.reshape(-1)[first_T], strict=True)
         return PairBatch(
-            tokens=[self.template.pair(*(self.data.text(int(number)) for number in pair)) for pair in pairs_T2],
-            pair_BG=where.reshape(text_BG.shape),
+            tokens=[self.template.pair(self.data.text(int(left)), self.data.text(int(right))) for left, right in pairs],
+            pair_BG=pair_BG.reshape(text_BG.shape),
             same_BGG=key_BG[:, :, None] == key_BG[:, None, :],
             rewards_BG=np.stack([group.rewards for group in groups]),
             temperature=train.temperature,

@@ -42,9 +42,10 @@ def finished(root, stage, *shards):
     return artifact
 
 
-@pytest.fixture
-def problem(tmp_path):
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
     """A configuration, the inputs of both stages (candidates in two shards, one query of them unrewarded), a base."""
+    tmp_path = tmp_path_factory.mktemp("reward")
     rows = groups_table(num_queries=40, tasks=(*FEEDBACK, "tool")).to_pylist()
     corpus = [
         {"doc_id": doc_id, "pool": "p", "position": place, "task": row["task"], "text": doc}
@@ -115,70 +116,82 @@ def problem(tmp_path):
     return config, inputs, llm, Asset("tiny", "local", folder, fingerprint_of(folder)), tmp_path
 
 
-def test_the_reward_model_learns_the_llm_s_order_and_teaches_it(local_ray, problem):
-    """Prevents a teacher that learned nothing, that ranks no better where it did not train, or whose rewards are those
-    of other pairs."""
+@pytest.fixture(scope="module")
+def taught(local_ray, problem):
+    """The artifacts of both stages."""
     config, inputs, llm, base, root = problem
     made = {**inputs, "rewards": llm, "base": base}
     model = Artifact(root, reward_model_spec(config, **made))
     model.begin()
     run_reward_model(config, model, **made)
-    queries = inputs["prepare"].read("queries").to_pylist()
+    given = {**inputs, "reward_model": model}
+    artifact = Artifact(root, teach_spec(config, **given))
+    artifact.begin()
+    run_teach(config, artifact, **given)
+    return model, artifact
+
+
+def test_the_reward_model_says_what_it_learned_from(problem, taught):
+    """Prevents held-out queries from training it, and queries from being lost without a word."""
+    model, _ = taught
+    queries = problem[1]["prepare"].read("queries").to_pylist()
     held_out = {row["query_id"] for row in queries if is_held_out(row["query_id"], 0.3)}
+    rewarded = {row["query_id"] for row in queries if row["task"] in FEEDBACK}
     counts = model.require()["counts"]
-    rewarded = [row["query_id"] for row in queries if row["task"] in FEEDBACK and row["query_id"] not in held_out]
     assert counts["skipped"]["task_without_feedback"] == 40
-    assert counts["skipped"]["held_out"] == len([query for query in held_out if not query.startswith("tool")])
-    assert counts["ok"] + counts["skipped"].get("no_rewards", 0) == len(rewarded)
-    assert set(model.read("groups")["query_id"].to_pylist()).isdisjoint(held_out)
-    steps = model.read("steps")
-    losses = steps["loss"].to_numpy()
+    assert counts["skipped"]["held_out"] == len(rewarded & held_out)
+    assert counts["ok"] + counts["skipped"].get("no_rewards", 0) == len(rewarded - held_out)
+    assert set(model.read("groups")["query_id"].to_pylist()) <= rewarded - held_out
+    losses = model.read("steps")["loss"].to_numpy()
     assert losses[-10:].mean() < losses[:10].mean()
     assert not (model.path / "work").exists()
 
-    taught = {**inputs, "reward_model": model}
-    artifact = Artifact(root, teach_spec(config, **taught))
-    artifact.begin()
-    run_teach(config, artifact, **taught)
-    rewards = artifact.read("rewards")
-    counts = artifact.require()["counts"]
+
+def test_every_candidate_has_the_reward_of_its_own_pair(problem, taught):
+    """Prevents rewards that went to other pairs: read anew by transformers' own tokenizer, one by one."""
+    model, artifact = taught
+    prepare = problem[1]["prepare"]
+    rewards, counts = artifact.read("rewards"), artifact.require()["counts"]
     assert counts["ok"] == rewards.num_rows == 120 * 6
     assert counts["skipped"] == {"task_without_feedback": 40 * 6}
     assert set(rewards["reward_source"].to_pylist()) == {"reward_model"}
-
-    # The rewards are those of their pairs: read anew by a model in this process, one by one.
     teacher = CrossEncoder(model.file(FILE), max_tokens=24, precision="float32", device="cpu")
-    texts = {row["doc_id"]: row["text"] for row in inputs["prepare"].read("corpus").to_pylist()}
-    asked = {row["query_id"]: row["query"] for row in queries}
-    for row in rewards.slice(100, 500).to_pylist()[::83]:
-        query = asked[row["query_id"]]
-        ids = teacher.tokenizer(f"{query}\n{query}", texts[row["doc_id"]], truncation="longest_first", max_length=24)[
-            "input_ids"
-        ]
+    texts = {row["doc_id"]: row["text"] for row in prepare.read("corpus").to_pylist()}
+    asked = {row["query_id"]: f"{row['query']}\n{row['targets'][0]}" for row in prepare.read("queries").to_pylist()}
+    for row in rewards.to_pylist()[::83]:
+        pair = (asked[row["query_id"]], texts[row["doc_id"]])
+        ids = teacher.tokenizer(*pair, truncation="longest_first", max_length=24)["input_ids"]
         assert row["reward"] == pytest.approx(float(teacher.score([ids], 64)[0]), abs=1e-4)
 
-    CrossEncoder(base.path, max_tokens=24, precision="float32", device="cpu").save(root / "fresh", {})
-    untrained = by_hand(config, root / "untrained", inputs, artifact.spec, root / "fresh").read("rewards")
-    before, after = (rank_agreement(table, llm.read("rewards")) for table in (untrained, rewards))
-    seen, new = ([query in held_out for query in after].count(which) for which in (False, True))
-    assert seen > 50
-    assert new > 20
-    print(
-        "AGREE", np.mean(list(before.values())), np.mean(list(after.values())), losses[:10].mean(), losses[-10:].mean()
-    )
-    for which in (False, True):
-        of = [query for query in after if (query in held_out) == which]
-        assert np.mean([after[query] for query in of]) > np.mean([before[query] for query in of]) + 0.1
 
-    # They take the place of the LLM's rewards.
-    grouped = {**inputs, "rewards": artifact}
-    groups = Artifact(root, group_spec(config, **grouped))
+def test_it_ranks_as_the_llm_does_also_where_it_did_not_train(problem, taught):
+    """Prevents a teacher that learned nothing, or its queries by heart."""
+    config, inputs, llm, base, root = problem
+    _, artifact = taught
+    CrossEncoder(base.path, max_tokens=24, precision="float32", device="cpu").save(root / "fresh")
+    untrained = by_hand(config, root / "untrained", inputs, artifact.spec, root / "fresh")
+    before, after = (rank_agreement(of.read("rewards"), llm.read("rewards")) for of in (untrained, artifact))
+    for which in (False, True):
+        queries = [query for query in after if is_held_out(query, 0.3) == which]
+        assert len(queries) > 20
+        assert np.mean([after[query] for query in queries]) > np.mean([before[query] for query in queries]) + 0.1
+
+
+def test_its_rewards_take_the_place_of_the_llm_s(problem, taught):
+    """Prevents a table that the stage group cannot join, or that leaves documents without a reward."""
+    config, inputs, _, _, root = problem
+    given = {**inputs, "rewards": taught[1]}
+    groups = Artifact(root, group_spec(config, **given))
     groups.begin()
-    run_group(config, groups, **grouped)
+    run_group(config, groups, **given)
     assert groups.require()["counts"]["ok"] >= 120
     assert groups.require()["extra"]["documents_without_reward"] == 0
 
-    # Another run writes the same bytes, in whatever order the shards are done.
+
+def test_the_same_bytes_in_whatever_order_the_shards_are_done(problem, taught):
+    """Prevents rewards that depend on which actor took which shard."""
+    config, inputs, _, _, root = problem
+    model, artifact = taught
     again = by_hand(config, root / "again", inputs, artifact.spec, model.file(FILE))
     assert again.require()["files"] == artifact.require()["files"]
 

@@ -63,6 +63,15 @@ def test_settings_of_a_reward_model_are_checked_where_there_is_one(override: str
         loading.load(CONF / "quickstart.yaml", ["reward_model.model=minilm-l6", override])
 
 
+def test_a_reward_model_needs_feedback_to_learn_from(tmp_path: Path) -> None:
+    """A run whose tasks have labels alone would end in a stage that finds no query."""
+    text = "tasks: {tool: {train: {contrastive_weight: 1.0}}}\ndatasets: {x: {task: tool, num_train: 5}}\n"
+    path = write(tmp_path, text)
+    loading.load(path)
+    with pytest.raises(ConfigError, match="to learn from"):
+        loading.load(path, ["reward_model.model=minilm-l6"])
+
+
 def test_layers_merge_left_to_right(tmp_path: Path) -> None:
     """Later files and overrides win, and untouched values of earlier ones stay."""
     write(tmp_path, "train: {num_steps: 7, group_size: 3}\n", "a.yaml")

@@ -92,7 +92,7 @@ def test_others_load_what_is_saved_and_compute_the_same_logits(folders, tmp_path
     model = load(folders[name])
     ours = score(model)
     assert np.ptp(ours) > 1e-3
-    model.save(tmp_path / "saved", {})
+    model.save(tmp_path / "saved")
     np.testing.assert_allclose(ours, theirs(tmp_path / "saved"), atol=1e-4)
     library = sentence_transformers.CrossEncoder(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose(ours, library.predict(PAIRS, show_progress_bar=False), atol=1e-4)
@@ -145,7 +145,7 @@ def test_a_head_of_other_labels_is_replaced(folders, tmp_path):
 def test_an_incomplete_encoder_is_refused(folders, tmp_path):
     """Prevents random weights in the encoder, where only the head may be fresh."""
     model = load(folders["bert"])
-    model.save(tmp_path, {})
+    model.save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["bert.encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -156,7 +156,7 @@ def test_an_incomplete_encoder_is_refused(folders, tmp_path):
 def test_pickled_weights_and_missing_folders_are_refused(folders, tmp_path):
     """Prevents code of a downloaded file from being run."""
     model = load(folders["bert"])
-    model.save(tmp_path, {})
+    model.save(tmp_path)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ResourceError, match="pickled"):

@@ -132,6 +132,17 @@ def test_the_documents_of_a_query_change_with_the_epoch(setup, tmp_path):
         assert sorted(a[1:]) != sorted(b[1:])
 
 
+def test_pairs_do_not_depend_on_where_the_data_is_cut(setup, tmp_path):
+    """Prevents an order of pairs, and so other dropout and rounding, that the shards of the groups decide."""
+    table = groups_table(tasks=PAIR_TASKS, num_queries=8)
+    whole = make_pair_data(tmp_path / "data", setup[0], table)
+    trainers = [make_pair_trainer(tmp_path / data.parent.name, setup[0], data) for data in (setup[1], whole)]
+    for number in range(4):
+        one, other = (trainer.objective.batch(trainer.plan.block(number)) for trainer in trainers)
+        assert [ids.tolist() for ids in one.tokens] == [ids.tolist() for ids in other.tokens]
+        np.testing.assert_array_equal(one.pair_BG, other.pair_BG)
+
+
 @pytest.mark.parametrize("memory", ["grad_cache", "checkpointing"])
 def test_gradient_in_small_memory_is_the_plain_one(setup, tmp_path, monkeypatch, memory):
     """Prevents a cross-encoder for which only the plain backward pass works."""
