@@ -146,6 +146,7 @@ def run(folder: Path, seed: int, paced: bool, steps: int) -> dict[str, Any]:
     from llmr_ray.evaluation.look import measure
     from llmr_ray.modeling.embedder import Embedder
     from llmr_ray.training import checkpoint
+    from llmr_ray.training.bi_encoder import EmbedderRecipe
     from llmr_ray.training.dataset import read_training_data, write_shard
     from llmr_ray.training.step import Trainer
 
@@ -174,25 +175,29 @@ def run(folder: Path, seed: int, paced: bool, steps: int) -> dict[str, Any]:
     )
     trainer = Trainer(
         base=base,
-        load=load,
         data=read_training_data([folder / "data"]),
-        config=TrainConfig(
-            num_steps=steps,
-            global_batch_size=BATCH,
-            group_size=GROUP,
-            temperature=0.05,
-            self_paced=paced,
-            self_paced_interval=max(1, steps // 6),
-            checkpoint_interval=0,
+        recipe=EmbedderRecipe(
+            seed=seed,
+            tasks={name: TaskTrain(contrastive_weight=1.0) for name in pairs},
+            max_query_tokens=64,
+            max_document_tokens=64,
+            precision="float32",
+            train=TrainConfig(
+                num_steps=steps,
+                global_batch_size=BATCH,
+                group_size=GROUP,
+                temperature=0.05,
+                self_paced=paced,
+                self_paced_interval=max(1, steps // 6),
+                checkpoint_interval=0,
+            ),
         ),
-        tasks={name: TaskTrain(contrastive_weight=1.0) for name in pairs},
-        seed=seed,
-        prompts={},
         root=folder,
+        device="cpu",
     )
-    before = means(trainer.embedder)
+    before = means(trainer.model)
     trainer.run()
-    after = means(trainer.embedder)
+    after = means(trainer.model)
     factors = defaultdict(list)
     for step in checkpoint.read_steps(folder):
         factors[step["task"]].append(step["self_paced_factor"])

@@ -165,6 +165,7 @@ def load_embedder(folder: Path) -> Any:
 def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
     """Our trainer at its first step."""
     from llmr_ray.config import TaskTrain
+    from llmr_ray.training.bi_encoder import EmbedderRecipe
     from llmr_ray.training.dataset import read_training_data
     from llmr_ray.training.step import Trainer
 
@@ -174,13 +175,17 @@ def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
     root.mkdir(exist_ok=True)
     return Trainer(
         base=Path(job["model"]),
-        load=load_embedder,
+        recipe=EmbedderRecipe(
+            train=train_config(job["batch_size"], job["steps"]),
+            seed=SEED,
+            tasks={"task": TaskTrain(positive="first", negatives="first", **weights)},
+            max_query_tokens=MAX_TOKENS,
+            max_document_tokens=MAX_TOKENS,
+            precision="float32",
+        ),
         data=read_training_data([data]),
-        config=train_config(job["batch_size"], job["steps"]),
-        tasks={"task": TaskTrain(positive="first", negatives="first", **weights)},
-        seed=SEED,
-        prompts={},
         root=root,
+        device="cpu",
     )
 
 

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
-from llmr_ray.config import TaskConfig, TaskTrain
+from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.schemas import table_of
 from llmr_ray.ticking import ticking
 from llmr_ray.training.batches import Plan
+from llmr_ray.training.bi_encoder import EmbedderRecipe
 from llmr_ray.training.dataset import read_training_data
 from llmr_ray.training.objective import local_batch
-from llmr_ray.training.stage import TokenizeWorker
+from llmr_ray.training.running import TokenizeWorker
 from tests.tiny import tiny_bert
 
 DOCUMENTS = 100_000
@@ -103,10 +104,15 @@ def write(root: Path, options: argparse.Namespace) -> dict[str, float]:
     worker = TokenizeWorker(
         Artifact(root, GROUPS),
         folders,
-        str(root / "base"),
-        {"qa": TaskConfig(query_instruction="query: ", document_instruction="document: ")},
-        max_query_tokens=32,
-        max_document_tokens=64,
+        root / "base",
+        EmbedderRecipe(
+            train=TrainConfig(),
+            seed=3,
+            tasks={},
+            instructions={"qa": ("query: ", "document: ")},
+            max_query_tokens=32,
+            max_document_tokens=64,
+        ),
     )
     peak, started = Peak("VmRSS"), time.perf_counter()
     with ticking(peak.look, 0.05, "peak"):

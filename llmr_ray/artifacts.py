@@ -294,6 +294,14 @@ class Artifact:
         whole = pa.concat_tables(parts)
         return conform(whole, table) if table in SCHEMAS else whole
 
+    def part(self, table: str, shard: int) -> pa.Table:
+        """What a shard holds of a table, once it is written; the artifact need not be finished."""
+        path = self.path / "parts" / f"{table}-{shard:05d}.parquet"
+        if shard not in self.ledger() or not path.exists():
+            raise DataError(f"{self.id}: shard {shard} of the table '{table}' is not written.")
+        part = pq.read_table(path)
+        return conform(part, table) if table in SCHEMAS else part
+
     def file(self, name: str) -> Path:
         """The path of a file below ``files/``."""
         return self.path / "files" / name

@@ -152,6 +152,8 @@ class TaskGroup:
     """Drop a query whose best reward is below this."""
     min_margin: float = 0.0
     """Drop a query whose best and worst reward differ by no more than this."""
+    same_label_negatives: bool = True
+    """False: in classification, an example of the query's own data set and label is never its negative (LLM-R, B.8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +166,13 @@ class TaskTrain:
     num_positives: int = 1
     """How many of them a group may hold, each against the negatives alone (AAR, D.6); the rest of the group are
     negatives."""
+    top_positives: int = 1
+    """teacher: the positive is one of so many best, in turn by epoch; none of them is a negative (LLM-R, B.5: 3). A
+    query that has no more documents than these is left out."""
     negatives: str = "random"
     """random, first, lowest or highest by reward; sampled anew at every step."""
+    bottom_negatives: int = 0
+    """lowest: negatives are taken from so many lowest, in turn by epoch (LLM-R, B.5: 16); 0: always the lowest."""
     contrastive_weight: float = 0.0
     """Weight of the contrastive loss (A.5.2)."""
     full_contrastive_weight: float = 0.0
@@ -278,7 +285,7 @@ class TrainConfig:
     schedule: str = "linear"
     """linear decay to 0, or constant, after a linear warm-up."""
     temperature: float = 0.02
-    """Divides cosines in every loss. Published: 0.01."""
+    """Divides cosines (or a cross-encoder's logits) in every loss. Published: 0.01."""
     matryoshka_dimensions: list[int] = field(default_factory=list)
     """The loss is the mean over embeddings cut to these sizes, beside the whole one (2205.13147); none: the whole."""
     max_grad_norm: float = 1.0
@@ -303,6 +310,43 @@ class TrainConfig:
     dropout: bool = True
     """False: dropout off, so that runs with different worker counts can be compared exactly."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+def _reward_model_training() -> TrainConfig:
+    return TrainConfig(
+        global_batch_size=16,
+        group_size=8,
+        learning_rate=1e-5,
+        warmup_fraction=0.13,
+        temperature=1.0,
+        batching="mixed",
+        self_paced=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """A cross-encoder between the LLM and the embedder: it learns to rank candidates as the LLM does (LLM-R, B.6)."""
+
+    model: str = ""
+    """An asset's name, a local folder or a hub name. Published: ELECTRA-base. Empty: none, the LLM's scores are the
+    rewards."""
+    sees_target: bool = True
+    """It reads the desired output behind the query, as no retriever could. False: for study."""
+    max_tokens: int = 384
+    """Of query, desired output and candidate together; the longer side is cut first."""
+    precision: str = "auto"
+    """float32, bfloat16 or auto, as the embedder's."""
+    top_positives: int = 3
+    """The positive is one of so many candidates that the LLM likes best, in turn by epoch."""
+    bottom_negatives: int = 16
+    """Negatives are taken from so many that it likes least, in turn by epoch."""
+    held_out_fraction: float = 0.05
+    """Share of the training queries that do not train it, by a hash of the id: on them it can be compared with the
+    LLM."""
+    train: TrainConfig = field(default_factory=_reward_model_training)
+    """Its optimisation. Published: 3000 steps, the first 400 warm-up, of 128 queries with 1 positive and 7 negatives
+    each, learning rate 1e-5, no temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +457,7 @@ class Config:
     llm: LLMConfig = field(default_factory=LLMConfig)
     bm25: BM25Config = field(default_factory=BM25Config)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: int = 1
     """How often candidates are mined, scored and trained on, each round from the initial embedder's weights with the

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmr_ray.config import Config
+from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -128,21 +128,62 @@ def _check_run(config: Config) -> None:
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
             )
-    if config.train.global_batch_size % max(1, config.runtime.train_workers):
-        raise ConfigError(
-            f"train.global_batch_size {config.train.global_batch_size} does not divide over "
-            f"{config.runtime.train_workers} train workers; unequal slices would change the gradient."
-        )
-    if config.train.batching == "heterogeneous" and config.train.global_batch_size % max(1, config.train.batch_shares):
-        raise ConfigError(
-            f"train.global_batch_size {config.train.global_batch_size} does not divide into the "
-            f"{config.train.batch_shares} equal parts of a heterogeneous batch. Change train.batch_shares."
-        )
     if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
         raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
-    if config.train.group_size < 2:
-        raise ConfigError("train.group_size must be at least 2: one positive and one negative.")
-    if not config.train.lora.alpha or config.train.lora.dropout >= 1:
-        raise ConfigError("train.lora.alpha must be above 0 and train.lora.dropout below 1: adapters would do nothing.")
+    _check_train(config.train, "train", config.runtime)
+    for name, task in config.tasks.items():
+        _check_turns(f"tasks.{name}.train", task.train)
+    if config.reward_model.model:
+        _check_reward_model(config.reward_model, config.runtime)
+        tasks = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
+        if all(config.tasks[task].score.feedback == "none" for task in tasks):
+            raise ConfigError(
+                f"reward_model.model is set, but none of the tasks that train {sorted(tasks)} has LLM feedback for it "
+                "to learn from. Set score.feedback of a task, or leave reward_model.model empty."
+            )
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
+
+
+def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None:
+    if train.global_batch_size % max(1, runtime.train_workers):
+        raise ConfigError(
+            f"{where}.global_batch_size {train.global_batch_size} does not divide over {runtime.train_workers} train "
+            "workers; unequal slices would change the gradient."
+        )
+    if train.batching == "heterogeneous" and train.global_batch_size % max(1, train.batch_shares):
+        raise ConfigError(
+            f"{where}.global_batch_size {train.global_batch_size} does not divide into the {train.batch_shares} equal "
+            f"parts of a heterogeneous batch. Change {where}.batch_shares."
+        )
+    if train.group_size < 2:
+        raise ConfigError(f"{where}.group_size must be at least 2: one positive and one negative.")
+    if not train.lora.alpha or train.lora.dropout >= 1:
+        raise ConfigError(
+            f"{where}.lora.alpha must be above 0 and {where}.lora.dropout below 1: adapters would do nothing."
+        )
+
+
+def _check_turns(where: str, task: TaskTrain) -> None:
+    if task.top_positives < 1 or (task.top_positives > 1 and task.positive != "teacher"):
+        raise ConfigError(
+            f"{where}.top_positives is {task.top_positives} and {where}.positive '{task.positive}', but only the "
+            "positives of `teacher` go round, and there is at least one."
+        )
+    if task.bottom_negatives and task.negatives != "lowest":
+        raise ConfigError(
+            f"{where}.bottom_negatives is {task.bottom_negatives}, but {where}.negatives is '{task.negatives}': only "
+            "those of `lowest` go round."
+        )
+
+
+def _check_reward_model(settings: RewardModelConfig, runtime: RuntimeConfig) -> None:
+    _check_train(settings.train, "reward_model.train", runtime)
+    if settings.train.matryoshka_dimensions:
+        raise ConfigError("reward_model.train.matryoshka_dimensions cut embeddings, and a cross-encoder has none.")
+    if not settings.train.temperature:
+        raise ConfigError("reward_model.train.temperature is 0, but logits are divided by it. Published: 1.")
+    if settings.top_positives < 1 or settings.bottom_negatives < 1:
+        raise ConfigError("reward_model.top_positives and bottom_negatives must be at least 1. Published: 3 and 16.")
+    if settings.held_out_fraction >= 1:
+        raise ConfigError("reward_model.held_out_fraction leaves no query to train on.")

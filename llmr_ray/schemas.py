@@ -96,8 +96,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "rewards": pa.schema(
         [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F, nullable=True), _field("reward_source", _S)]
     ),
-    # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold" or
-    # "candidate". rewards is null for tasks trained on labels alone, and null for a document below all that have one.
+    # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold",
+    # "candidate" or "same_label" (groups.py). rewards is null for tasks trained on labels alone, and holds null for a
+    # document below all that have one.
     "groups": pa.schema(
         [
             _field("query_id", _S),

@@ -10,6 +10,8 @@ import torch
 from llmr_ray.config import TaskTrain, TrainConfig
 from llmr_ray.modeling.embedder import Embedder
 from llmr_ray.schemas import table_of
+from llmr_ray.training.bi_encoder import EmbedderRecipe
+from llmr_ray.training.cross_encoder import CrossEncoderRecipe
 from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.step import Trainer
 
@@ -97,13 +99,18 @@ def make_trainer(root: Path, base: Path, data: Path, *, memory: str = "", **chan
     root.mkdir(parents=True, exist_ok=True)
     return Trainer(
         base=base,
-        load=load,
+        recipe=EmbedderRecipe(
+            train=TrainConfig(**(settings | changes)),  # type: ignore[arg-type]
+            seed=11,
+            tasks=TASKS,
+            max_query_tokens=12,
+            max_document_tokens=16,
+            precision="float32",
+            prompts={"query": "query: "},
+        ),
         data=read_training_data(sorted(data.iterdir())),
-        config=TrainConfig(**(settings | changes)),  # type: ignore[arg-type]
-        tasks=TASKS,
-        seed=11,
-        prompts={"query": "query: "},
         root=root,
+        device="cpu",
         grad_cache=memory == "grad_cache",
         checkpointing=memory == "checkpointing",
     )
@@ -117,3 +124,53 @@ def awake(trainer: Trainer) -> Trainer:
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return trainer
+
+
+PAIR_TASKS = tuple(task for task in TASKS if task != "tool")
+"""Tasks with rewards."""
+
+
+def make_pair_data(folder: Path, base: Path, groups: pa.Table, shard_rows: int = 60) -> Path:
+    """Writes the training data of a cross-encoder."""
+    write = pair_recipe().writer(base)
+    for shard, first in enumerate(range(0, groups.num_rows, shard_rows)):
+        write(groups.slice(first, shard_rows), folder / f"{shard:05d}")
+    return folder
+
+
+def pair_recipe(**changes: object) -> CrossEncoderRecipe:
+    """How the tiny cross-encoder is trained; `changes` go to TrainConfig."""
+    settings: dict[str, object] = {
+        "num_steps": 8,
+        "global_batch_size": 8,
+        "group_size": 4,
+        "learning_rate": 1e-3,
+        "temperature": 1.0,
+        "batching": "mixed",
+        "self_paced": False,
+        "checkpoint_interval": 3,
+        "dropout": False,
+    }
+    return CrossEncoderRecipe(
+        train=TrainConfig(**(settings | changes)),  # type: ignore[arg-type]
+        seed=11,
+        max_tokens=15,
+        precision="float32",
+        top_positives=2,
+        bottom_negatives=4,
+    )
+
+
+def make_pair_trainer(root: Path, base: Path, data: Path, *, memory: str = "", **changes: object) -> Trainer:
+    """A trainer of the tiny cross-encoder; see `make_trainer`."""
+    torch.set_num_threads(1)
+    root.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        base=base,
+        recipe=pair_recipe(**changes),
+        data=read_training_data(sorted(data.iterdir())),
+        root=root,
+        device="cpu",
+        grad_cache=memory == "grad_cache",
+        checkpointing=memory == "checkpointing",
+    )

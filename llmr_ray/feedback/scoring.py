@@ -61,19 +61,24 @@ class Job:
 
 
 def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_candidate_tokens: int, seed: int) -> Job:
-    """A job. Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2); LLM-R
-    always takes the first (B.4)."""
-    targets = list(query["targets"])[: 1 if settings.prompt == "llm_r" else None]
-    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    """A job."""
     return Job(
         query=query,
         documents=tuple(documents),
         rules=tuple(rule_of(settings, query, document) for document in documents),
         settings=settings,
-        target=targets[int(rng.integers(len(targets)))] if targets else None,
+        target=desired_output(query, settings, seed),
         max_candidate_tokens=max_candidate_tokens,
         seed=seed,
     )
+
+
+def desired_output(query: Row, settings: TaskScore, seed: int) -> str | None:
+    """Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2); LLM-R
+    always takes the first (B.4)."""
+    targets = list(query["targets"])[: 1 if settings.prompt == "llm_r" else None]
+    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    return targets[int(rng.integers(len(targets)))] if targets else None
 
 
 def sampling_requests(job: Job) -> list[LLMRequest]:

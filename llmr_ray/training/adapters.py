@@ -1,10 +1,9 @@
-"""Low-rank adapters (LoRA, 2106.09685): a large embedder trained through a small product beside each linear layer.
+"""Low-rank adapters (LoRA, 2106.09685): a large model trained through a small product beside each linear layer.
 
-y = W x + (alpha / rank) B A x, where W is frozen, A is random and B starts at zero: the first step embeds as the base
-does. In the end the products are added to the weights, and what is saved is a plain model that knows nothing of them.
+y = W x + (alpha / rank) B A x, where W is frozen, A is random and B starts at zero: the first step computes what the
+base does. In the end the products are added to the weights, and what is saved is a plain model that knows nothing of
+them.
 """
-
-from typing import Any
 
 import peft
 import torch
@@ -13,17 +12,17 @@ from transformers.pytorch_utils import Conv1D
 from llmr_ray.artifacts import seed_of
 from llmr_ray.config import LoraConfig
 from llmr_ray.errors import ConfigError
-from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.modeling.text_model import TextModel
 
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer."""
 
 
 class Adapters:
-    """Adapters within an embedder's transformer. From then on they are its only parameters that take a gradient.
+    """Adapters within a model's transformer. Within it they alone take a gradient; a head on top of it trains whole.
 
     Args:
-        embedder: changed in place.
+        model: changed in place.
         settings: rank above 0.
         seed: of the run; A depends on it alone.
 
@@ -31,20 +30,21 @@ class Adapters:
         ConfigError: the transformer has no linear layer of a name that is asked for.
     """
 
-    def __init__(self, embedder: Embedder, settings: LoraConfig, seed: int) -> None:
-        transformer: Any = embedder.module[0]
-        targets = _checked(settings.target_modules, transformer.model)
-        embedder.module.requires_grad_(False)
+    def __init__(self, model: TextModel, settings: LoraConfig, seed: int) -> None:
+        targets = _checked(settings.target_modules, model.transformer)
+        model.module.requires_grad_(False)
+        for head in model.heads:
+            head.requires_grad_(True)
         torch.manual_seed(seed_of(seed, "adapters"))
         adapted = peft.LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
         )
-        self._tuner = peft.LoraModel(transformer.model, adapted, "default")
+        self._tuner = peft.LoraModel(model.transformer, adapted, "default")
 
     def merge(self) -> None:
         """Adds the adapters to the weights and takes them out, in place and layer by layer: no second model in memory.
 
-        The embeddings stay what they were; nothing can be trained further.
+        What the model computes stays what it was; nothing can be trained further.
         """
         self._tuner.merge_and_unload()
 
@@ -57,7 +57,7 @@ def _checked(targets: list[str], model: torch.nn.Module) -> list[str] | str:
     unknown = [target for target in targets if not any(layer.endswith(f".{target}") for layer in layers)]
     if unknown or not targets:
         raise ConfigError(
-            f"train.lora.target_modules {unknown} name no linear layer of the embedder, so nothing of that name would "
-            f"be trained. It has {sorted({layer.rpartition('.')[2] for layer in layers})}; [{ALL_LINEAR}] takes all."
+            f"train.lora.target_modules {unknown} name no linear layer of the model, so nothing of that name would be "
+            f"trained. It has {sorted({layer.rpartition('.')[2] for layer in layers})}; [{ALL_LINEAR}] takes all."
         )
     return targets

@@ -1,8 +1,8 @@
 """Training checkpoints that survive what storage does to them.
 
-``ckpt-{step:08d}/`` holds the embedder (a sentence-transformers folder), ``optimizer.safetensors``, ``state.json`` and
+``ckpt-{step:08d}/`` holds the model (a folder as others load it), ``optimizer.safetensors``, ``state.json`` and
 ``MANIFEST.json`` with the sha256 of every file, written last; the folder itself appears by rename. Where adapters are
-trained, ``adapters.safetensors`` has them and the embedder, merged, is there after the last step alone. The newest
+trained, ``adapters.safetensors`` has them and the model, merged, is there after the last step alone. The newest
 checkpoint that verifies wins: a truncated or flipped file costs one interval and not the run (Ray Train's own recovery
 reads the newest checkpoint and never an older one). Where none verifies, training does not silently begin anew. Nothing
 here is pickled. ``steps.jsonl`` beside the checkpoints holds one record per step.
@@ -11,7 +11,7 @@ here is pickled. ``steps.jsonl`` beside the checkpoints holds one record per ste
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from llmr_ray.artifacts import canonical_json, sha256_file
 from llmr_ray.durable import remove, staged, write_atomic
 from llmr_ray.errors import DataError
-from llmr_ray.modeling.embedder import Embedder
 
 log = logging.getLogger(__name__)
 
 KEEP = 2
+MODEL = "model"
 MANIFEST = "MANIFEST.json"
 ADAPTERS = "adapters.safetensors"
 STEPS_FILE = "steps.jsonl"
@@ -44,9 +44,9 @@ class Checkpoint:
     state: dict[str, Any]
 
     @property
-    def embedder(self) -> Path:
-        """The sentence-transformers folder; where adapters are trained, of the last step alone."""
-        return self.folder / "embedder"
+    def model(self) -> Path:
+        """The model's folder; where adapters are trained, of the last step alone."""
+        return self.folder / MODEL
 
     def restore_adapters(self, adapters: dict[str, torch.nn.Parameter]) -> None:
         """Puts the saved adapters back, by parameter name."""
@@ -74,9 +74,8 @@ def save(
     root: Path,
     step: int,
     *,
-    embedder: Embedder | None,
+    save_model: Callable[[Path], None] | None,
     adapters: dict[str, torch.nn.Parameter],
-    prompts: dict[str, str],
     optimizer: torch.optim.Optimizer,
     names: dict[str, torch.nn.Parameter],
     state: dict[str, Any],
@@ -86,9 +85,8 @@ def save(
     Args:
         root: holds the checkpoints of one run.
         step: steps taken.
-        embedder: its weights are saved; None: the adapters are all that is new.
-        adapters: saved by name; none where the whole embedder is trained.
-        prompts: stored in the embedder's folder.
+        save_model: writes the model into a folder; None: the adapters are all that is new.
+        adapters: saved by name; none where the whole model is trained.
         optimizer: its per-parameter tensors are saved.
         names: the trained parameters by name.
         state: what else resuming needs, as JSON values.
@@ -101,8 +99,8 @@ def save(
     }
     with staged(folder) as staging:
         staging.mkdir()
-        if embedder is not None:
-            embedder.save(staging / "embedder", prompts)
+        if save_model is not None:
+            save_model(staging / MODEL)
         if adapters:
             weights = {name: parameter.detach().cpu().contiguous() for name, parameter in adapters.items()}
             save_file(weights, staging / ADAPTERS)
@@ -157,9 +155,9 @@ def newest(root: Path, *, allow_restart: bool = False) -> Checkpoint | None:
 
 
 def last_saved(root: Path) -> tuple[int, Path] | None:
-    """The step and the embedder of the newest checkpoint that has one, unverified: for those who only look."""
-    folders = [folder for folder in _folders(root) if (folder / "embedder").exists()]
-    return (int(folders[-1].name[5:]), folders[-1] / "embedder") if folders else None
+    """The step and the model of the newest checkpoint that has one, unverified: for those who only look."""
+    folders = [folder for folder in _folders(root) if (folder / MODEL).exists()]
+    return (int(folders[-1].name[5:]), folders[-1] / MODEL) if folders else None
 
 
 def read(folder: Path) -> Checkpoint:

@@ -20,11 +20,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from llmr_ray import stopping
 from llmr_ray.artifacts import canonical_json
-from llmr_ray.config import Config, RuntimeConfig, TaskConfig
+from llmr_ray.config import RuntimeConfig
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.training import checkpoint
 from llmr_ray.training.dataset import read_training_data
+from llmr_ray.training.recipe import Recipe
 from llmr_ray.training.speed import body_parameters, gemm_flops
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
@@ -38,10 +39,10 @@ STOP_FILE = "stop"
 
 
 def fit(
-    config: Config,
-    spec: Mapping[str, Any],
+    recipe: Recipe,
+    runtime: RuntimeConfig,
     *,
-    tasks: Mapping[str, TaskConfig],
+    name: str,
     data: Sequence[Path],
     base: Path,
     work: Path,
@@ -50,9 +51,9 @@ def fit(
     """Trains under Ray Train; workers that die or are told to stop are replaced, and so is what directs them.
 
     Args:
-        config: the run's.
-        spec: what the train artifact's identity says.
-        tasks: those that train.
+        recipe: what is trained, and how.
+        runtime: where.
+        name: of the stage, for messages.
         data: folders of the tokenised shards.
         base: the model to start from.
         work: holds checkpoints and step records; on storage that all workers reach.
@@ -68,12 +69,10 @@ def fit(
     stop, step, lost = work / STOP_FILE, last.step if last else 0, 0
     stopping.clear(stop)
     arguments = {
-        "settings": config.train,
-        "num_threads": config.runtime.train_threads,
-        "grad_cache": config.runtime.train_grad_cache,
-        "checkpointing": config.runtime.train_checkpointing,
-        "spec": spec,
-        "tasks": tasks,
+        "recipe": recipe,
+        "num_threads": runtime.train_threads,
+        "grad_cache": runtime.train_grad_cache,
+        "checkpointing": runtime.train_checkpointing,
         "data": data,
         # Absolute, since a worker need not start in this folder.
         "base": str(base.resolve()),
@@ -85,18 +84,18 @@ def fit(
         if not done or done[0]["step"] < step:
             raise KeyboardInterrupt  # the workers still start: there is nothing to save
         stopping.ask(stop)
-        said = "train: told to stop; ends after the step at hand with a checkpoint. Once more ends it at once."
+        said = f"{name}: told to stop; ends after the step at hand with a checkpoint. Once more ends it at once."
         print(said, file=sys.stderr, flush=True)
 
-    with stopping.asking(ask, config.runtime.stop_seconds) as is_asked:
-        while step < config.train.num_steps and not is_asked():
+    with stopping.asking(ask, runtime.stop_seconds) as is_asked:
+        while step < recipe.train.num_steps and not is_asked():
             begun: int | None = step
             why = "a worker was told to stop"
             try:
-                _fit(config.runtime, arguments, work)
+                _fit(runtime, arguments, work)
             except RayActorError as error:
                 lost, begun, why = lost + 1, None, "the process that directs it (Ray Train's controller) was lost"
-                if lost > config.runtime.train_max_failures:
+                if lost > runtime.train_max_failures:
                     raise ResourceError(
                         f"training lost the process that directs it (Ray Train's controller) {lost} times, by kills or "
                         "for want of memory. What was trained is kept: run again to continue."
@@ -105,8 +104,8 @@ def fit(
             step = last.step if last else 0
             if step == begun:
                 break  # told to stop before anything could be saved: starting again would lead nowhere
-            if step < config.train.num_steps and not is_asked():
-                print(f"train: {why}: training goes on from step {step}", file=sys.stderr, flush=True)
+            if step < recipe.train.num_steps and not is_asked():
+                print(f"{name}: {why}: training goes on from step {step}", file=sys.stderr, flush=True)
     return last
 
 
@@ -195,43 +194,29 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _train(arguments: dict[str, Any], work: Path) -> None:
     import torch
 
-    from llmr_ray.modeling.embedder import Embedder
     from llmr_ray.training.gather import total
     from llmr_ray.training.step import Trainer
 
-    spec, tasks = arguments["spec"], arguments["tasks"]
+    recipe: Recipe = arguments["recipe"]
     torch.set_num_threads(arguments["num_threads"])
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    def load(folder: Path) -> Embedder:
-        return Embedder(
-            folder,
-            pooling=spec["pooling"],
-            max_query_tokens=spec["max_query_tokens"],
-            max_document_tokens=spec["max_document_tokens"],
-            precision=spec["precision"],
-            device=str(device),
-        )
-
     trainer = Trainer(
         base=Path(arguments["base"]),
-        load=load,
+        recipe=recipe,
         data=read_training_data(arguments["data"]),
-        config=arguments["settings"],
-        tasks={name: task.train for name, task in tasks.items()},
-        seed=spec["seed"],
-        prompts=spec["prompts"],
         root=work,
+        device=str(device),
         grad_cache=arguments["grad_cache"],
         checkpointing=arguments["checkpointing"],
         is_stopping=lambda: stopping.sigterm_came() or stopping.is_asked(work / STOP_FILE),
     )
 
-    peak = float(total(torch.tensor([gemm_flops(device, getattr(torch, spec["precision"]))], device=device)))
+    peak = float(total(torch.tensor([gemm_flops(device, getattr(torch, trainer.model.precision))], device=device)))
     if trainer.rank == 0:
-        speed = {"num_parameters": body_parameters(trainer.embedder.module), "peak_flops": peak}
+        speed = {"num_parameters": body_parameters(trainer.model.module), "peak_flops": peak}
         write_atomic(work / SPEED_FILE, canonical_json(speed).encode())
 
     def on_step(record: dict[str, Any]) -> None:

@@ -72,6 +72,20 @@ def full_contrastive(
     return contrastive(sim_BC, own_BG, same_BGG, others_BC, positive_BG=positive_BG, further_B=further_B)
 
 
+def group_cross_entropy(logits_BG: torch.Tensor, same_BGG: torch.Tensor) -> torch.Tensor:
+    """-log softmax of the positive among its group: L_reward of LLM-R (methods.md B.6). A text counts once.
+
+    Args:
+        logits_BG: of a cross-encoder, the positive's first.
+        same_BGG: see above.
+
+    Returns:
+        float32 [B].
+    """
+    logits_BG = _wide(logits_BG)
+    return _logsumexp(logits_BG, ~_repeats(same_BGG)) - logits_BG[:, 0]
+
+
 def teacher_scores(rewards_BG: torch.Tensor, form: str) -> torch.Tensor:
     """Rewards as the teacher's softmax takes them: float32 [B, G].
 
@@ -156,7 +170,7 @@ def listwise(
         float32 [B].
     """
     sim_BC, labels_BG = _wide(sim_BC), _wide(labels_BG)
-    is_first_BG = ~same_BGG.tril(diagonal=-1).any(dim=2)
+    is_first_BG = ~_repeats(same_BGG)
     target_BG = F.softmax((labels_BG / label_temperature).masked_fill(~is_first_BG, -torch.inf), dim=1)
     own_sim_BG = sim_BC.gather(1, own_BG)
     all_B = torch.logaddexp(_logsumexp(own_sim_BG, is_first_BG), _logsumexp(sim_BC, others_BC))
@@ -255,6 +269,11 @@ def _cross_entropies(
     own_BI = _logsumexp(own_sim_BG[:, None, :].expand_as(negative_BIG), among_BIG)
     all_BI = torch.logaddexp(own_BI, in_batch_B[:, None])
     return torch.where(all_BI == -torch.inf, 0.0, all_BI - own_sim_BG[:, :num_items])
+
+
+def _repeats(same_BGG: torch.Tensor) -> torch.Tensor:
+    """Which positions hold a text that stands in the group before them: bool [B, G]."""
+    return same_BGG.tril(diagonal=-1).any(dim=2)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

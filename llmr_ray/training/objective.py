@@ -4,7 +4,7 @@ Tensor legend: B queries of this rank, N over all ranks, G documents of a group,
 embedding, T distinct texts of this rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,6 +44,50 @@ class LocalBatch:
     tasks_B: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What a step uses of a query's pool: positions there, the first `num_positives` of them positives."""
+
+    pool: groups.Pool
+    places: np.ndarray
+    num_positives: int
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Of the documents, float32 [G]; 0 where the pool has none."""
+        if self.pool.rewards is None:
+            return np.zeros(len(self.places), np.float32)
+        return self.pool.rewards[self.places]
+
+
+def sample_groups(
+    data: TrainingData,
+    rows: Iterable[int],
+    *,
+    tasks: Mapping[str, TaskTrain],
+    group_size: int,
+    seed: int,
+    epoch: int,
+) -> list[Group]:
+    """The groups of some rows: a pure function of (seed, epoch, query_id) and the pool of each."""
+    found = []
+    for row in rows:
+        pool, task, query_id = data.pool(row), tasks[data.task(row)], data.query_id(row)
+        places, num_positives = groups.sample(
+            pool,
+            size=group_size,
+            positive=task.positive,
+            negatives=task.negatives,
+            num_positives=task.num_positives,
+            top_positives=task.top_positives,
+            bottom_negatives=task.bottom_negatives,
+            turn=epoch + seed_of(seed, "turn", query_id),
+            rng=np.random.default_rng(seed_of(seed, "group", epoch, query_id)),
+        )
+        found.append(Group(pool=pool, places=places, num_positives=num_positives))
+    return found
+
+
 def local_batch(
     data: TrainingData,
     block: Block,
@@ -55,29 +99,20 @@ def local_batch(
     world_size: int,
 ) -> LocalBatch:
     """Samples the groups of the whole block (cheap, and equal on all ranks) and cuts out what this rank encodes."""
-    pools = [data.pool(int(row)) for row in block.rows]
-    sampled = [
-        groups.sample(
-            pool,
-            size=group_size,
-            positive=tasks[data.task(row)].positive,
-            negatives=tasks[data.task(row)].negatives,
-            num_positives=tasks[data.task(row)].num_positives,
-            rng=np.random.default_rng(seed_of(seed, "group", block.epoch, data.query_id(row))),
-        )
-        for pool, row in zip(pools, block.rows, strict=True)
-    ]
-    places_NG = np.stack([places for places, _ in sampled])
-    keys_NG = np.stack([pool.keys[places] for pool, places in zip(pools, places_NG, strict=True)])
+    sampled = sample_groups(
+        data, map(int, block.rows), tasks=tasks, group_size=group_size, seed=seed, epoch=block.epoch
+    )
+    places_NG = np.stack([group.places for group in sampled])
+    keys_NG = np.stack([group.pool.keys[group.places] for group in sampled])
     mine = block.of_rank(rank, world_size)
     rows_B = [int(block.rows[place]) for place in mine]
     doc_text_BG = np.stack([data.pool_texts(row)[places_NG[place]] for row, place in zip(rows_B, mine, strict=True)])
     numbers = np.concatenate([data.query_texts(rows_B), doc_text_BG.reshape(-1)])
     # By key, since a text that stands in several shards of the data has a number in each.
     _, first, where = np.unique(data.text_keys(numbers), return_index=True, return_inverse=True)
-    rewards = [pools[place].rewards for place in mine]
+    own = sampled[mine.start : mine.stop]
     own_BG = keys_NG[mine.start : mine.stop]
-    gold = [pools[place].keys[pools[place].is_gold] for place in mine]
+    gold = [group.pool.keys[group.pool.is_gold] for group in own]
     return LocalBatch(
         dataset=block.dataset,
         epoch=block.epoch,
@@ -85,14 +120,9 @@ def local_batch(
         texts=numbers[first],
         query_B=where[: len(rows_B)],
         doc_BG=where[len(rows_B) :].reshape(doc_text_BG.shape),
-        rewards_BG=np.stack(
-            [
-                np.zeros(group_size, np.float32) if given is None else given[places_NG[place]]
-                for given, place in zip(rewards, mine, strict=True)
-            ]
-        ),
-        has_rewards_B=np.asarray([given is not None for given in rewards]),
-        positive_BG=np.arange(group_size) < np.asarray([sampled[place][1] for place in mine])[:, None],
+        rewards_BG=np.stack([group.rewards for group in own]),
+        has_rewards_B=np.asarray([group.pool.rewards is not None for group in own]),
+        positive_BG=np.arange(group_size) < np.asarray([group.num_positives for group in own])[:, None],
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
         others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
         peers_BN=groups.peers(keys_NG[:, 0], gold, data.text_keys(data.query_texts(block.rows)), mine)

@@ -1,5 +1,8 @@
 """From candidates, gold documents and rewards to the pool of each training query."""
 
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -7,10 +10,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmr_ray.artifacts import SHARD_ROWS, Artifact, Counts
 from llmr_ray.config import TaskConfig
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
-from llmr_ray.training.groups import Pool, pool_rewards, reject_reason
+from llmr_ray.schemas import table_of
+from llmr_ray.training.groups import CANDIDATE, GOLD, SAME_LABEL, Pool, pool_rewards, reject_reason
 
 
 def join_pools(
@@ -48,16 +53,54 @@ def join_pools(
     return {row["query_id"]: row for row in grouped.iter_rows(named=True)}
 
 
+def classifications(queries: pa.Table) -> set[str]:
+    """The data sets whose queries all have the same options: their answers are labels."""
+    columns = pl.from_arrow(queries.select(["dataset", "options"]))
+    assert isinstance(columns, pl.DataFrame)
+    options = pl.col("options")
+    of_set = columns.group_by("dataset").agg(one=options.n_unique() == 1, given=options.is_not_null().all())
+    return set(of_set.filter(pl.col("one") & pl.col("given"))["dataset"])
+
+
+def has_label(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
+    """Whether a document is an example of the query's own data set and right option, its last line (methods.md B.4).
+
+    Args:
+        document: title, text and meta of a row of the corpus; `meta` names the data set it was made from.
+        query: a row of the queries of a classification.
+    """
+    made_from = json.loads(document["meta"] or "{}").get("dataset")
+    label = str(query["options"][query["gold_option"]]).strip()
+    return bool(made_from == query["dataset"] and document["text"].rpartition("\n")[2].strip() == label)
+
+
+def pool_of(docs: list[str], roles: list[str], rewards: list[float | None] | None) -> Pool:
+    """The pool of a row of the groups table."""
+    keys = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
+    return Pool(
+        keys=np.asarray([keys[doc] for doc in docs]),
+        is_gold=np.asarray([role == GOLD for role in roles]),
+        rewards=pool_rewards(rewards) if rewards is not None else None,
+        is_barred=np.asarray([role == SAME_LABEL for role in roles]),
+    )
+
+
 def group_row(
-    query: dict[str, Any], task: TaskConfig | None, found: dict[str, list[Any]] | None, corpus: pa.Table
-) -> tuple[dict[str, object] | str, int]:
+    query: dict[str, Any],
+    task: TaskConfig | None,
+    found: dict[str, list[Any]] | None,
+    corpus: pa.Table,
+    *,
+    is_classification: bool = False,
+) -> tuple[dict[str, Any] | str, int]:
     """A row of the groups table, or the reason why a query cannot train; and how many documents lacked a reward.
 
     Args:
         query: a row of the queries table.
         task: of the query; None where it does not train.
         found: the query's entry of `join_pools`; None where there is none.
-        corpus: what `join_pools` was given.
+        corpus: what `join_pools` was given; of a classification with `meta`.
+        is_classification: whether documents of the query's label are to be told apart, where the task wants that.
     """
     if task is None:
         return "task_does_not_train", 0
@@ -69,21 +112,50 @@ def group_row(
     if not places:
         return "no_rewards", without
     numbers = [found["row"][n] for n in places]
-    docs = [document_text(corpus["title"][row].as_py(), corpus["text"][row].as_py()) for row in numbers]
+    documents = corpus.take(numbers).to_pylist()
+    docs = [document_text(document["title"], document["text"]) for document in documents]
     gold = [found["gold"][n] for n in places]
     rewards = [found["reward"][n] for n in places] if needs_rewards else None
-    keys = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
-    pool = Pool(
-        keys=np.asarray([keys[doc] for doc in docs]),
-        is_gold=np.asarray(gold, dtype=bool),
-        rewards=pool_rewards(rewards) if rewards is not None else None,
-    )
+    bars = is_classification and not task.group.same_label_negatives and query["gold_option"] is not None
+    roles = [
+        GOLD if is_gold else SAME_LABEL if bars and has_label(document, query) else CANDIDATE
+        for is_gold, document in zip(gold, documents, strict=True)
+    ]
     reason = reject_reason(
-        pool, positive=task.train.positive, min_reward=task.group.min_reward, min_margin=task.group.min_margin
+        pool_of(docs, roles, rewards),
+        positive=task.train.positive,
+        min_reward=task.group.min_reward,
+        min_margin=task.group.min_margin,
+        top_positives=task.train.top_positives,
     )
     if reason is not None:
         return reason, without
-    row: dict[str, object] = {name: query[name] for name in ("query_id", "task", "dataset", "query")}
-    row |= {"doc_ids": [found["doc_id"][n] for n in places], "docs": docs}
-    row |= {"roles": ["gold" if is_gold else "candidate" for is_gold in gold], "rewards": rewards}
+    row: dict[str, Any] = {name: query[name] for name in ("query_id", "task", "dataset", "query")}
+    row |= {"doc_ids": [found["doc_id"][n] for n in places], "docs": docs, "roles": roles, "rewards": rewards}
     return row, without
+
+
+def write_groups(
+    artifact: Artifact, queries: pa.Table, row_of: Callable[[dict[str, Any]], dict[str, Any] | str]
+) -> int:
+    """Writes the table `groups` in shards of SHARD_ROWS queries; returns how many shards there are.
+
+    Args:
+        artifact: to be written; shards in its ledger stay as they are.
+        queries: all that may train.
+        row_of: a query's row, or the reason why it cannot train, which is counted.
+    """
+    num_shards = max(1, -(-queries.num_rows // SHARD_ROWS))
+    for shard in range(num_shards):
+        part = queries.slice(shard * SHARD_ROWS, SHARD_ROWS)
+        rows, skipped = [], Counter[str]()
+        for query in part.to_pylist():
+            row = row_of(query)
+            if isinstance(row, str):
+                skipped[row] += 1
+            else:
+                rows.append(row)
+        if shard not in artifact.ledger():
+            counts = Counts(rows_in=part.num_rows, ok=len(rows), skipped=skipped)
+            artifact.write_shard(shard, {"groups": table_of("groups", rows)}, counts)
+    return num_shards

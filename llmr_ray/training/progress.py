@@ -20,10 +20,11 @@ RECENT_STEPS = 20
 
 
 @contextmanager
-def train_progress(root: Path, num_steps: int) -> Iterator[None]:
+def train_progress(name: str, root: Path, num_steps: int) -> Iterator[None]:
     """Shows step, loss and time left while the block runs; workers need not be able to print.
 
     Args:
+        name: of the stage.
         root: where the step records are.
         num_steps: the last step's number.
     """
@@ -32,12 +33,12 @@ def train_progress(root: Path, num_steps: int) -> Iterator[None]:
 
         def line() -> None:
             if steps := last_steps(root, RECENT_STEPS):
-                print(f"train: {describe(steps, num_steps)}", file=sys.stderr, flush=True)
+                print(f"{name}: {describe(steps, num_steps)}", file=sys.stderr, flush=True)
 
-        with ticking(line, LINE_SECONDS, "train-progress"):
+        with ticking(line, LINE_SECONDS, f"{name}-progress"):
             yield
         return
-    columns = (TextColumn("train"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (TextColumn(name), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting workers", total=num_steps)
 
@@ -45,7 +46,7 @@ def train_progress(root: Path, num_steps: int) -> Iterator[None]:
             if steps := last_steps(root, RECENT_STEPS):
                 bar.update(task, completed=steps[-1]["step"] + 1, description=describe(steps, num_steps))
 
-        with ticking(advance, POLL_SECONDS, "train-progress"):
+        with ticking(advance, POLL_SECONDS, f"{name}-progress"):
             yield
 
 

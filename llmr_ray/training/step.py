@@ -1,11 +1,12 @@
-"""The training loop: one forward over all texts of a step, losses over gathered documents, one optimiser step.
+"""The training loop: one forward over all texts of a step, their loss, one optimiser step.
 
-Tensor legend: B queries of this rank, G documents of a group, D embedding, T distinct texts of this rank.
+What is trained, and by which loss, is a recipe (recipe.py). Tensor legend: T texts of this rank.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.config import TaskTrain, TrainConfig
+from llmr_ray.config import TrainConfig
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.modeling.text_model import TextModel
 from llmr_ray.training import checkpoint, gradient
 from llmr_ray.training.adapters import Adapters
 from llmr_ray.training.batches import MIXED, Plan
 from llmr_ray.training.dataset import TrainingData
 from llmr_ray.training.gather import agree, is_distributed, place, total
-from llmr_ray.training.objective import LocalBatch, batch_loss, local_batch
+from llmr_ray.training.recipe import Recipe
 from llmr_ray.training.schedule import SelfPaced, warmup_decay
 
 PACK_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -30,18 +31,18 @@ PACK_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class PackedEncoder(torch.nn.Module):
-    """Embeds texts of any lengths in one call, in batches of similar length: one forward in the eyes of DDP."""
+    """A model on texts of any lengths in one call, in batches of similar length: one forward in the eyes of DDP."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, model: TextModel) -> None:
         super().__init__()
-        self.module = embedder.module
-        self._embed, self._cut = embedder.forward, embedder.batches
-        self._budget = PACK_TOKENS.get(embedder.device.type, PACK_TOKENS["cuda"])
+        self.module = model.module
+        self._compute, self._cut = model.forward, model.batches
+        self._budget = PACK_TOKENS.get(model.device.type, PACK_TOKENS["cuda"])
 
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
-        """Unit-norm embeddings of T texts, in their order: float32 [T, D]."""
+        """What the model gives T texts, in their order: float32 [T, ...]."""
         passes = self.batches(tokens)
-        return gradient.in_order(passes, [self._embed([tokens[row] for row in rows]) for rows in passes])
+        return gradient.in_order(passes, [self._compute([tokens[row] for row in rows]) for rows in passes])
 
     def batches(self, tokens: list[np.ndarray]) -> list[np.ndarray]:
         """How the texts are cut into passes."""
@@ -49,17 +50,14 @@ class PackedEncoder(torch.nn.Module):
 
 
 class Trainer:
-    """Trains an embedder from a step to the last, writing checkpoints and one record per step.
+    """Trains a model from a step to the last, writing checkpoints and one record per step.
 
     Args:
         base: folder of the model to start from (a checkpoint in `root` takes precedence).
-        load: makes an Embedder from a folder.
+        recipe: what is trained, and how.
         data: the training data.
-        config: optimisation settings.
-        tasks: sampling and losses by task.
-        seed: of the run.
-        prompts: stored with saved models.
         root: holds checkpoints and the step records; shared by all ranks.
+        device: "cpu", "cuda:1", ...; None: CUDA where there is one.
         grad_cache: hold the activations of one pass at a time (gradient.cached_backward).
         checkpointing: hold the activations of one layer at a time.
         is_stopping: asked in every step; where any rank says yes, all end after that step, with a checkpoint.
@@ -69,34 +67,29 @@ class Trainer:
         self,
         *,
         base: Path,
-        load: Callable[[Path], Embedder],
+        recipe: Recipe,
         data: TrainingData,
-        config: TrainConfig,
-        tasks: Mapping[str, TaskTrain],
-        seed: int,
-        prompts: dict[str, str],
         root: Path,
+        device: str | None = None,
         grad_cache: bool = False,
         checkpointing: bool = False,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.tasks, self.data, self.seed, self.prompts, self.root = (
-            config,
-            tasks,
-            data,
-            seed,
-            prompts,
-            root,
-        )
+        config, seed = recipe.train, recipe.seed
+        self.recipe, self.config, self.data, self.seed, self.root = recipe, config, data, seed, root
         self.backward = gradient.cached_backward if grad_cache else gradient.backward
         self.is_stopping, self.stops = is_stopping, False
         self.rank, self.world_size = place()
         if config.global_batch_size % self.world_size:
             raise ConfigError(f"{config.global_batch_size} queries do not divide over {self.world_size} workers.")
-        rows = data.rows_by(config.batch_by)
+        found = self._resume_point()
+        self.model = recipe.load(found.model if found and not config.lora.rank else base, device)
+        self.device = self.model.device
+        self.objective = recipe.objective(self.model, data)
+        rows, repeats = data.rows_by(config.batch_by), self.objective.repeats()
         self.plan = Plan(
             rows,
-            repeats={name: tasks[data.task(numbers[0])].repeat for name, numbers in rows.items()},
+            repeats={name: repeats.get(data.task(numbers[0]), 1) for name, numbers in rows.items()},
             batch_size=config.global_batch_size,
             batching=config.batching,
             seed=seed,
@@ -104,20 +97,12 @@ class Trainer:
             mix=config.mix,
             mix_temperature=config.mix_temperature,
         )
-        found = self._resume_point()
-        self.embedder = load(found.embedder if found and not config.lora.rank else base)
-        self.device = self.embedder.device
-        if too_long := [size for size in config.matryoshka_dimensions if not 0 < size < self.embedder.dimension]:
-            raise ConfigError(
-                f"train.matryoshka_dimensions {too_long} are not between 1 and {self.embedder.dimension - 1}: the "
-                f"embedder has {self.embedder.dimension} dimensions, and the whole is always trained."
-            )
-        self.adapters = Adapters(self.embedder, config.lora, seed) if config.lora.rank else None
+        self.adapters = Adapters(self.model, config.lora, seed) if config.lora.rank else None
         if checkpointing:
-            self.embedder.checkpoint_activations()
-        encoder = PackedEncoder(self.embedder)
+            self.model.checkpoint_activations()
+        encoder = PackedEncoder(self.model)
         encoder.train(config.dropout)
-        freeze_unused(encoder, data.text(0))
+        freeze_unused(encoder, self.objective.batch(self.plan.block(0)).tokens[0])
         self.names = {name: value for name, value in encoder.named_parameters() if value.requires_grad}
         self.encoder: torch.nn.Module = encoder
         if is_distributed():
@@ -168,9 +153,8 @@ class Trainer:
             checkpoint.save(
                 self.root,
                 self.step,
-                embedder=self.embedder if is_whole else None,
+                save_model=partial(self.recipe.save, self.model) if is_whole else None,
                 adapters=self.names if self.adapters else {},
-                prompts=self.prompts,
                 optimizer=self.optimizer,
                 names=self.names,
                 state={"self_paced": self.paced.state(), "seed": self.seed},
@@ -183,42 +167,25 @@ class Trainer:
             DataError: the loss or gradient is not finite; the weights are left as they were.
         """
         started, step, config = time.perf_counter(), self.step, self.config
-        batch = local_batch(
-            self.data,
-            self.plan.block(step),
-            tasks=self.tasks,
-            group_size=config.group_size,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        block = self.plan.block(step)
+        batch = self.objective.batch(block)
         # Dropout draws from torch's generator: seeding it by step makes a resumed run repeat an uninterrupted one.
         torch.manual_seed(seed_of(self.seed, "dropout", step, self.rank))
-        tokens = [self.data.text(int(number)) for number in batch.texts]
-
-        def loss_of(embedding_TD: torch.Tensor) -> torch.Tensor:
-            where_B, where_BG = (torch.from_numpy(at).to(self.device) for at in (batch.query_B, batch.doc_BG))
-            each = [
-                batch_loss(cut[where_B], cut[where_BG], batch, tasks=self.tasks, temperature=config.temperature)
-                for cut in nested(embedding_TD, config.matryoshka_dimensions)
-            ]
-            return torch.stack(each).mean()
-
         self.optimizer.zero_grad(set_to_none=True)
-        loss, embedding_TD = self.backward(self.encoder, tokens, loss_of)
+        loss, output = self.backward(self.encoder, batch.tokens, batch.loss)
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.names.values(), config.max_grad_norm or math.inf, foreach=True)
         )
-        local = [*self._local_sums(float(loss), tokens, batch), nearness(embedding_TD), float(self.is_stopping())]
-        sums = total(torch.tensor(local, dtype=torch.float64, device=self.device))
-        self.stops = bool(sums[7] > 0)
-        mean_loss = float(sums[0]) / self.world_size
+        local = [float(loss), float(self.is_stopping()), *self._num_tokens(batch.tokens), *batch.sums(output)]
+        sums = total(torch.tensor(local, dtype=torch.float64, device=self.device)).tolist()
+        mean_loss, num_tokens, num_computed = sums[0] / self.world_size, sums[2], sums[3]
+        self.stops = sums[1] > 0
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise DataError(
-                f"step {step} ({batch.dataset}): loss {mean_loss}, gradient norm {grad_norm}. Training diverged: lower "
-                "train.learning_rate, raise train.temperature, or look for extreme rewards in this data set."
+                f"step {step} ({block.dataset}): loss {mean_loss}, gradient norm {grad_norm}. Training diverged: lower "
+                "its learning_rate, raise its temperature, or look for extreme rewards in this data set."
             )
-        task = batch.tasks_B[0] if batch.dataset != MIXED else MIXED
+        task = self.data.task(int(block.rows[0])) if block.dataset != MIXED else MIXED
         factor = self.paced.observe(step, task, mean_loss) if config.self_paced else 1.0
         rate = (
             config.learning_rate
@@ -233,52 +200,28 @@ class Trainer:
         self.step += 1
         return {
             "step": step,
-            "epoch": batch.epoch,
-            "dataset": batch.dataset,
+            "epoch": block.epoch,
+            "dataset": block.dataset,
             "task": task,
             "loss": mean_loss,
             "learning_rate": rate,
             "self_paced_factor": factor,
             "grad_norm": grad_norm,
-            "num_tokens": int(sums[1]),
-            "padding_fraction": 1 - float(sums[1] / sums[2]),
-            "reward_margin": float(sums[3] / sums[4]) if sums[4] else None,
-            "num_false_negatives": int(sums[5]),
-            "uniformity": math.log(float(sums[6]) / self.world_size),
+            "num_tokens": int(num_tokens),
+            "padding_fraction": 1 - num_tokens / num_computed,
+            **self.objective.record(sums[4:]),
             "seconds": time.perf_counter() - started,
         }
 
-    def _local_sums(self, loss: float, tokens: list[np.ndarray], batch: LocalBatch) -> list[float]:
-        """Loss, tokens, tokens with padding, sum of the groups' best - worst reward, how many have rewards, and the
-        in-batch documents that are no negatives because the query counts them, or their text, as its own."""
+    def _num_tokens(self, tokens: list[np.ndarray]) -> tuple[float, float]:
+        """Tokens, and tokens with padding."""
         lengths = [len(ids) for ids in tokens]
-        padded = sum(self.embedder.computed_tokens([lengths[row] for row in rows]) for rows in self.packing(tokens))
-        rewarded_BG = batch.rewards_BG[batch.has_rewards_B]
-        best_B = rewarded_BG.max(axis=1, initial=-np.inf)
-        worst_B = rewarded_BG.min(axis=1, where=np.isfinite(rewarded_BG), initial=np.inf)
-        margin = float(np.where(worst_B <= best_B, best_B - worst_B, 0.0).sum())
-        spared = int((~batch.others_BC).sum()) - batch.doc_BG.size
-        return [loss, float(sum(lengths)), float(padded), margin, float(len(rewarded_BG)), float(spared)]
-
-
-def nested(embedding_TD: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    """The embeddings whole and cut to their first dimensions, each of unit norm."""
-    return [embedding_TD, *(torch.nn.functional.normalize(embedding_TD[:, :size], dim=1) for size in sizes)]
-
-
-def nearness(embedding_TD: torch.Tensor) -> float:
-    """Mean of exp(-2 |x - y|^2) over pairs of texts (at most the first 512); its log is the uniformity of 2005.10242.
-
-    1 where all texts lie on one point; the spread-out embeddings of a good retriever are near exp(-4).
-    """
-    some = embedding_TD[:512].float()
-    near = torch.exp(4 * (some @ some.T - 1))
-    pairs = len(some) * (len(some) - 1)
-    return float((near.sum() - near.diagonal().sum()) / pairs) if pairs else 1.0
+        computed = sum(self.model.computed_tokens([lengths[row] for row in rows]) for rows in self.packing(tokens))
+        return float(sum(lengths)), float(computed)
 
 
 def freeze_unused(encoder: PackedEncoder, tokens: np.ndarray) -> None:
-    """Takes parameters that no embedding depends on (BERT's pooler) out of training: DDP would wait for them."""
+    """Takes parameters that no output depends on (BERT's pooler) out of training: DDP would wait for them."""
     encoder([np.asarray(tokens)]).sum().backward()
     for parameter in encoder.parameters():
         if parameter.grad is None:

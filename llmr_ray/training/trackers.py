@@ -20,7 +20,15 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 10.0
 
-_WHOLE = ("learning_rate", "grad_norm", "padding_fraction", "reward_margin", "num_false_negatives", "uniformity")
+_WHOLE = (
+    "learning_rate",
+    "grad_norm",
+    "padding_fraction",
+    "reward_margin",
+    "num_false_negatives",
+    "uniformity",
+    "accuracy",
+)
 _BY_TASK = ("loss", "self_paced_factor")
 
 

@@ -28,7 +28,8 @@ from llmr_ray.errors import DataError
 from llmr_ray.modeling.embedder import Embedder, fingerprint_of
 from llmr_ray.training.checkpoint import read_steps
 from llmr_ray.training.dataset import read_training_data
-from llmr_ray.training.stage import data_folders, run_train, tokenize_groups, train_spec
+from llmr_ray.training.running import data_folders, tokenize
+from llmr_ray.training.stage import embedder_recipe, run_train, train_spec
 from tests.tiny import tiny_bert
 from tests.training_setup import TASKS, groups_table, load
 
@@ -102,17 +103,17 @@ def test_shards_are_tokenised_once_whatever_the_number_of_actors(local_ray, prob
     """Prevents hours of tokenising from being lost to a kill, and data that depends on who made it."""
     config, groups, base, root = problem
     artifact = Artifact(root, train_spec(config, groups, base))
-    folders = data_folders(artifact, groups)
+    folders = data_folders(artifact, 3)
 
     def contents():
         return [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
 
-    tokenize_groups(config, artifact, groups, base)
+    tokenize(groups, folders, embedder_recipe(config), base, config.runtime, "train")
     before, made = contents(), [folder.stat().st_ino for folder in folders]
     assert len(folders) == 3
     shutil.rmtree(folders[1])
     alone = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, encode_actors=1))
-    tokenize_groups(alone, artifact, groups, base)
+    tokenize(groups, folders, embedder_recipe(alone), base, alone.runtime, "train")
     assert contents() == before
     assert [folder.stat().st_ino for folder in folders][::2] == made[::2]
     data, whole = read_training_data(folders), groups.read("groups").to_pylist()

@@ -51,14 +51,14 @@ def gradients(trainer):
 
 def weights_of(trainer):
     """Copies of the base's weights, under the names they have without adapters."""
-    named = trainer.embedder.module.named_parameters()
+    named = trainer.model.module.named_parameters()
     return {name.replace(".base_layer", ""): value.clone() for name, value in named if "lora_" not in name}
 
 
 def test_first_step_embeds_as_the_base_does(setup, tmp_path):
     """Prevents adapters that disturb the base before they have learned anything."""
     trainer = make_trainer(tmp_path, *setup, lora=LORA)
-    np.testing.assert_array_equal(embed(trainer.embedder), embed(load(setup[0])))
+    np.testing.assert_array_equal(embed(trainer.model), embed(load(setup[0])))
     plain = make_trainer(tmp_path / "plain", *setup)
     assert trainer.train_step()["loss"] == pytest.approx(plain.train_step()["loss"], rel=1e-6)
 
@@ -108,11 +108,11 @@ def test_merged_embedder_is_a_plain_folder_with_the_trained_embeddings(setup, tm
     trainer = make_trainer(tmp_path, *setup, lora=LORA, num_steps=3, learning_rate=1e-2)
     for _ in range(3):
         trainer.train_step()
-    trained = embed(trainer.embedder)
+    trained = embed(trainer.model)
     assert np.abs(trained - embed(load(setup[0]))).max() > 1e-2
     trainer.save()
-    np.testing.assert_allclose(embed(trainer.embedder), trained, atol=1e-5)
-    folder = checkpoint.newest(tmp_path).embedder
+    np.testing.assert_allclose(embed(trainer.model), trained, atol=1e-5)
+    folder = checkpoint.newest(tmp_path).model
     monkeypatch.setitem(sys.modules, "peft", None)
     theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, prompt_name="query")
     np.testing.assert_allclose(theirs, trained, atol=1e-5)
@@ -138,11 +138,11 @@ def test_interrupted_run_ends_with_the_same_weights(setup, tmp_path, killed_at):
     assert again.step == {4: 3, 7: 8}[killed_at]
     again.run()
     whole, parts = (checkpoint.newest(tmp_path / name).folder for name in ("whole", "parts"))
-    for name in ("embedder/model.safetensors", "adapters.safetensors", "optimizer.safetensors"):
+    for name in ("model/model.safetensors", "adapters.safetensors", "optimizer.safetensors"):
         expected, found = load_file(whole / name), load_file(parts / name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(value, found[key]) for key, value in expected.items()), name
-    np.testing.assert_allclose(embed(again.embedder), embed(load(whole / "embedder")), atol=1e-5)
+    np.testing.assert_allclose(embed(again.model), embed(load(whole / "model")), atol=1e-5)
     runs = [checkpoint.read_steps(tmp_path / name) for name in ("whole", "parts")]
     one, two = ([{**record, "seconds": None} for record in records] for records in runs)
     assert one == two
@@ -161,7 +161,7 @@ def test_checkpoints_on_the_way_hold_adapters_alone(setup, tmp_path):
     }
     saved = load_file(middle / "adapters.safetensors")
     assert saved.keys() == trainer.names.keys()
-    assert (last / "embedder").is_dir()
+    assert (last / "model").is_dir()
 
 
 def test_named_layers_alone_get_adapters(setup, tmp_path):

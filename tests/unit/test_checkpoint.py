@@ -31,7 +31,7 @@ def finished(request, setup, tmp_path_factory):
 
 
 def weights(root):
-    return load_file(checkpoint.newest(root).embedder / "model.safetensors")
+    return load_file(checkpoint.newest(root).model / "model.safetensors")
 
 
 def without_times(root):
@@ -91,7 +91,7 @@ def test_newest_valid_wins_and_spoilt_ones_are_quarantined(finished, tmp_path):
     [
         (lambda folder: (folder / "MANIFEST.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "state.json").unlink(), "missing"),
-        (lambda folder: (folder / "embedder" / "config.json").write_text("{}"), "changed"),
+        (lambda folder: (folder / "model" / "config.json").write_text("{}"), "changed"),
         (lambda folder: None, None),
     ],
 )
@@ -106,7 +106,7 @@ def test_faults_are_named(finished, tmp_path, spoil, fault):
 def test_run_goes_on_from_an_older_checkpoint(setup, finished, tmp_path):
     """Prevents a quarantined checkpoint from leaving steps twice or not at all in the records."""
     root = shutil.copytree(finished[0], tmp_path / "copy")
-    (root / "ckpt-00000008" / "embedder" / "model.safetensors").write_bytes(b"short")
+    (root / "ckpt-00000008" / "model" / "model.safetensors").write_bytes(b"short")
     trainer = make_trainer(root, *setup, dropout=finished[1])
     assert trainer.step == 6
     trainer.run()
@@ -177,6 +177,6 @@ def test_state_is_json_and_tensors_are_safetensors(finished):
 def test_who_only_looks_gets_the_newest_whole_embedder(tmp_path):
     """Prevents a look at a checkpoint that holds adapters alone."""
     assert checkpoint.last_saved(tmp_path) is None
-    (tmp_path / "ckpt-00000004" / "embedder").mkdir(parents=True)
+    (tmp_path / "ckpt-00000004" / "model").mkdir(parents=True)
     (tmp_path / "ckpt-00000008").mkdir()
-    assert checkpoint.last_saved(tmp_path) == (4, tmp_path / "ckpt-00000004" / "embedder")
+    assert checkpoint.last_saved(tmp_path) == (4, tmp_path / "ckpt-00000004" / "model")

@@ -55,7 +55,7 @@ def test_told_to_stop_it_saves_the_step_at_hand_and_the_result_stays_the_same(se
     again = make_trainer(tmp_path, *setup)
     assert again.step == told_at + 1
     again.run()
-    weights = [load_file(checkpoint.newest(root).embedder / "model.safetensors") for root in (finished, tmp_path)]
+    weights = [load_file(checkpoint.newest(root).model / "model.safetensors") for root in (finished, tmp_path)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert len(list(tmp_path.glob("ckpt-*"))) <= checkpoint.KEEP
 
@@ -141,7 +141,7 @@ def test_without_a_valid_checkpoint_training_does_not_silently_begin_anew(setup,
     anew = make_trainer(copy, *setup)
     assert anew.step == 0
     anew.run()
-    weights = [load_file(checkpoint.newest(root).embedder / "model.safetensors") for root in (finished, copy)]
+    weights = [load_file(checkpoint.newest(root).model / "model.safetensors") for root in (finished, copy)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

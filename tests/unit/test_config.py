@@ -33,6 +33,9 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
         ("train.lora.alpha=0", "do nothing"),
         ("train.lora.dropout=1", "do nothing"),
         ("prepare.test_fraction=0.95", "leave nothing"),
+        ("tasks.qa.train.top_positives=3", "go round"),
+        ("tasks.qa.train.bottom_negatives=16", "go round"),
+        ("reward_model.train.num_step=5", "reward_model.train.num_steps"),
         ("datasets.x.task=nonsense", "nonsense"),
         ("notasetting", "key=value"),
     ],
@@ -41,6 +44,33 @@ def test_wrong_settings_are_refused(override: str, message: str) -> None:
     """A misspelt or impossible setting that is silently ignored costs a whole run."""
     with pytest.raises(ConfigError, match=message):
         loading.load(CONF / "quickstart.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward_model.train.group_size=1", "at least 2"),
+        ("reward_model.train.global_batch_size=15", "divide"),
+        ("reward_model.train.matryoshka_dimensions=[8]", "no"),
+        ("reward_model.train.temperature=0", "divided"),
+        ("reward_model.top_positives=0", "at least 1"),
+        ("reward_model.held_out_fraction=1", "no query"),
+    ],
+)
+def test_settings_of_a_reward_model_are_checked_where_there_is_one(override: str, message: str) -> None:
+    """A reward model that cannot train would be found out after the LLM was paid."""
+    loading.load(CONF / "quickstart.yaml", [override])
+    with pytest.raises(ConfigError, match=message):
+        loading.load(CONF / "quickstart.yaml", ["reward_model.model=minilm-l6", override])
+
+
+def test_a_reward_model_needs_feedback_to_learn_from(tmp_path: Path) -> None:
+    """A run whose tasks have labels alone would end in a stage that finds no query."""
+    text = "tasks: {tool: {train: {contrastive_weight: 1.0}}}\ndatasets: {x: {task: tool, num_train: 5}}\n"
+    path = write(tmp_path, text)
+    loading.load(path)
+    with pytest.raises(ConfigError, match="to learn from"):
+        loading.load(path, ["reward_model.model=minilm-l6"])
 
 
 def test_layers_merge_left_to_right(tmp_path: Path) -> None:

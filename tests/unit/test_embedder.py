@@ -11,7 +11,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from llmr_ray.errors import ConfigError, ResourceError
-from llmr_ray.modeling.embedder import Embedder, fingerprint_of, pack
+from llmr_ray.modeling.embedder import Embedder, fingerprint_of
+from llmr_ray.modeling.text_model import pack
 from llmr_ray.precision import resolve_precision
 from tests.tiny import tiny_bert
 from tests.tiny_llm import save_model

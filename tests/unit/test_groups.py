@@ -12,7 +12,7 @@ from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskSc
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.schemas import table_of
 from llmr_ray.training.groups import Pool, in_batch_negatives, pool_rewards, reject_reason, sample
-from llmr_ray.training.pools import group_row, join_pools
+from llmr_ray.training.pools import classifications, group_row, has_label, join_pools
 from llmr_ray.training.stage import group_spec, run_group, training_tasks
 
 
@@ -145,6 +145,118 @@ def test_reject_reasons(of, changes, reason):
     elif reason.startswith("no_"):
         with pytest.raises(DataError):
             draw(of, positive=settings["positive"])
+
+
+def go_round(of, turn, size=4, top=3, bottom=5):
+    """The documents of LLM-R's policy at a turn."""
+    places, count = sample(
+        of,
+        size=size,
+        positive="teacher",
+        negatives="lowest",
+        rng=np.random.default_rng(0),
+        top_positives=top,
+        bottom_negatives=bottom,
+        turn=turn,
+    )
+    assert count == 1
+    return int(places[0]), places[1:].tolist()
+
+
+def test_positives_and_negatives_go_round():
+    """Prevents LLM-R's released defect, by which the same documents recur in every epoch (methods.md B.5)."""
+    of = pool(np.arange(9), rewards=[0.5, 0.9, -3, 0.8, -1, 0.7, -2, 0.1, 0.2])
+    assert [go_round(of, turn)[0] for turn in range(4)] == [1, 3, 5, 1]
+    lowest = [2, 6, 4, 7, 8]
+    assert [go_round(of, turn)[1] for turn in range(3)] == [[2, 6, 4], [7, 8, 2], [6, 4, 7]]
+    seen = Counter(place for turn in range(5) for place in go_round(of, turn)[1])
+    assert seen == dict.fromkeys(lowest, 3)
+
+
+def test_what_may_be_a_positive_is_no_negative_in_any_turn():
+    """Prevents the overlap of the lists from teaching both that a document is good and that it is bad."""
+    of = pool([1, 2, 3, 4, 4], rewards=[4, 3, 2, 1, 0])
+    for turn in range(6):
+        positive, negatives = go_round(of, turn, bottom=16)
+        assert positive in (0, 1, 2)
+        assert set(of.keys[negatives]) == {4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"), [([1, 2, 3, 4], None), ([1, 2, 3], "too_few_documents"), ([1, 2, 3, 3], "too_few_documents")]
+)
+def test_a_query_needs_more_documents_than_positives(keys, reason):
+    """Prevents groups without negatives of their own: LLM-R leaves out queries of fewer than 4 candidates."""
+    of = pool(keys, rewards=np.arange(len(keys)))
+    assert reject_reason(of, positive="teacher", min_reward=None, min_margin=0, top_positives=3) == reason
+    assert reject_reason(of, positive="teacher", min_reward=None, min_margin=0) is None
+
+
+def test_barred_documents_may_be_positives_but_no_negatives():
+    """Prevents an example of the right label from being pushed away (methods.md B.8), also as a copy."""
+    plain = pool([1, 2, 3, 2, 4], rewards=[5, 1, 2, 0, 3])
+    of = dataclasses.replace(plain, is_barred=np.array([True, True, False, False, False]))
+    for policy in ("lowest", "random", "first"):
+        chosen = draw(of, size=3, positive="teacher", negatives=policy)
+        assert chosen[0] == 0
+        assert set(chosen[1:]) == {2, 4}
+    settings = {"positive": "teacher", "min_reward": None, "min_margin": 0.0}
+    assert reject_reason(of, **settings) is None
+    everything = dataclasses.replace(plain, is_barred=np.ones(5, bool))
+    assert reject_reason(everything, **settings) == "no_negative"
+    with pytest.raises(DataError):
+        draw(everything, positive="teacher")
+    all_but_the_best = dataclasses.replace(plain, is_barred=np.array([False, True, True, True, True]))
+    assert reject_reason(all_but_the_best, **settings) == "no_negative"
+
+
+def test_classifications_have_the_same_options_everywhere():
+    """Prevents questions with options of their own from being taken for labels."""
+    queries = pa.table(
+        {
+            "dataset": ["a", "a", "b", "b", "c", "d", "d"],
+            "options": [["No", "Yes"], ["No", "Yes"], ["x", "y"], ["y", "z"], None, ["p", "q"], None],
+        }
+    )
+    assert classifications(queries) == {"a"}
+
+
+def test_same_label_is_the_last_line_of_an_example_of_the_same_data_set():
+    """Prevents a label word in another task's example, or within the text, from counting (methods.md I.18, I.19)."""
+    query = {"dataset": "rte", "options": ["No", "Yes"], "gold_option": 1}
+
+    def label(text, meta='{"dataset": "rte"}'):
+        return has_label({"text": text, "meta": meta}, query)
+
+    assert label("Is it?\nYes")
+    assert not label("Is it?\nNo")
+    assert not label("Yes\nNo")
+    assert not label("Is it?\nYes", '{"dataset": "snli"}')
+    assert not label("Is it?\nYes", None)
+
+
+@pytest.mark.parametrize(
+    ("barred", "expected"), [(True, ["candidate", "same_label", "gold"]), (False, ["candidate", "candidate", "gold"])]
+)
+def test_groups_say_which_documents_have_the_query_s_label(barred, expected):
+    """Prevents the setting from being passed over, and a gold document from losing its role."""
+    corpus = pa.table(
+        {
+            "title": [None, None, None],
+            "text": ["x\nNo", "y\nYes", "z\nYes"],
+            "meta": ['{"dataset": "rte"}'] * 3,
+        },
+        schema=pa.schema([("title", pa.string()), ("text", pa.string()), ("meta", pa.string())]),
+    )
+    query = {"query_id": "q", "task": "icl", "dataset": "rte", "query": "w", "options": ["No", "Yes"], "gold_option": 1}
+    found = {"doc_id": ["1", "2", "3"], "row": [0, 1, 2], "gold": [False, False, True], "reward": [0.0, 1.0, 2.0]}
+    task = TaskConfig(
+        score=TaskScore(feedback="likelihood"),
+        group=TaskGroup(same_label_negatives=not barred),
+        train=TaskTrain(positive="teacher", kl_weight=1.0),
+    )
+    row, _ = group_row(query, task, found, corpus, is_classification=True)
+    assert row["roles"] == expected
 
 
 @pytest.mark.parametrize("positive", ["first", "random", "teacher_gold"])

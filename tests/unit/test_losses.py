@@ -412,3 +412,20 @@ def test_documents_without_a_reward_have_no_weight_in_distillation():
     own, same, others = layout(1, 4)
     for tie_policy in ("strict", "sorted"):
         assert torch.isfinite(graded(sim, rewards, own, same, others, tie_policy=tie_policy)).all()
+
+
+def test_cross_entropy_of_a_group_against_a_loop():
+    """Prevents a document that stands twice from counting twice, or as the positive's own negative."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    keys = torch.randint(0, 4, (6, 5), generator=generator)
+    same = keys[:, :, None] == keys[:, None, :]
+    found = losses.group_cross_entropy(logits, same)
+    for row, values in enumerate(logits.tolist()):
+        first = [place for place in range(5) if keys[row, place] not in keys[row, :place]]
+        expected = math.log(sum(math.exp(values[place]) for place in first)) - values[0]
+        assert found[row].item() == pytest.approx(expected, rel=1e-6)
+    found.sum().backward()
+    assert not logits.grad[:, 1:][same[:, 0, 1:]].any()
+    alone = torch.eye(8, dtype=torch.bool)[None]
+    assert losses.group_cross_entropy(torch.zeros(1, 8), alone).item() == pytest.approx(math.log(8))

@@ -10,9 +10,9 @@ import torch
 from llmr_ray.schemas import table_of
 from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
+from llmr_ray.training.bi_encoder import nearness
 from llmr_ray.training.dataset import read_training_data, write_shard
 from llmr_ray.training.objective import local_batch
-from llmr_ray.training.step import nearness
 from tests.training_setup import TASKS, groups_table
 
 
@@ -200,6 +200,18 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     write(groups_table(2), tmp_path / "data")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_what_may_be_no_negative_is_none(tmp_path):
+    """Prevents the role `same_label` from being lost between the groups and a step."""
+    row = groups_table(1, tasks=("chat",)).to_pylist()[0]
+    rows = [{**row, "roles": ["candidate", *["same_label"] * 4, "candidate"]}]
+    data = read(table_of("groups", rows), tmp_path)
+    assert data.pool(0).is_barred.tolist() == [False, *[True] * 4, False]
+    plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=1, batching="mixed", seed=3)
+    batch = local_batch(data, plan.block(0), tasks=TASKS, group_size=6, seed=3, rank=0, world_size=1)
+    negatives = {"".join(map(chr, data.text(batch.texts[at]))) for at in batch.doc_BG[0, 1:]}
+    assert negatives == {f"chat!{row['docs'][5]}"[:30]}
 
 
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])

@@ -7,9 +7,10 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import linear
 
-from llmr_ray.modeling.embedder import Embedder, pack
+from llmr_ray.modeling.embedder import Embedder
 from llmr_ray.modeling.linear import use_onednn
 from llmr_ray.modeling.packed_attention import runs_of
+from llmr_ray.modeling.text_model import pack
 from tests.tiny import tiny_bert
 from tests.tiny_llm import save_model
 

@@ -1,0 +1,80 @@
+"""What the reward model reads, and the groups it learns from: pure functions on rows (LLM-R, methods.md B.5, B.6)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from llmr_ray.config import TaskScore
+from llmr_ray.data.splits import unit_hash
+from llmr_ray.feedback.prompts import candidate_text
+from llmr_ray.feedback.scoring import desired_output
+from llmr_ray.training.groups import CANDIDATE, reject_reason
+from llmr_ray.training.pools import pool_of
+
+
+def is_held_out(query_id: str, fraction: float) -> bool:
+    """Whether a training query does not train the reward model, so that the two can be compared on it."""
+    return unit_hash("held out of the reward model", query_id) < fraction
+
+
+def left_text(query: Mapping[str, Any], settings: TaskScore, *, sees_target: bool, seed: int) -> str | None:
+    """Query, newline, desired output; None where there is none to see.
+
+    The output is the one by which the LLM judged the candidates; of a question with options it is the option's text.
+
+    Args:
+        query: a row of `queries`.
+        settings: how the LLM scores the query's task.
+        sees_target: False: the query alone.
+        seed: of the run.
+    """
+    if not sees_target:
+        return str(query["query"])
+    target = desired_output(query, settings, seed)
+    return None if target is None else f"{query['query']}\n{target}"
+
+
+def pair_row(
+    query: Mapping[str, Any],
+    left: str | None,
+    found: Mapping[str, list[Any]] | None,
+    corpus: pa.Table,
+    *,
+    top_positives: int,
+) -> dict[str, Any] | str:
+    """A row of a groups table of pairs, or the reason why the query cannot train.
+
+    `query` is what stands on the left, `docs` what the LLM read of the candidates. The rewards alone decide what is
+    better: a gold document is a candidate like any other.
+
+    Args:
+        query: a row of `queries`.
+        left: its `left_text`.
+        found: the query's entry of `join_pools`; None where there is none.
+        corpus: what `join_pools` was given, with `continuation`.
+        top_positives: see groups.sample.
+    """
+    if found is None:
+        return "no_candidates"
+    if left is None:
+        return "no_target"
+    places = [place for place, judged in enumerate(found["judged"]) if judged]
+    if not places:
+        return "no_rewards"
+    documents = corpus.take([found["row"][place] for place in places]).to_pylist()
+    docs = [candidate_text(query["task"], document) for document in documents]
+    rewards = [found["reward"][place] for place in places]
+    roles = [CANDIDATE] * len(docs)
+    reason = reject_reason(
+        pool_of(docs, roles, rewards),
+        positive="teacher",
+        min_reward=None,
+        min_margin=0.0,
+        top_positives=top_positives,
+    )
+    if reason is not None:
+        return reason
+    row = {name: query[name] for name in ("query_id", "task", "dataset")}
+    doc_ids = [found["doc_id"][place] for place in places]
+    return row | {"query": left, "doc_ids": doc_ids, "docs": docs, "roles": roles, "rewards": rewards}
