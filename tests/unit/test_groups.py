@@ -249,7 +249,8 @@ def test_groups_say_which_documents_have_the_query_s_label(barred, expected):
         schema=pa.schema([("title", pa.string()), ("text", pa.string()), ("meta", pa.string())]),
     )
     query = {"query_id": "q", "task": "icl", "dataset": "rte", "query": "w", "options": ["No", "Yes"], "gold_option": 1}
-    found = {"doc_id": ["1", "2", "3"], "row": [0, 1, 2], "gold": [False, False, True], "reward": [0.0, 1.0, 2.0]}
+    found = {"doc_id": ["1", "2", "3"], "row": [0, 1, 2], "gold": [False, False, True]}
+    found |= {"reward": [0.0, 1.0, 2.0], "judged": [True] * 3}
     task = TaskConfig(
         score=TaskScore(feedback="likelihood"),
         group=TaskGroup(same_label_negatives=not barred),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.config import LoraConfig
+from llmr_ray.config import LoraConfig, TaskScore
 from llmr_ray.training import checkpoint, step
 from llmr_ray.training.cross_encoder import CrossEncoding
 from llmr_ray.training.groups import sample
@@ -27,17 +27,18 @@ def found(rewards):
         "doc_id": [f"d{n}" for n in range(size)],
         "row": list(range(size)),
         "reward": rewards,
+        "judged": [reward is not None for reward in rewards],
         "gold": [True] * size,
     }
 
 
 def test_the_left_side_is_query_and_desired_output():
     """Prevents a reward model that cannot see the answer, and one that sees it in the study without."""
-    assert left_text(QUERY, sees_target=True, seed=1) == "Is it?\nYes"
-    assert left_text(QUERY, sees_target=False, seed=1) == "Is it?"
-    assert left_text({**QUERY, "targets": []}, sees_target=True, seed=1) is None
+    assert left_text(QUERY, TaskScore(), sees_target=True, seed=1) == "Is it?\nYes"
+    assert left_text(QUERY, TaskScore(), sees_target=False, seed=1) == "Is it?"
+    assert left_text({**QUERY, "targets": []}, TaskScore(), sees_target=True, seed=1) is None
     several = {**QUERY, "targets": ["Yes", "Ja", "Oui"]}
-    seen = {left_text({**several, "query_id": str(n)}, sees_target=True, seed=1) for n in range(30)}
+    seen = {left_text({**several, "query_id": str(n)}, TaskScore(), sees_target=True, seed=1) for n in range(30)}
     assert len(seen) == 3
 
 
@@ -49,6 +50,17 @@ def test_pair_rows_hold_what_the_llm_read_and_judged():
     assert row["doc_ids"] == ["d0", "d1", "d3", "d4"]
     assert row["roles"] == ["candidate"] * 4
     assert row["rewards"] == [0.1, 0.4, 0.2, 0.3]
+
+
+def test_what_a_rule_put_last_is_a_negative_of_the_reward_model():
+    """LLM-R's negatives are to a good part examples of other tasks and labels (methods.md B.4, B.5)."""
+    pool = found([0.1, 0.4, None, 0.2, 0.3]) | {"judged": [True] * 5}
+    row = pair_row(QUERY, "left", pool, CORPUS, top_positives=3)
+    assert row["doc_ids"] == ["d0", "d1", "d2", "d3", "d4"]
+    assert row["rewards"] == [0.1, 0.4, None, 0.2, 0.3]
+    fewer = found([0.1, 0.4, None, None, None]) | {"judged": [True] * 5}
+    assert pair_row(QUERY, "left", fewer, CORPUS, top_positives=3) == "too_few_documents"
+    assert pair_row(QUERY, "left", found([None] * 5) | {"judged": [True] * 5}, CORPUS, top_positives=3) == "no_rewards"
 
 
 @pytest.mark.parametrize(
