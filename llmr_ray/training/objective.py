@@ -4,8 +4,8 @@ Tensor legend: B queries of this rank, N over all ranks, G documents of a group,
 embedding, T distinct texts of this rank.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -98,10 +98,20 @@ def local_batch(
     rank: int,
     world_size: int,
 ) -> LocalBatch:
-    """Samples the groups of the whole block (cheap, and equal on all ranks) and cuts out what this rank encodes."""
+    """Samples the groups of the whole block (cheap, and equal on all ranks) and cuts out what this rank encodes.
+
+    Ranks wait for each other, so the queries are dealt out such that all ranks have about as many tokens.
+    """
     sampled = sample_groups(
         data, map(int, block.rows), tasks=tasks, group_size=group_size, seed=seed, epoch=block.epoch
     )
+    if world_size > 1:
+        tokens_N = [
+            sum(len(data.text(int(number))) for number in (query, *data.pool_texts(int(row))[group.places]))
+            for row, query, group in zip(block.rows, data.query_texts(block.rows), sampled, strict=True)
+        ]
+        order = dealt(tokens_N, world_size)
+        block, sampled = replace(block, rows=block.rows[order]), [sampled[place] for place in order]
     places_NG = np.stack([group.places for group in sampled])
     keys_NG = np.stack([group.pool.keys[group.places] for group in sampled])
     mine = block.of_rank(rank, world_size)
@@ -130,6 +140,21 @@ def local_batch(
         else None,
         tasks_B=[data.task(row) for row in rows_B],
     )
+
+
+def dealt(costs: Sequence[float], num_hands: int) -> np.ndarray:
+    """An order of N items whose consecutive equal parts, one for each hand, cost about the same: int64 [N].
+
+    The dearest first, each to the hand that has least so far and is not full; N is a multiple of `num_hands`.
+    """
+    size = len(costs) // num_hands
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    totals = np.zeros(num_hands)
+    for item in np.argsort(-np.asarray(costs, np.float64), kind="stable"):
+        hand = int(np.argmin(np.where([len(hand) < size for hand in hands], totals, np.inf)))
+        hands[hand].append(int(item))
+        totals[hand] += costs[item]
+    return np.asarray([item for hand in hands for item in sorted(hand)], np.int64)
 
 
 def batch_loss(

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmr_ray.artifacts import seed_of
 from llmr_ray.config import TrainConfig
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.modeling.lookup import one_lookup
 from llmr_ray.modeling.text_model import TextModel
 from llmr_ray.training import checkpoint, gradient
 from llmr_ray.training.adapters import Adapters
@@ -37,12 +38,18 @@ class PackedEncoder(torch.nn.Module):
         super().__init__()
         self.module = model.module
         self._compute, self._cut = model.forward, model.batches
+        words, pad_id = model.transformer.get_input_embeddings(), model.tokenizer.pad_token_id
+        # Within a function, since a module that is an attribute becomes a part of this one.
+        self._reading = partial(one_lookup, words, pad_id=pad_id)
         self._budget = PACK_TOKENS.get(model.device.type, PACK_TOKENS["cuda"])
 
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
         """What the model gives T texts, in their order: float32 [T, ...]."""
         passes = self.batches(tokens)
-        return gradient.in_order(passes, [self._compute([tokens[row] for row in rows]) for rows in passes])
+        passes = self.batches(tokens)
+        with self._reading(tokens):
+            computed = [self._compute([tokens[row] for row in rows]) for rows in passes]
+        return gradient.in_order(passes, computed)
 
     def batches(self, tokens: list[np.ndarray]) -> list[np.ndarray]:
         """How the texts are cut into passes."""
@@ -107,7 +114,9 @@ class Trainer:
         self.encoder: torch.nn.Module = encoder
         if is_distributed():
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
-            self.encoder = DistributedDataParallel(encoder, device_ids=ids, broadcast_buffers=False)
+            self.encoder = DistributedDataParallel(
+                encoder, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.packing = encoder.batches
         self.optimizer = make_optimizer(self.names, config)
         self.paced = SelfPaced(config.self_paced_interval)

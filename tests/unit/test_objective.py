@@ -12,7 +12,7 @@ from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
 from llmr_ray.training.bi_encoder import nearness
 from llmr_ray.training.dataset import read_training_data, write_shard
-from llmr_ray.training.objective import local_batch
+from llmr_ray.training.objective import dealt, local_batch
 from tests.training_setup import TASKS, groups_table
 
 
@@ -217,14 +217,37 @@ def test_what_may_be_no_negative_is_none(tmp_path):
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_cut_the_batch_of_one_worker(data, batching, world_size):
-    """Prevents groups, masks or rewards that depend on how many workers there are."""
+    """Prevents groups, masks or rewards that depend on how many workers there are; who has which query may."""
     for step in range(6):
         whole = take(data, step, batching=batching)
         parts = [take(data, step, batching=batching, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for name in ("rewards_BG", "has_rewards_B", "same_BGG", "others_BC"):
-            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+        queries = np.concatenate([data.text_keys(part.texts)[part.query_B] for part in parts])
+        expected = data.text_keys(whole.texts)[whole.query_B]
+        # A query that stands twice has the same group both times.
+        order = np.empty(8, int)
+        order[np.argsort(expected, kind="stable")] = np.argsort(queries, kind="stable")
+        np.testing.assert_array_equal(queries[order], expected)
+        for name in ("rewards_BG", "has_rewards_B", "same_BGG"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(joined[order], getattr(whole, name))
+        others = np.concatenate([part.others_BC for part in parts]).reshape(8, 8, -1)
+        np.testing.assert_array_equal(others[order][:, order].reshape(8, -1), whole.others_BC)
         assert [part.first for part in parts] == [rank * 8 // world_size for rank in range(world_size)]
-        assert [task for part in parts for task in part.tasks_B] == whole.tasks_B
+        assert [[task for part in parts for task in part.tasks_B][at] for at in order] == whole.tasks_B
         keys = np.concatenate([data.text_keys(part.texts)[part.doc_BG] for part in parts])
-        np.testing.assert_array_equal(keys, data.text_keys(whole.texts)[whole.doc_BG])
+        np.testing.assert_array_equal(keys[order], data.text_keys(whole.texts)[whole.doc_BG])
         assert len(np.unique(data.text_keys(whole.texts))) == len(whole.texts)
+
+
+def test_hands_are_equal_in_number_and_about_equal_in_cost():
+    """Prevents ranks that wait for the one with the long texts, and a query that is dealt twice or to nobody."""
+    costs = np.random.default_rng(0).lognormal(4, 1, 64)
+    for num_hands in (1, 2, 8):
+        order = dealt(costs, num_hands)
+        assert sorted(order) == list(range(64))
+        hands = costs[order].reshape(num_hands, -1).sum(axis=1)
+        assert hands.max() < 1.05 * hands.mean()
+        unsorted = costs.reshape(num_hands, -1).sum(axis=1)
+        assert num_hands == 1 or hands.max() < unsorted.max()
+    assert dealt(costs, 1).tolist() == list(range(64))
+    assert dealt([9.0, 1.0, 1.0, 1.0], 2).tolist() in ([0, 3, 1, 2], [0, 1, 2, 3], [0, 2, 1, 3])
