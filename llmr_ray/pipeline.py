@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,11 @@ class Pipeline:
             for stage in self.stages
             if (manifest := stage.artifact.manifest) is not None
         ]
+        # Rounds take the place of what the configuration calls "trained".
+        methods = list(done["evaluate"].spec.config["evaluate"]["methods"])
         results = report.write_report(
             run_dir=self.run_dir,
-            config=self.config,
+            config=replace(self.config, evaluate=replace(self.config.evaluate, methods=methods)),
             artifacts=done,
             stages=stages,
             command=record["command"],
@@ -272,8 +275,9 @@ def fetch_assets(path: str, overrides: list[str]) -> None:
 
 
 def _asset_names(config: Config) -> list[str]:
-    names = [config.embedder.model, config.llm.model, *(dataset.path for dataset in config.datasets.values())]
-    return list(dict.fromkeys(names))
+    names = [config.embedder.model, config.llm.model, config.reward_model.model]
+    names += [dataset.path for dataset in config.datasets.values()]
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def _state(artifact: Artifact) -> str:

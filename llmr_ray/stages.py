@@ -6,7 +6,7 @@ Ids depend only on the configuration and on the ids of inputs, so all stages are
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,23 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config
 from llmr_ray.data import stage as data
-from llmr_ray.evaluation import look
+from llmr_ray.evaluation import agreement, look
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
 from llmr_ray.mining import stage as mining
+from llmr_ray.training import reward_model
 from llmr_ray.training import stage as training
 
-MAKES = {"mine": "candidates", "score": "llm_scores", "reward": "rewards", "group": "groups", "train": "checkpoint"}
+MAKES = {
+    "mine": "candidates",
+    "score": "llm_scores",
+    "reward": "rewards",
+    "agree": "agreement",
+    "group": "groups",
+    "train": "checkpoint",
+}
 """What a stage's artifact is called where it is read; the others are called like their stage."""
 
 
@@ -77,35 +85,38 @@ class StagePlan:
     ) -> None:
         self.config, self.client, self.allow_restart = config, client, allow_restart
         self.base, self.llm = assets[config.embedder.model], assets[config.llm.model]
+        self.teacher = assets[config.reward_model.model] if config.reward_model.model else None
         self.stages: list[Stage] = []
         self._round = 0
         self.prepare = self._add("prepare", data.prepare_spec(config, assets), data.run_prepare, assets=assets)
-        retrievers = {"base": self._embed_and_index("base", self.base)}
-        miner = retrievers["base"]
+        self.retrievers = {"base": self._embed_and_index("base", self.base)}
+        miner = self.retrievers["base"]
         for number in range(1, config.rounds + 1):
             self._round = number
             miner = self._train(self._groups(miner))
-            retrievers["trained" if number == config.rounds else f"round_{number}"] = miner
-            self._evaluate(retrievers)
+            self.retrievers["trained" if number == config.rounds else f"round_{number}"] = miner
+            self._evaluate()
 
-    def _add(self, name: str, spec: ArtifactSpec, run: Callable[..., None], **inputs: Any) -> Artifact:
+    def _add(
+        self, name: str, spec: ArtifactSpec, run: Callable[..., None], config: Config | None = None, **inputs: Any
+    ) -> Artifact:
         artifact = Artifact(self.config.runtime.artifact_root, spec)
         full_name = in_round(name, self._round, self.config.rounds) if self._round else name
-        made = partial(run, self.config, **inputs)
+        made = partial(run, config or self.config, **inputs)
         self.stages.append(Stage(name=full_name, base_name=name, artifact=artifact, inputs=inputs, run=made))
         return artifact
 
     def _embed_and_index(self, which: str, embedder: Asset) -> _Retriever:
         of: dict[str, Any] = {"embedder": embedder, "prepare": self.prepare}
         vectors = self._add(f"embed_{which}", index.embed_spec(self.config, **of), index.run_embed, **of)
-        built = {"embeddings": vectors}
+        built: dict[str, Any] = {"embeddings": vectors}
         documents = self._add(f"index_{which}", index.index_spec(self.config, **built), index.run_index, **built)
         return _Retriever(embeddings=vectors, index=documents)
 
     def _groups(self, miner: _Retriever) -> Artifact:
         """What a round trains on: from candidates by way of the LLM's scores to groups."""
         config, prepare, again = self.config, self.prepare, self._round > 1
-        of = {"prepare": prepare, "embeddings": miner.embeddings, "index": miner.index}
+        of: dict[str, Any] = {"prepare": prepare, "embeddings": miner.embeddings, "index": miner.index}
         mine = partial(mining.run_mine, again=again)
         candidates = self._add("mine", mining.mine_spec(config, again=again, **of), mine, **of)
         of = {"prepare": prepare, "candidates": candidates}
@@ -113,8 +124,23 @@ class StagePlan:
         scores = self._add("score", spec, feedback.run_score, client=self.client, **of)
         of = {"prepare": prepare, "llm_scores": scores}
         rewards = self._add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
+        if self.teacher:
+            rewards = self._taught(candidates, rewards, self.teacher)
         of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
         return self._add("group", training.group_spec(config, **of), training.run_group, **of)
+
+    def _taught(self, candidates: Artifact, rewards: Artifact, base: Asset) -> Artifact:
+        """The rewards of a cross-encoder that learned from the LLM's."""
+        config, read = self.config, {"prepare": self.prepare, "candidates": candidates}
+        of: dict[str, Any] = {**read, "rewards": rewards, "base": base}
+        train = partial(reward_model.run_reward_model, allow_restart=self.allow_restart)
+        model = self._add("reward_model", reward_model.reward_model_spec(config, **of), train, **of)
+        of = {**read, "reward_model": model}
+        taught = self._add("teach", reward_model.teach_spec(config, **of), reward_model.run_teach, **of)
+        embeddings = {name: retriever.embeddings for name, retriever in self.retrievers.items()}
+        of = {"prepare": self.prepare, "rewards": rewards, "taught": taught, "embeddings": embeddings}
+        self._add("agree", agreement.agree_spec(config, **of), agreement.run_agree, **of)
+        return taught
 
     def _train(self, groups: Artifact) -> _Retriever:
         """Training of a round, always from the initial embedder, and the trained retriever."""
@@ -130,14 +156,20 @@ class StagePlan:
         trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
         return self._embed_and_index("trained", trained)
 
-    def _evaluate(self, retrievers: dict[str, _Retriever]) -> Artifact:
+    def _evaluate(self) -> None:
+        """Evaluates all rounds so far: what the LLM answered before is in its store."""
+        methods = list(self.config.evaluate.methods)
+        if "trained" in methods:
+            place = methods.index("trained")
+            methods[place : place + 1] = [name for name in self.retrievers if name != "base"]
+        config = replace(self.config, evaluate=replace(self.config.evaluate, methods=methods))
         searched: dict[str, Any] = {
             "prepare": self.prepare,
-            "embeddings": {name: retriever.embeddings for name, retriever in retrievers.items()},
-            "indexes": {name: retriever.index for name, retriever in retrievers.items()},
+            "embeddings": {name: retriever.embeddings for name, retriever in self.retrievers.items()},
+            "indexes": {name: retriever.index for name, retriever in self.retrievers.items()},
         }
-        spec = evaluation.evaluate_spec(self.config, self.llm, **searched)
-        return self._add("evaluate", spec, evaluation.run_evaluate, client=self.client, **searched)
+        spec = evaluation.evaluate_spec(config, self.llm, **searched)
+        self._add("evaluate", spec, evaluation.run_evaluate, config, client=self.client, **searched)
 
 
 def _early_look(

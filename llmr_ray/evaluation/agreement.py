@@ -1,8 +1,127 @@
-"""How much two judges agree on the order of candidates: the reward model, say, and the LLM it learned from."""
+"""The stage agree: how much the reward model, and embedders, rank candidates as the LLM does (Kendall's tau).
 
+Measured on training queries that the reward model did not learn from. The LLM scored their candidates as all others.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.stats import kendalltau
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
+from llmr_ray.config import Config
+from llmr_ray.errors import DataError
+from llmr_ray.evaluation.significance import estimate, paired_difference
+from llmr_ray.index.vectors import query_vectors, to_matrix
+from llmr_ray.training.pairs import is_held_out
+
+AGREE_VERSION = 1
+
+REWARD_MODEL = "reward_model"
+"""The judge's name beside those of embedders."""
+
+_SCHEMA = pa.schema([("query_id", pa.string()), ("judge", pa.string()), ("tau", pa.float64())])
+
+
+def agree_spec(
+    config: Config, rewards: Artifact, taught: Artifact, prepare: Artifact, embeddings: Mapping[str, Artifact]
+) -> ArtifactSpec:
+    """What determines the agreement: the judges, and which queries are held out."""
+    return ArtifactSpec(
+        stage="agree",
+        version=AGREE_VERSION,
+        config={"held_out_fraction": config.reward_model.held_out_fraction},
+        inputs={"prepare": prepare.id, "rewards": rewards.id, "taught": taught.id}
+        | {f"embeddings_{name}": vectors.id for name, vectors in embeddings.items()},
+    )
+
+
+def run_agree(
+    config: Config,
+    artifact: Artifact,
+    rewards: Artifact,
+    taught: Artifact,
+    prepare: Artifact,
+    embeddings: Mapping[str, Artifact],
+) -> None:
+    """Writes the table `agreement`: query_id, judge, tau.
+
+    Args:
+        config: the run's.
+        artifact: to be made.
+        rewards: of the LLM.
+        taught: of the reward model.
+        prepare: the data.
+        embeddings: of each embedder that is to be compared.
+
+    Raises:
+        DataError: no query is held out, so nothing can be told.
+    """
+    started = time.monotonic()
+    if artifact.pending(1):
+        of_llm = rewards.read("rewards")
+        ids = [name for name in pc.unique(of_llm["query_id"]).to_pylist() if _is_asked(name, config)]
+        if not ids:
+            raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
+        of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")
+        of_llm = of_llm.filter(pc.is_valid(of_llm["reward"]))
+        judges = {REWARD_MODEL: taught.read("rewards")}
+        judges |= {name: _similarities(of_llm, vectors) for name, vectors in embeddings.items()}
+        rows = [
+            {"query_id": query_id, "judge": judge, "tau": tau}
+            for judge, judged in judges.items()
+            for query_id, tau in sorted(rank_agreement(judged, of_llm).items())
+        ]
+        counts = Counts(rows_in=len(ids), ok=len(ids))
+        artifact.write_shard(0, {"agreement": pa.Table.from_pylist(rows, schema=_SCHEMA)}, counts)
+    artifact.commit(1, seconds=time.monotonic() - started)
+
+
+def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:
+    """For each judge: mean tau, ci95, n, and `delta_vs_base` as results.json has it elsewhere, over common queries.
+
+    Args:
+        table: `agreement`.
+        samples: bootstrap and randomisation samples.
+        seed: of the run.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for row in table.to_pylist():
+        values.setdefault(row["judge"], {})[row["query_id"]] = row["tau"]
+    base, rows = values.get("base", {}), []
+    drawn: dict[str, Any] = {"exponential": False, "samples": samples, "seed": seed_of(seed, "agreement")}
+    for judge, taus in values.items():
+        figure = estimate([np.asarray(list(taus.values()))], **drawn)
+        delta = None
+        both = sorted(taus.keys() & base.keys())
+        if judge != "base" and both:
+            pair = ([np.asarray([of[name] for name in both])] for of in (taus, base))
+            found = paired_difference(*pair, **drawn)
+            delta = {"mean": found.mean, "ci95": [found.low, found.high], "p": found.p, "n": found.n}
+        interval = [figure.low, figure.high]
+        rows.append({"judge": judge, "mean": figure.mean, "ci95": interval, "n": figure.n, "delta_vs_base": delta})
+    return rows
+
+
+def _is_asked(query_id: str, config: Config) -> bool:
+    return is_held_out(query_id, config.reward_model.held_out_fraction)
+
+
+def _similarities(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
+    """An embedder's rewards of pairs: their cosine similarities."""
+    documents = embeddings.read("document_embeddings")
+    wanted = pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"]).combine_chunks())
+    documents = documents.filter(wanted)
+    row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
+    query_PD = query_vectors(embeddings, pairs["query_id"].to_pylist())
+    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in pairs["doc_id"].to_pylist()]]
+    similarity = pa.array((query_PD * document_PD).sum(axis=1), pa.float32())
+    return pairs.set_column(pairs.schema.get_field_index("reward"), "reward", similarity)
 
 
 def rank_agreement(rewards: pa.Table, llm_scores: pa.Table) -> dict[str, float]:

@@ -17,6 +17,7 @@ from llmr_ray.config import Config
 from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
+from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
@@ -40,13 +41,13 @@ def write_report(
         run_dir: the run's folder.
         config: of the run.
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
-            "checkpoint" are shown where they exist.
+            "agreement" and "checkpoint" are shown where they exist.
         stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
         command: repeats the run.
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed.
+        What results.json holds: rows, stages, command, commit, seed, and agreement where there is a reward model.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -70,6 +71,9 @@ def write_report(
         "rows": rows,
         "stages": stages,
     }
+    if "agreement" in artifacts:
+        judged = artifacts["agreement"].read("agreement")
+        results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     queries = prepare.read("queries")
     evaluated = set(evaluate.read("metrics")["query_id"].to_pylist())
@@ -129,12 +133,24 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     # Job logs and narrow terminals would cut figures off; a line that the terminal wraps loses none.
     view.width = console.measure(view, options=console.options.update(max_width=TABLE_WIDTH)).maximum
     console.print(view, crop=False)
+    for row in results.get("agreement", []):
+        low, high = row["ci95"]
+        line = f"{judge_name(row['judge'])}: agrees with the LLM on held-out queries, tau {row['mean']:.3f} "
+        line += f"({low:.3f}, {high:.3f}), n={row['n']}"
+        if delta := row["delta_vs_base"]:
+            line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
+        console.print(line)
 
 
 def held_out_tasks(config: Config) -> set[str]:
     """Data sets of examples that this run does not train on, nor on others of their kind."""
     trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
     return {name for name, dataset in config.datasets.items() if dataset.task == "icl" and pool_of(name) not in trained}
+
+
+def judge_name(judge: str) -> str:
+    """What a table calls a judge of candidates."""
+    return "Reward model" if judge == REWARD_MODEL else method_name(judge)
 
 
 def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
@@ -165,6 +181,8 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         curves=_curves(artifacts),
         speed=_speed(artifacts),
         looks=_looks(artifacts, run_dir),
+        agreement=results.get("agreement"),
+        judge_name=judge_name,
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
         test_examples=test_examples(artifacts, result_of(config.evaluate.methods)),
