@@ -1,0 +1,84 @@
+"""Which stages a configuration has: rounds that build on each other, and what each stage is given."""
+
+import dataclasses
+
+import pytest
+
+from llmr_ray.artifacts import Artifact
+from llmr_ray.assets import Asset
+from llmr_ray.config import (
+    Config,
+    DatasetConfig,
+    RewardModelConfig,
+    RuntimeConfig,
+    TaskConfig,
+    TaskMine,
+    TaskScore,
+    TaskTrain,
+)
+from llmr_ray.errors import DataError
+from llmr_ray.stages import StagePlan
+
+CONFIG = Config(
+    name="test",
+    datasets={"boolq": DatasetConfig(task="icl", source="icl", path="data", num_train=4)},
+    tasks={
+        "icl": TaskConfig(
+            score=TaskScore(feedback="likelihood"),
+            mine_again=TaskMine(num_dense=9),
+            train=TaskTrain(positive="teacher", kl_weight=1.0),
+        )
+    },
+)
+
+
+def plan(tmp_path, **changes):
+    config = dataclasses.replace(CONFIG, runtime=RuntimeConfig(artifact_root=str(tmp_path)), **changes)
+    names = ("data", config.embedder.model, config.llm.model, "teacher")
+    assets = {name: Asset(name=name, kind="model", path=tmp_path, fingerprint=f"of {name}") for name in names}
+    return {stage.name: stage for stage in StagePlan(config, assets, None).stages}
+
+
+def test_a_round_is_mined_by_the_embedder_of_the_one_before(tmp_path):
+    """Prevents rounds that repeat the first one, and a second round that starts from trained weights."""
+    stages = plan(tmp_path, rounds=3)
+    for before, number in (("_1", "_2"), ("_2", "")):
+        mined = stages[f"mine{number}"].artifact.spec
+        assert mined.inputs["embeddings"] == stages[f"embed_trained{before}"].artifact.id
+        assert mined.config["tasks"]["icl"]["num_dense"] == 9
+    assert stages["mine_1"].artifact.spec.inputs["embeddings"] == stages["embed_base"].artifact.id
+    assert stages["mine_1"].artifact.spec.config["tasks"]["icl"]["num_dense"] != 9
+    bases = {stages[f"train{number}"].artifact.spec.inputs["base"] for number in ("_1", "_2", "")}
+    assert bases == {f"of {CONFIG.embedder.model}"}
+    assert len({stage.artifact.id for stage in stages.values()}) == len(stages)
+
+
+def test_every_round_is_evaluated_beside_those_before(tmp_path):
+    stages = plan(tmp_path, rounds=2)
+    asked = [stages[name].artifact.spec.config["evaluate"]["methods"][-2:] for name in ("evaluate_1", "evaluate")]
+    assert asked == [["base", "round_1"], ["round_1", "trained"]]
+    of_first = {name for name in stages["evaluate"].artifact.spec.inputs if name.startswith("index")}
+    assert of_first == {"index_base", "index_round_1", "index_trained"}
+
+
+def test_one_round_has_the_artifacts_it_always_had(tmp_path):
+    """Prevents paid feedback from being asked for again because rounds exist now."""
+    names = [stage.partition("_")[0] for stage in plan(tmp_path)]
+    order = ["prepare", "embed", "index", "mine", "score", "reward", "group", "train", "embed", "index", "evaluate"]
+    assert names == order
+
+
+@pytest.mark.parametrize("model", ["", "teacher"])
+def test_the_embedder_learns_from_the_reward_model_where_there_is_one(tmp_path, model):
+    stages = plan(tmp_path, reward_model=RewardModelConfig(model=model))
+    source = "teach" if model else "reward"
+    assert stages["group"].artifact.spec.inputs["rewards"] == stages[source].artifact.id
+    assert ("agree" in stages) == bool(model)
+
+
+def test_inputs_that_are_not_finished_are_named(tmp_path):
+    """Prevents a stage that is run alone from reading half an artifact."""
+    stages = plan(tmp_path)
+    with pytest.raises(DataError, match=r"prepare/"):
+        stages["mine"].require_inputs()
+    assert isinstance(stages["mine"].inputs["prepare"], Artifact)
