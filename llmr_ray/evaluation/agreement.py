@@ -115,7 +115,7 @@ def _is_asked(query_id: str, config: Config) -> bool:
 def _similarities(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
     """An embedder's rewards of pairs: their cosine similarities."""
     documents = embeddings.read("document_embeddings")
-    wanted = pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"]).combine_chunks())
+    wanted = pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"]))
     documents = documents.filter(wanted)
     row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
     query_PD = query_vectors(embeddings, pairs["query_id"].to_pylist())

@@ -4,7 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmr_ray.evaluation.agreement import rank_agreement
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.config import Config, RewardModelConfig
+from llmr_ray.evaluation.agreement import agree_spec, agreement_rows, rank_agreement, run_agree
+from llmr_ray.index.vectors import to_table
+from llmr_ray.training.pairs import is_held_out
 
 
 def table(rewards):
@@ -39,3 +43,52 @@ def test_what_cannot_be_compared_is_left_out():
     mine = {"same": {"x": 1.0, "y": 2.0, "z": 9.0}, "tied": {"x": 1.0, "y": 1.0}, "one": {"x": 1.0, "y": 2.0}}
     llm = {"same": {"x": 5.0, "y": 6.0}, "tied": {"x": 1.0, "y": 2.0}, "one": {"y": 2.0, "z": 1.0}, "new": {"x": 1.0}}
     assert rank_agreement(table(mine), table(llm)) == {"same": 1.0}
+
+
+def finished(root, stage, **tables):
+    artifact = Artifact(root, ArtifactSpec(stage=stage, version=1, config={}, inputs={}))
+    artifact.begin()
+    artifact.write_shard(0, tables, Counts())
+    artifact.commit(1, seconds=0)
+    return artifact
+
+
+def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_path):
+    """Prevents a reward model from being praised for what it learned by heart, and vectors of other rows."""
+    rng = np.random.default_rng(0)
+    config = Config(reward_model=RewardModelConfig(model="m", held_out_fraction=0.5))
+    docs, queries = [f"d{n}" for n in range(9)], [f"q{n}" for n in range(12)]
+    held_out = [query for query in queries if is_held_out(query, 0.5)]
+    assert 2 < len(held_out) < 10
+    llm = {query: {doc: float(rng.normal()) for doc in docs} for query in queries}
+    good = {query: {doc: 3 * value for doc, value in of.items()} for query, of in llm.items()}
+    queries_ND, docs_ND = rng.normal(size=(12, 4)), rng.normal(size=(9, 4))
+    unit = {}
+    for name, ids, vector_ND in (("query", queries[::-1], queries_ND), ("doc", docs[::-1], docs_ND)):
+        vector_ND = (vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)).astype(np.float32)
+        unit |= dict(zip(ids, vector_ND, strict=True))
+        unit[name] = to_table(f"{name}_id", ids, vector_ND)
+    judged = [
+        finished(tmp_path, stage, rewards=table(of).append_column("reward_source", pa.array(["x"] * 108)))
+        for stage, of in (("reward", llm), ("teach", good))
+    ]
+    base = finished(tmp_path, "embed", query_embeddings=unit["query"], document_embeddings=unit["doc"])
+    prepare = finished(tmp_path, "prepare")
+    of = {"rewards": judged[0], "taught": judged[1], "prepare": prepare, "embeddings": {"base": base}}
+    artifact = Artifact(tmp_path, agree_spec(config, **of))
+    artifact.begin()
+    run_agree(config, artifact, **of)
+    rows = artifact.read("agreement").to_pylist()
+    assert sorted(row["query_id"] for row in rows if row["judge"] == "base") == sorted(held_out)
+    for row in rows:
+        query = row["query_id"]
+        own = list(llm[query].values())
+        other = own if row["judge"] == "reward_model" else [float(unit[query] @ unit[doc]) for doc in docs]
+        assert row["tau"] == pytest.approx(brute_force(other, own), abs=1e-12)
+    told = {row["judge"]: row for row in agreement_rows(artifact.read("agreement"), samples=500, seed=1)}
+    assert told["reward_model"]["mean"] == pytest.approx(1.0)
+    assert told["base"]["delta_vs_base"] is None
+    delta = told["reward_model"]["delta_vs_base"]
+    assert delta["mean"] == pytest.approx(1 - told["base"]["mean"])
+    assert delta["ci95"][0] > 0
+    assert delta["n"] == len(held_out)
