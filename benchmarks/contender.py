@@ -130,6 +130,20 @@ def gemm_spread(runs: list[dict[str, Any]]) -> tuple[float, float]:
     return median, (max(speeds) - min(speeds)) / median
 
 
+def record(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Writes what was found of a workload into a file of results, beside what it says of others.
+
+    Each entry has the machine, the command and the commit it was measured with: a long benchmark may be run in parts.
+    """
+    path.parent.mkdir(exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    results[name] = {"machine": machine(), "command": command, "commit": revision.stdout.strip(), **found}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {path}", flush=True)
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

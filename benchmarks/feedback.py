@@ -21,14 +21,12 @@ figures. The share of it is that of the operations that no engine can spare, ove
 import argparse
 import contextlib
 import importlib.util
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contender import Contender, gemm_spread, machine, serve, spent
+from contender import Contender, gemm_spread, record, serve, spent
 
 RESULTS = Path(__file__).parent / "results" / "feedback.json"
 CONTENDERS = ("tree", "vllm_override", "vllm_default", "lm_eval", "embedder_loop")
@@ -229,7 +227,7 @@ def opened(name: str, model: str, threads: int) -> Callable[[Any], dict[str, Any
 
 
 def main() -> None:
-    """Runs the benchmark and writes benchmarks/results/feedback.json."""
+    """Runs the benchmark and writes what it finds into benchmarks/results/feedback.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -254,21 +252,9 @@ def main() -> None:
         for name in names:
             contenders[name] = Contender(__file__, name, options.threads, "--model", model)
             stack.callback(contenders[name].close)
-        report: dict[str, Any] = {
-            "machine": machine(),
-            "command": f"python benchmarks/feedback.py {' '.join(sys.argv[1:])}".strip(),
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "queries": options.queries,
-            "workloads": {},
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
         for name in options.workloads:
             pairs = make_pairs(name, options.queries, tokenizer)
-            report["workloads"][name] = run_workload(name, pairs, contenders, options, model)
-            # After each: the whole takes an hour and more.
-            RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-            print(f"written: {RESULTS}", flush=True)
+            record(RESULTS, name, run_workload(name, pairs, contenders, options, model))
 
 
 def run_workload(

@@ -24,14 +24,13 @@ import contextlib
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from contender import Contender, gemm_spread, machine, serve, spent
+from contender import Contender, gemm_spread, record, serve, spent
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 WORKLOADS = {
@@ -378,7 +377,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Runs the benchmark and writes benchmarks/results/training.json."""
+    """Runs the benchmark and writes what it finds into benchmarks/results/training.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--peers", choices=("sweep", "default", "none"), default="sweep")
@@ -400,17 +399,8 @@ def main() -> None:
         for name in CONTENDERS:
             contenders[name] = Contender(__file__, name, options.threads)
             stack.callback(contenders[name].close)
-        report = {
-            "machine": machine(),
-            "command": f"python benchmarks/training.py {' '.join(sys.argv[1:])}".strip(),
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "not_compared": ["FlagEmbedding", "Tevatron"],
-            "workloads": {name: run_workload(name, options, contenders) for name in options.workloads},
-        }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {RESULTS}")
+        for name in options.workloads:
+            record(RESULTS, name, run_workload(name, options, contenders))
 
 
 def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, Contender]) -> dict[str, Any]:
