@@ -17,6 +17,7 @@ from llmr_ray.config import (
     TrainConfig,
 )
 from llmr_ray.evaluation.agreement import rank_agreement
+from llmr_ray.feedback.jobs import feedback_tasks
 from llmr_ray.modeling.cross_encoder import CrossEncoder
 from llmr_ray.modeling.embedder import fingerprint_of
 from llmr_ray.schemas import table_of
@@ -205,7 +206,7 @@ def by_hand(config, root, inputs, spec, model):
         artifact,
         **inputs,
         model=model,
-        tasks=FEEDBACK,
+        tasks=feedback_tasks(config),
         settings=config.reward_model,
         seed=config.seed,
         batch_tokens=config.runtime.encode_batch_tokens,
