@@ -133,6 +133,10 @@ def _check_run(config: Config) -> None:
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
+        if (task.score.same_task or task.score.same_label) and not config.reward_model.model:
+            _check_without_rewards(f"tasks.{name}", task.train)
+    if config.rounds < 1:
+        raise ConfigError("rounds must be at least 1.")
     if config.reward_model.model:
         _check_reward_model(config.reward_model, config.runtime)
         tasks = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
@@ -174,6 +178,20 @@ def _check_turns(where: str, task: TaskTrain) -> None:
         raise ConfigError(
             f"{where}.bottom_negatives is {task.bottom_negatives}, but {where}.negatives is '{task.negatives}': only "
             "those of `lowest` go round."
+        )
+
+
+def _check_without_rewards(where: str, task: TaskTrain) -> None:
+    """Documents that a rule put last have no reward, and these losses need a number for each."""
+    needs_numbers = {
+        f"reward_form: {task.reward_form}": task.reward_form in ("zscore", "minmax"),
+        "kl_direction: student_teacher": bool(task.kl_weight) and task.kl_direction == "student_teacher",
+        "pairwise_weight": bool(task.pairwise_weight),
+    }
+    if found := [setting for setting, is_set in needs_numbers.items() if is_set]:
+        raise ConfigError(
+            f"{where}.score.same_task and same_label leave documents without a reward, with which {where}.train."
+            f"{found[0]} has no finite loss. Change it, or set reward_model.model, which scores every document."
         )
 
 

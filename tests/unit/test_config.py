@@ -36,6 +36,7 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
         ("tasks.qa.train.top_positives=3", "go round"),
         ("tasks.qa.train.bottom_negatives=16", "go round"),
         ("reward_model.train.num_step=5", "reward_model.train.num_steps"),
+        ("rounds=0", "at least 1"),
         ("datasets.x.task=nonsense", "nonsense"),
         ("notasetting", "key=value"),
     ],
@@ -62,6 +63,17 @@ def test_settings_of_a_reward_model_are_checked_where_there_is_one(override: str
     loading.load(CONF / "quickstart.yaml", [override])
     with pytest.raises(ConfigError, match=message):
         loading.load(CONF / "quickstart.yaml", ["reward_model.model=minilm-l6", override])
+
+
+@pytest.mark.parametrize(
+    "override", ["reward_form=zscore", "reward_form=minmax", "kl_direction=student_teacher", "pairwise_weight=1"]
+)
+def test_rules_leave_no_number_where_a_loss_needs_one(override: str) -> None:
+    """Prevents a training whose first loss is not finite, hours after the LLM was paid."""
+    changes = ["tasks.icl.score.same_task=true", "tasks.icl.train.kl_weight=1", f"tasks.icl.train.{override}"]
+    with pytest.raises(ConfigError, match="without a reward"):
+        loading.load(CONF / "quickstart.yaml", changes)
+    loading.load(CONF / "quickstart.yaml", [*changes, "reward_model.model=minilm-l6"])
 
 
 def test_a_reward_model_needs_feedback_to_learn_from(tmp_path: Path) -> None:
