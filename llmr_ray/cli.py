@@ -41,6 +41,18 @@ def run(
 
 
 @app.command()
+def study(
+    study: Annotated[str, typer.Argument(help="A YAML file, for example conf/studies/rewards.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Runs the variants of a study, each a run of its own; writes one table and one plot into runs/studies/."""
+    from llmr_ray.pipeline import run_study_file
+
+    with exit_on_user_error():
+        run_study_file(study, overrides or [])
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

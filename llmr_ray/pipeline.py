@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
-from llmr_ray import cluster, loading, stopping
+from llmr_ray import cluster, loading, stopping, studies
 from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
@@ -198,8 +198,8 @@ def run_config(
     only: str | None = None,
     dry_run: bool = False,
     allow_restart: bool = False,
-) -> None:
-    """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call."""
+) -> dict[str, Any] | None:
+    """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call. Returns what `run` does."""
     console = Console(highlight=False, soft_wrap=True)
     config = loading.load(path, overrides)
     pipeline = Pipeline(config, console, allow_restart=allow_restart)
@@ -208,10 +208,25 @@ def run_config(
         for row in pipeline.describe():
             console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
         console.print(_in_words(pipeline.costs(), exact=pipeline.is_mined))
-        return
+        return None
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
     with stopping.stoppable(command), cluster.or_lost(command):
-        pipeline.run(command, only)
+        return pipeline.run(command, only)
+
+
+def run_study_file(path: str, overrides: list[str]) -> None:
+    """Runs all variants of the study in a file."""
+    study = studies.read_study(Path(path))
+    folder = Path(loading.load(study.config, overrides).runtime.run_root) / "studies" / study.name
+
+    def run(config: str, settings: list[str]) -> dict[str, Any]:
+        results = run_config(config, settings)
+        assert results is not None
+        return results
+
+    rows = studies.run_study(study, overrides, run, folder)
+    Console(highlight=False, soft_wrap=True).print(studies.table(study, rows), markup=False)
+    print(f"study: {folder / 'study.md'}")
 
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:

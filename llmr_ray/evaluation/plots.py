@@ -96,6 +96,26 @@ def reward_histograms(rewards: Mapping[str, Sequence[float]]) -> str:
         return _svg(figure)
 
 
+def intervals(figures: Sequence[tuple[str, float, float, float]], measure: str) -> str:
+    """Means with their intervals, one below the other.
+
+    Args:
+        figures: label, mean, low and high.
+        measure: what they are.
+    """
+    with rc_context(_STYLE):
+        figure, grid = _grid(1, 2, height=0.5 + 0.28 * len(figures))
+        axes, spare = grid[0]
+        spare.set_visible(False)
+        for place, (_, mean, low, high) in enumerate(figures):
+            axes.plot([low, high], [place, place], color=_FAINT, linewidth=2.4)
+            axes.plot([mean], [place], color=_LINE, marker="o", markersize=5)
+        axes.set_yticks(range(len(figures)), [label for label, *_ in figures])
+        axes.set_ylim(len(figures) - 0.5, -0.5)
+        axes.set_xlabel(measure)
+        return _svg(figure)
+
+
 def _panels(number: int) -> tuple[Figure, list[Axes]]:
     """That many panels, four in a row."""
     columns = min(4, number)
