@@ -68,9 +68,10 @@ class Pipeline:
             if score.is_done:
                 continue
             if mine.is_done:
-                result += planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
+                exact = planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
+                result += _named(exact, number, self.config)
             else:
-                result += planning.upper_costs(self.config, again=number > 1)
+                result += _upper_costs(number, self.config)
         return result
 
     def _of_round(self, name: str, number: int) -> Artifact:
@@ -238,7 +239,7 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        costs = [cost for number in range(config.rounds) for cost in planning.upper_costs(config, again=number > 0)]
+        costs = [cost for number in range(1, config.rounds + 1) for cost in _upper_costs(number, config)]
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return
@@ -248,6 +249,17 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
             pipeline.plan(probe=probe, tokens_per_second=tokens_per_second)
         finally:
             pipeline.client.close()
+
+
+def _upper_costs(number: int, config: Config) -> list[TaskCost]:
+    return _named(planning.upper_costs(config, again=number > 1), number, config)
+
+
+def _named(costs: Sequence[TaskCost], number: int, config: Config) -> list[TaskCost]:
+    """Costs of a round, which their tasks are told apart by."""
+    if config.rounds == 1:
+        return list(costs)
+    return [replace(cost, task=f"{cost.task}, round {number}") for cost in costs]
 
 
 def _in_words(costs: Sequence[TaskCost], *, exact: bool) -> str:
