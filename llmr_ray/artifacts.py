@@ -227,7 +227,7 @@ class Artifact:
         rows = {}
         for name, table in tables.items():
             checked = conform(table, name) if name in SCHEMAS else table
-            relative = f"parts/{name}-{shard:05d}.parquet"
+            relative = _part(name, shard)
             write_table(checked, self.path / relative)
             names.append(relative)
             rows[name] = checked.num_rows
@@ -287,7 +287,7 @@ class Artifact:
         """A finished artifact's table, shards in order (or one shard's part)."""
         manifest = self.require()
         shards = range(manifest["num_shards"]) if shard is None else [shard]
-        paths = [self.path / "parts" / f"{table}-{number:05d}.parquet" for number in shards]
+        paths = [self.path / _part(table, number) for number in shards]
         parts = [pq.read_table(path) for path in paths if path.exists()]
         if not parts:
             raise DataError(f"{self.id} holds no table '{table}'; it holds {sorted(manifest['rows'])}.")
@@ -296,7 +296,7 @@ class Artifact:
 
     def part(self, table: str, shard: int) -> pa.Table:
         """What a shard holds of a table, once it is written; the artifact need not be finished."""
-        path = self.path / "parts" / f"{table}-{shard:05d}.parquet"
+        path = self.path / _part(table, shard)
         if shard not in self.ledger() or not path.exists():
             raise DataError(f"{self.id}: shard {shard} of the table '{table}' is not written.")
         part = pq.read_table(path)
@@ -363,3 +363,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _part(table: str, shard: int) -> str:
+    """Where a shard's rows of a table are, within the artifact."""
+    return f"parts/{table}-{shard:05d}.parquet"

@@ -69,15 +69,20 @@ def to_yaml(config: Config) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
+def read_yaml(path: Path) -> Any:
+    """What a file says, as OmegaConf has it; ConfigError where it is not YAML."""
+    try:
+        return OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+
+
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
     if not path.exists():
         raise ConfigError(f"there is no config file {path}. Look in conf/ or give a path to your own YAML.")
     if path in seen:
         raise ConfigError(f"{path} names itself under `base` through {[str(p) for p in seen]}.")
-    try:
-        layer: Any = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    layer = read_yaml(path)
     bases = layer.pop("base", []) if OmegaConf.is_dict(layer) else []
     layers = []
     for base in [bases] if isinstance(bases, str) else bases:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation.plots import intervals
 from llmr_ray.evaluation.tables import in_order, is_embedder, method_name
+from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
 
@@ -52,10 +52,7 @@ def read_study(path: Path) -> Study:
     """
     if not path.exists():
         raise ConfigError(f"there is no study {path}. Look in conf/studies/.")
-    try:
-        said: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    said: Any = OmegaConf.to_container(read_yaml(path))
     if not isinstance(said, dict) or set(said) != _KEYS:
         raise ConfigError(f"{path} must have the keys {sorted(_KEYS)} and no others, as the files in conf/studies/ do.")
     figures = [tuple(str(figure).rsplit(" ", 1)) for figure in said["figures"]]

@@ -5,6 +5,7 @@ and those that the sample packages hold. A data set of the task icl has the prop
 without an entry is judged by accuracy where it has options, else by ROUGE-L.
 """
 
+import json
 from dataclasses import dataclass, field
 
 
@@ -39,6 +40,12 @@ class ExampleTask:
         if self.labels:
             return "labels"
         return "choice" if self.metric == "accuracy" else "free"
+
+
+def owner_of(meta: str | None) -> str | None:
+    """The data set that a document is an example of, from the `meta` of its row of `corpus`; None: of none."""
+    owner: str | None = json.loads(meta or "{}").get("dataset")
+    return owner
 
 
 def pool_of(dataset: str) -> str:

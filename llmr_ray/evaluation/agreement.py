@@ -28,15 +28,13 @@ REWARD_MODEL = "reward_model"
 _SCHEMA = pa.schema([("query_id", pa.string()), ("judge", pa.string()), ("tau", pa.float64())])
 
 
-def agree_spec(
-    config: Config, rewards: Artifact, taught: Artifact, prepare: Artifact, embeddings: Mapping[str, Artifact]
-) -> ArtifactSpec:
+def agree_spec(config: Config, rewards: Artifact, taught: Artifact, embeddings: Mapping[str, Artifact]) -> ArtifactSpec:
     """What determines the agreement: the judges, and which queries are held out."""
     return ArtifactSpec(
         stage="agree",
         version=AGREE_VERSION,
         config={"held_out_fraction": config.reward_model.held_out_fraction},
-        inputs={"prepare": prepare.id, "rewards": rewards.id, "taught": taught.id}
+        inputs={"rewards": rewards.id, "taught": taught.id}
         | {f"embeddings_{name}": vectors.id for name, vectors in embeddings.items()},
     )
 
@@ -46,7 +44,6 @@ def run_agree(
     artifact: Artifact,
     rewards: Artifact,
     taught: Artifact,
-    prepare: Artifact,
     embeddings: Mapping[str, Artifact],
 ) -> None:
     """Writes the table `agreement`: query_id, judge, tau.
@@ -56,7 +53,6 @@ def run_agree(
         artifact: to be made.
         rewards: of the LLM.
         taught: of the reward model.
-        prepare: the data.
         embeddings: of each embedder that is to be compared.
 
     Raises:
@@ -65,7 +61,8 @@ def run_agree(
     started = time.monotonic()
     if artifact.pending(1):
         of_llm = rewards.read("rewards")
-        ids = [name for name in pc.unique(of_llm["query_id"]).to_pylist() if _is_asked(name, config)]
+        fraction = config.reward_model.held_out_fraction
+        ids = [name for name in pc.unique(of_llm["query_id"]).to_pylist() if is_held_out(name, fraction)]
         if not ids:
             raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
         of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")
@@ -101,15 +98,10 @@ def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str
         both = sorted(taus.keys() & base.keys())
         if judge != "base" and both:
             pair = ([np.asarray([of[name] for name in both])] for of in (taus, base))
-            found = paired_difference(*pair, **drawn)
-            delta = {"mean": found.mean, "ci95": [found.low, found.high], "p": found.p, "n": found.n}
+            delta = paired_difference(*pair, **drawn).record()
         interval = [figure.low, figure.high]
         rows.append({"judge": judge, "mean": figure.mean, "ci95": interval, "n": figure.n, "delta_vs_base": delta})
     return rows
-
-
-def _is_asked(query_id: str, config: Config) -> bool:
-    return is_held_out(query_id, config.reward_model.held_out_fraction)
 
 
 def _similarities(pairs: pa.Table, embeddings: Artifact) -> pa.Table:

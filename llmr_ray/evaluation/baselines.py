@@ -4,14 +4,13 @@ All return what a search returns: corpus rows [Q, K] (-1 where there are no more
 rank, which is all that such a ranking says.
 """
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.data.example_tasks import pool_of
+from llmr_ray.data.example_tasks import owner_of, pool_of
 
 
 def random_topk(
@@ -139,7 +138,7 @@ def _squared(vector_ND: np.ndarray, centre_KD: np.ndarray) -> np.ndarray:
 
 def owners(corpus: pa.Table) -> list[str | None]:
     """For each document the data set that it is an example of, if it is one."""
-    return [json.loads(meta).get("dataset") if meta else None for meta in corpus["meta"].to_pylist()]
+    return [owner_of(meta) for meta in corpus["meta"].to_pylist()]
 
 
 def eligible(queries: pa.Table, corpus: pa.Table, ranges: np.ndarray) -> list[np.ndarray]:

@@ -129,12 +129,7 @@ def _rows_of(
                 samples=samples,
                 seed=column_seed,
             )
-            delta = {
-                "mean": difference.mean,
-                "ci95": [difference.low, difference.high],
-                "p": difference.p,
-                "n": difference.n,
-            }
+            delta = difference.record()
         rows.append(
             {
                 "scenario": SCENARIOS[task],

@@ -10,6 +10,7 @@ Legend: N queries of a stratum, M methods, R resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,10 @@ class Difference:
     high: float
     p: float
     n: int
+
+    def record(self) -> dict[str, Any]:
+        """As results.json has it."""
+        return {"mean": self.mean, "ci95": [self.low, self.high], "p": self.p, "n": self.n}
 
 
 def estimate(strata: Sequence[np.ndarray], *, exponential: bool, samples: int, seed: int) -> Estimate:

@@ -5,12 +5,11 @@ below all that the LLM scored. Here it has no score at all, and the rule as the 
 margin takes a number that nobody measured, and the LLM is not paid for it.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmr_ray.config import TaskScore
-from llmr_ray.data.example_tasks import TASKS, pool_of
+from llmr_ray.data.example_tasks import TASKS, owner_of, pool_of
 
 OTHER_TASK = "other_task"
 OTHER_LABEL = "other_label"
@@ -33,7 +32,7 @@ def rule_of(settings: TaskScore, query: Mapping[str, Any], document: Mapping[str
     if not (settings.same_task or settings.same_label):
         return None
     own = pool_of(query["dataset"])
-    if json.loads(document["meta"] or "{}").get("dataset") != own:
+    if owner_of(document["meta"]) != own:
         return OTHER_TASK if settings.same_task else None
     is_classification = own in TASKS and TASKS[own].kind == "labels"
     if settings.same_label and is_classification and document["text"].rsplit("\n", 1)[-1] != query["targets"][0]:

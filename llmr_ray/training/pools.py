@@ -1,6 +1,5 @@
 """From candidates, gold documents and rewards to the pool of each training query."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, Counts
 from llmr_ray.config import TaskConfig
+from llmr_ray.data.example_tasks import owner_of
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
 from llmr_ray.schemas import table_of
@@ -69,9 +69,10 @@ def has_label(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
         document: title, text and meta of a row of the corpus; `meta` names the data set it was made from.
         query: a row of the queries of a classification.
     """
-    made_from = json.loads(document["meta"] or "{}").get("dataset")
     label = str(query["options"][query["gold_option"]]).strip()
-    return bool(made_from == query["dataset"] and document["text"].rpartition("\n")[2].strip() == label)
+    return bool(
+        owner_of(document["meta"]) == query["dataset"] and document["text"].rpartition("\n")[2].strip() == label
+    )
 
 
 def pool_of(docs: list[str], roles: list[str], rewards: list[float | None] | None) -> Pool:
@@ -146,6 +147,7 @@ def write_groups(
         row_of: a query's row, or the reason why it cannot train, which is counted.
     """
     num_shards = max(1, -(-queries.num_rows // SHARD_ROWS))
+    pending = set(artifact.pending(num_shards))
     for shard in range(num_shards):
         part = queries.slice(shard * SHARD_ROWS, SHARD_ROWS)
         rows, skipped = [], Counter[str]()
@@ -155,7 +157,7 @@ def write_groups(
                 skipped[row] += 1
             else:
                 rows.append(row)
-        if shard not in artifact.ledger():
+        if shard in pending:
             counts = Counts(rows_in=part.num_rows, ok=len(rows), skipped=skipped)
             artifact.write_shard(shard, {"groups": table_of("groups", rows)}, counts)
     return num_shards

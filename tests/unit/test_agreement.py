@@ -73,8 +73,7 @@ def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_pa
         for stage, of in (("reward", llm), ("teach", good))
     ]
     base = finished(tmp_path, "embed", query_embeddings=unit["query"], document_embeddings=unit["doc"])
-    prepare = finished(tmp_path, "prepare")
-    of = {"rewards": judged[0], "taught": judged[1], "prepare": prepare, "embeddings": {"base": base}}
+    of = {"rewards": judged[0], "taught": judged[1], "embeddings": {"base": base}}
     artifact = Artifact(tmp_path, agree_spec(config, **of))
     artifact.begin()
     run_agree(config, artifact, **of)
