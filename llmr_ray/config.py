@@ -74,6 +74,16 @@ class EmbedderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparedEmbedder(EmbedderConfig):
+    """An embedder that is only evaluated, with instructions of its own. A task without an entry has none."""
+
+    query_instructions: dict[str, str] = field(default_factory=dict)
+    """Task -> what is put before a query."""
+    document_instructions: dict[str, str] = field(default_factory=dict)
+    """Task -> what is put before a document."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LLMConfig:
     """The language model whose feedback trains the embedder and that reads what is retrieved."""
 
@@ -105,6 +115,8 @@ class TaskMine:
     """Best documents by BM25."""
     num_dense: int = 4
     """Best documents by the miner's embeddings."""
+    same_task_first: bool = later(False)
+    """Dense search: of the `depth` best, examples of the query's own data set come first (LLM-R, B.3)."""
     num_random: int = 0
     """Documents drawn from the query's range of the pool."""
     num_given: int = later(0)
@@ -142,6 +154,12 @@ class TaskScore:
     (LLM-R, B.4: -100 for other tasks)."""
     same_label: bool = later(False)
     """Examples of a classification: the LLM is asked only about candidates with the desired output's label (B.4)."""
+    num_candidates: int = later(0)
+    """The LLM is asked about so many candidates of a query, gold ones and then drawn ones (LLM-R, B.4: 32 of 100); a
+    reward model scores them all. 0: all."""
+    max_queries: int = later(0)
+    """The LLM is asked about so many queries at the most, by equal shares of the data sets that have so many (LLM-R,
+    B.4: 200,000); a reward model scores the others. 0: all."""
     prompt: str = later("llm_embedder")
     """Examples: llm_embedder, or llm_r: a blank line behind the candidate, and the first of several desired outputs
     (B.4) instead of one that is drawn."""
@@ -357,6 +375,9 @@ class EvaluateConfig:
     """Evaluation in small (methods.md A.7)."""
 
     methods: list[str] = field(default_factory=lambda: ["none", "random", "bm25", "recency", "base", "trained"])
+    """Of these, of kmeans (examples), and of the names in `embedders`."""
+    embedders: dict[str, ComparedEmbedder] = field(default_factory=dict, metadata={"later": True})
+    """Other embedders to compare with, by the name that the tables give them."""
     num_llm_queries: dict[str, int] = field(default_factory=dict)
     """Test queries per data set that the LLM answers; the lowest by a hash of the id. Absent: 0."""
     qa_passages: int = 3
@@ -404,6 +425,8 @@ class Config:
     """How often candidates are mined, scored and trained on, each round from the initial embedder's weights with the
     last round's embedder as miner (LLM-R: 2, methods.md B.1). LLM scores of earlier rounds are not paid for again."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reader: LLMConfig | None = None
+    """The LLM that reads what is retrieved in evaluation, where it is not the one that gave the feedback."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -417,5 +440,5 @@ def identity(value: Any) -> Any:
     return {
         item.name: identity(getattr(value, item.name))
         for item in dataclasses.fields(value)
-        if not item.metadata.get("later") or getattr(value, item.name) != item.default
+        if not item.metadata.get("later") or getattr(value, item.name) not in (item.default, {})
     }

@@ -133,8 +133,12 @@ def _check_run(config: Config) -> None:
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
             )
-    if config.llm.engine == "openai" and not (config.llm.endpoint and config.llm.endpoint_model):
-        raise ConfigError("llm.engine=openai needs llm.endpoint (a base URL) and llm.endpoint_model (the name there).")
+    for where, llm in (("llm", config.llm), ("reader", config.reader)):
+        if llm is not None and llm.engine == "openai" and not (llm.endpoint and llm.endpoint_model):
+            raise ConfigError(
+                f"{where}.engine=openai needs {where}.endpoint (a base URL) and {where}.endpoint_model (the name "
+                "there)."
+            )
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)

@@ -50,7 +50,11 @@ class Pipeline:
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
         self.client = RayClient(config, resolved[config.llm.model])
-        self.stages = StagePlan(config, resolved, self.client, allow_restart=allow_restart).stages
+        self.reader = self.client
+        if config.reader is not None:
+            read = replace(config, llm=config.reader)
+            self.reader = RayClient(read, resolved[config.reader.model], self.client.budget)
+        self.stages = StagePlan(config, resolved, self.client, self.reader, allow_restart=allow_restart).stages
         self.by_name = {stage.name: stage for stage in self.stages}
 
     # --- looking ahead -----------------------------------------------------------------------------------------------
@@ -135,6 +139,7 @@ class Pipeline:
                 raise
             finally:
                 self.client.close()
+                self.reader.close()
             self._record(record | {"status": "done", "peak_memory_gb": round(memory.peak_bytes / 2**30, 2)})
         return results
 
@@ -147,6 +152,7 @@ class Pipeline:
             self.console.print(f"{label}: done already ({artifact.id})", style="dim")
             return
         cluster.start(self.config.runtime)
+        self._make_room(stage)
         started = time.monotonic()
         self.console.print(f"{label}: {artifact.id}")
         with artifact.lock():
@@ -163,6 +169,13 @@ class Pipeline:
             f"{tokens}{time.monotonic() - started:.0f} s",
             style="green",
         )
+
+    def _make_room(self, stage: Stage) -> None:
+        """Two LLMs need not fit side by side: the actors of the one that a stage does not ask end before it."""
+        asked = stage.inputs.get("client")
+        for client in (self.client, self.reader):
+            if asked is not None and client is not asked:
+                client.close()
 
     def _report(self, record: dict[str, Any]) -> dict[str, Any]:
         done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
@@ -303,6 +316,9 @@ def fetch_assets(path: str, overrides: list[str]) -> None:
 
 def _asset_names(config: Config) -> list[str]:
     names = [config.embedder.model, config.llm.model, config.reward_model.model]
+    names += [config.reader.model] if config.reader else []
+    compared = config.evaluate.embedders
+    names += [compared[name].model for name in config.evaluate.methods if name in compared]
     names += [dataset.path for dataset in config.datasets.values()]
     return list(dict.fromkeys(filter(None, names)))
 

@@ -14,7 +14,7 @@ from typing import Any
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config
+from llmr_ray.config import ComparedEmbedder, Config
 from llmr_ray.data import stage as data
 from llmr_ray.evaluation import agreement, look
 from llmr_ray.evaluation import stage as evaluation
@@ -77,20 +77,33 @@ class StagePlan:
         config: the resolved configuration.
         assets: the models and data sets it names.
         client: asks the LLM.
+        reader: asks the LLM that reads in evaluation; None: the same.
         allow_restart: train anew where none of the checkpoints of an unfinished training is valid.
     """
 
     def __init__(
-        self, config: Config, assets: dict[str, Asset], client: LLMClient, *, allow_restart: bool = False
+        self,
+        config: Config,
+        assets: dict[str, Asset],
+        client: LLMClient,
+        reader: LLMClient | None = None,
+        *,
+        allow_restart: bool = False,
     ) -> None:
         self.config, self.client, self.allow_restart = config, client, allow_restart
         self.base, self.llm = assets[config.embedder.model], assets[config.llm.model]
+        self.reader, self.reader_model = reader or client, assets[(config.reader or config.llm).model]
         self.teacher = assets[config.reward_model.model] if config.reward_model.model else None
         self.stages: list[Stage] = []
         self._round = 0
         self.prepare = self._add("prepare", data.prepare_spec(config, assets), data.run_prepare, assets=assets)
-        self.retrievers = {"base": self._embed_and_index("base", self.base)}
-        miner = self.retrievers["base"]
+        miner = self._embed_and_index("base", self.base)
+        self.retrievers = {"base": miner}
+        self.compared = {
+            name: self._embed_and_index(name, assets[other.model], _embedding_by(config, other))
+            for name, other in config.evaluate.embedders.items()
+            if name in config.evaluate.methods
+        }
         for number in range(1, config.rounds + 1):
             self._round = number
             miner = self._train(self._groups(miner))
@@ -106,9 +119,11 @@ class StagePlan:
         self.stages.append(Stage(name=full_name, base_name=name, artifact=artifact, inputs=inputs, run=made))
         return artifact
 
-    def _embed_and_index(self, which: str, embedder: Asset) -> _Retriever:
+    def _embed_and_index(self, which: str, embedder: Asset, config: Config | None = None) -> _Retriever:
+        """The texts' vectors by an embedder, as a configuration says (without one, as the run's does)."""
         of: dict[str, Any] = {"embedder": embedder, "prepare": self.prepare}
-        vectors = self._add(f"embed_{which}", index.embed_spec(self.config, **of), index.run_embed, **of)
+        spec = index.embed_spec(config or self.config, **of)
+        vectors = self._add(f"embed_{which}", spec, index.run_embed, config, **of)
         built: dict[str, Any] = {"embeddings": vectors}
         documents = self._add(f"index_{which}", index.index_spec(self.config, **built), index.run_index, **built)
         return _Retriever(embeddings=vectors, index=documents)
@@ -162,14 +177,29 @@ class StagePlan:
         if "trained" in methods:
             place = methods.index("trained")
             methods[place : place + 1] = [name for name in self.retrievers if name != "base"]
-        config = replace(self.config, evaluate=replace(self.config.evaluate, methods=methods))
+        evaluate = replace(self.config.evaluate, methods=methods)
+        config = replace(self.config, evaluate=evaluate, llm=self.config.reader or self.config.llm)
+        retrievers = self.retrievers | self.compared
         searched: dict[str, Any] = {
             "prepare": self.prepare,
-            "embeddings": {name: retriever.embeddings for name, retriever in self.retrievers.items()},
-            "indexes": {name: retriever.index for name, retriever in self.retrievers.items()},
+            "embeddings": {name: retriever.embeddings for name, retriever in retrievers.items()},
+            "indexes": {name: retriever.index for name, retriever in retrievers.items()},
         }
-        spec = evaluation.evaluate_spec(config, self.llm, **searched)
-        self._add("evaluate", spec, evaluation.run_evaluate, config, client=self.client, **searched)
+        spec = evaluation.evaluate_spec(config, self.reader_model, **searched)
+        self._add("evaluate", spec, evaluation.run_evaluate, config, client=self.reader, **searched)
+
+
+def _embedding_by(config: Config, other: ComparedEmbedder) -> Config:
+    """The configuration by which an embedder that is only compared embeds."""
+    tasks = {
+        name: replace(
+            task,
+            query_instruction=other.query_instructions.get(name, ""),
+            document_instruction=other.document_instructions.get(name, ""),
+        )
+        for name, task in config.tasks.items()
+    }
+    return replace(config, embedder=other, tasks=tasks)
 
 
 def _early_look(

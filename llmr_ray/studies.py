@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation.plots import intervals
-from llmr_ray.evaluation.tables import in_order, is_embedder, method_name
+from llmr_ray.evaluation.tables import in_order, is_trained, method_name
 from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
@@ -121,7 +121,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
     shown: set[tuple[str, float]] = set()
     for method in in_order({row["method"] for row in rows}):
         for row in rows:
-            if row["method"] != method or (is_embedder(method) and method != "base"):
+            if row["method"] != method or is_trained(method):
                 continue
             if (method, row["mean"]) not in shown:
                 name = method_name(method)
@@ -130,7 +130,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
                 shown.add((method, row["mean"]))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = {row["method"]: row for row in rows if row["variant"] == variant}
-        trained = [method for method in in_order(own) if is_embedder(method) and method != "base"]
+        trained = [method for method in in_order(own) if is_trained(method)]
         for method in trained:
             label = variant if len(trained) == 1 else f"{variant}: {method_name(method).lower()}"
             lines.append((label, own[method]))

@@ -64,7 +64,7 @@ def request(
         demonstration_tokens: a demonstration is cut to this many tokens in any case (0: not); on the left, because its
             answer stands at its end.
         max_new_tokens: of a generated answer.
-        protocol: llm_embedder (a newline behind each demonstration) or llm_r (a blank line).
+        protocol: llm_embedder (a newline behind each demonstration) or llm_r (a blank line; an answer is never empty).
     """
     segments: list[Segment] = []
     for order, demonstration in enumerate(reversed(demonstrations), 1):
@@ -90,6 +90,7 @@ def request(
         max_new_tokens=max_new_tokens,
         temperature=0.0,
         stop=stop_strings("icl"),
+        says_something=protocol == "llm_r",
     )
 
 

@@ -34,7 +34,7 @@ from llmr_ray.evaluation.protocols import (
     asks,
     measured_rankings,
 )
-from llmr_ray.evaluation.tables import METHOD_NAMES, is_embedder, is_method
+from llmr_ray.evaluation.tables import METHOD_NAMES, is_reserved, is_trained
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMResult
@@ -43,7 +43,7 @@ from llmr_ray.index.vectors import encoder_of, query_vectors, to_matrix
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import table_of
 
-VERSION = 1
+VERSION = 2
 
 _ANSWERS = pa.schema(
     [
@@ -66,15 +66,19 @@ def evaluate_spec(
     config: Config, llm: Asset, prepare: Artifact, embeddings: dict[str, Artifact], indexes: dict[str, Artifact]
 ) -> ArtifactSpec:
     """What determines an evaluation. `embeddings` and `indexes` have a key for each method that is an embedder: "base",
-    "trained", "round_1", "round_2" and so on.
+    "trained", "round_1", "round_2" and so on, and the names in evaluate.embedders.
 
     Raises:
-        ConfigError: evaluate.methods names an unknown method or one without an index, `num_llm_queries` a data set
+        ConfigError: evaluate.methods names an unknown method or one without an index, another embedder has the name of
+            a method, `num_llm_queries` a data set
             that is unknown or whose task has no LLM half, or demotion looks deeper than the search.
     """
-    unknown = [method for method in config.evaluate.methods if not is_method(method)]
+    others = set(config.evaluate.embedders)
+    if clashes := sorted(filter(is_reserved, others)):
+        raise ConfigError(f"evaluate.embedders: {clashes} are methods already. Choose another name.")
+    unknown = [method for method in config.evaluate.methods if not is_reserved(method) and method not in others]
     if unknown:
-        known = ", ".join([*METHOD_NAMES, "round_1", "round_2"])
+        known = ", ".join([*METHOD_NAMES, *sorted(others), "round_1", "round_2"])
         raise ConfigError(f"evaluate.methods: {unknown} is not known. Choose among {known} and so on.")
     strangers = sorted(set(config.evaluate.num_llm_queries) - set(config.datasets))
     if strangers:
@@ -93,7 +97,8 @@ def evaluate_spec(
         )
     # The clusters of k-means are those of the base embedder.
     needed = {"base" if method == "kmeans" else method for method in config.evaluate.methods}
-    lacking = sorted(method for method in needed if is_embedder(method) and method not in indexes)
+    embedders = {method for method in needed if method == "base" or is_trained(method) or method in others}
+    lacking = sorted(embedders - set(indexes))
     if lacking:
         raise ConfigError(f"evaluate.methods: there is no index for {lacking}; leave them out, or train first.")
     head = examples.DEMOTION_DEPTH * config.evaluate.icl_demonstrations

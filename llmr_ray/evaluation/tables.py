@@ -30,27 +30,28 @@ METHOD_NAMES = {
 _ROUND = re.compile(r"round_([1-9]\d*)")
 
 
-def is_method(method: str) -> bool:
-    """Whether evaluate.methods may name it."""
+def is_reserved(method: str) -> bool:
+    """Whether a method's name has a meaning of its own, so that no other embedder may have it."""
     return method in METHOD_NAMES or _round(method) > 0
 
 
-def is_embedder(method: str) -> bool:
-    """Whether a method searches an index of its own."""
-    return method in ("base", "trained") or _round(method) > 0
+def is_trained(method: str) -> bool:
+    """Whether a method is an embedder that this run trained."""
+    return method == "trained" or _round(method) > 0
 
 
 def method_name(method: str) -> str:
-    """What a table calls a method."""
-    return METHOD_NAMES.get(method) or f"Round {_round(method)}"
+    """What a table calls a method; an embedder that is only compared has the name that the configuration gives it."""
+    return METHOD_NAMES.get(method) or (f"Round {_round(method)}" if _round(method) else method)
 
 
 def in_order(methods: Collection[str]) -> list[str]:
-    """Methods as rows of a table."""
+    """Methods as rows of a table: baselines, other embedders, training rounds."""
     rounds = sorted((method for method in methods if _round(method)), key=_round)
     named = [method for method in METHOD_NAMES if method in methods]
     end = len(named) - ("trained" in methods)
-    return named[:end] + rounds + named[end:]
+    others = sorted(method for method in methods if not is_reserved(method))
+    return named[:end] + others + rounds + named[end:]
 
 
 def result_of(methods: Collection[str]) -> str:

@@ -287,6 +287,7 @@ def _sampling(request: LLMRequest, fitted: Fitted) -> Sampling:
         temperature=request.temperature,
         seed=request.seed,
         stop=request.stop,
+        says_something=request.says_something,
     )
 
 

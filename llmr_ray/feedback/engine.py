@@ -38,7 +38,10 @@ class Rival:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Outputs to draw after a prompt; output j has a seed of its own, made from `seed` and j. Temperature 0: greedy."""
+    """Outputs to draw after a prompt; output j has a seed of its own, made from `seed` and j. Temperature 0: greedy.
+
+    says_something: as in LLMRequest; endpoints know no such setting.
+    """
 
     prompt_ids: Ids
     num_samples: int
@@ -46,6 +49,7 @@ class Sampling:
     temperature: float
     seed: int
     stop: tuple[str, ...] = ()
+    says_something: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,12 @@ class EngineSettings:
             endpoint_model=config.llm.endpoint_model,
             num_gpus=int(config.runtime.llm_gpus),
         )
+
+
+def silent_ids(tokenizer: Any, stop: Sequence[str]) -> list[int]:
+    """Tokens with which an output would end before it has said anything: blanks and then a stop string."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [token for token, text in enumerate(texts) if text.lstrip(" ").startswith(tuple(stop))] if stop else []
 
 
 def scorer_id(fingerprint: str, llm: LLMConfig) -> str:

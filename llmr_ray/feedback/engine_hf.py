@@ -1,6 +1,7 @@
 """The reference engine: a plain forward pass of transformers for each pair. Slow, and hard to get wrong."""
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored, silent_ids
 from llmr_ray.feedback.trie import Ids, Pair
 
 
@@ -43,6 +44,7 @@ class TransformersEngine:
         self.model, self.device = load_model(settings)
         end = self.model.generation_config.eos_token_id
         self.end_ids = frozenset([] if end is None else end if isinstance(end, list) else [end])
+        self._silent = cache(partial(silent_ids, tokenizer))
 
     def begin(self) -> None:
         """Nothing is kept between calls."""
@@ -79,6 +81,8 @@ class TransformersEngine:
             output = self.model(input_ids=torch.tensor([fed], device=self.device), past_key_values=past, use_cache=True)
             past = output.past_key_values
             logits_V = output.logits[0, -1].double()
+            if job.says_something and not new:
+                logits_V[[*self._silent(job.stop), *self.end_ids]] = -torch.inf
             if job.temperature == 0:
                 token = int(logits_V.argmax())
             else:

@@ -14,13 +14,14 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from llmr_ray.artifacts import seed_of
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored
+from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored, silent_ids
 from llmr_ray.feedback.trie import Ids, Pair
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class VllmEngine:
             **dependent,
         )
         self._scores_tokens = not on_cpu and self._can_score_tokens()
+        self._silent = cache(partial(silent_ids, tokenizer))
 
     def begin(self) -> None:
         """Empties the prefix cache."""
@@ -98,6 +100,10 @@ class VllmEngine:
         """As in Engine: each output is a request with its own seed; they share the prompt through the cache."""
         prompts, params = [], []
         for job in jobs:
+            # vLLM lets no token end an output of less than min_tokens that it takes for an end.
+            silent: dict[str, Any] = {}
+            if job.says_something:
+                silent = {"min_tokens": 1, "stop_token_ids": self._silent(job.stop)}
             for number in range(job.num_samples):
                 prompts.append(self._prompt(prompt_token_ids=list(job.prompt_ids)))
                 params.append(
@@ -107,6 +113,7 @@ class VllmEngine:
                         seed=seed_of(job.seed, "output", number),
                         stop=list(job.stop),
                         skip_special_tokens=True,
+                        **silent,
                     )
                 )
         outputs = iter(self._llm.generate(prompts, params, use_tqdm=False) if prompts else [])

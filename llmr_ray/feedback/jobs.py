@@ -1,10 +1,14 @@
 """The work of the stage score cut into shards: queries with their candidates, from the tables of earlier stages."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmr_ray.config import Config, TaskScore
+from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.scoring import Job, make_job
 
@@ -20,7 +24,7 @@ def feedback_tasks(config: Config) -> dict[str, TaskScore]:
 
 
 class ScoreJobs:
-    """Jobs by shard, in the order of the candidates.
+    """Jobs by shard, in the order of the candidates. `num_not_drawn` pairs are left out by the tasks' limits.
 
     Args:
         config: the run's configuration.
@@ -36,12 +40,34 @@ class ScoreJobs:
         self.queries, self.corpus = queries, corpus
         query_row = _rows_of(candidates["query_id"], queries["query_id"], "query")
         tasks = queries["task"].combine_chunks().take(query_row)
-        self.candidates = candidates.filter(pc.is_in(tasks, value_set=pa.array(list(self.tasks), pa.string())))
+        candidates = candidates.filter(pc.is_in(tasks, value_set=pa.array(list(self.tasks), pa.string())))
+        self.candidates = self._drawn(candidates) if any(map(_draws, self.tasks.values())) else candidates
+        self.num_not_drawn = candidates.num_rows - self.candidates.num_rows
         ids = np.asarray(self.candidates["query_id"].to_pylist(), dtype=object)
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
         if len(starts) != len(set(ids[starts])):
             raise DataError("the candidates of a query do not stand together in the table, so shards would split them.")
         self._bounds = np.append(starts, len(ids))
+
+    def _drawn(self, candidates: pa.Table) -> pa.Table:
+        """The candidates about which the LLM is asked where a task limits queries or candidates (methods.md B.4)."""
+        of_query = pl.from_arrow(self.queries.select(["query_id", "task", "dataset"]))
+        mined = pl.from_arrow(candidates.select(["query_id", "doc_id", "source"]))
+        assert isinstance(of_query, pl.DataFrame)
+        assert isinstance(mined, pl.DataFrame)
+        rows = mined.join(of_query, on="query_id", how="left", maintain_order="left")
+        asked = np.zeros(len(rows), bool)
+        for (task,), members in rows.with_row_index("row").group_by("task", maintain_order=True):
+            settings = self.tasks[str(task)]
+            names = members.select("dataset", "query_id").unique(maintain_order=True)
+            ids = {str(name): part["query_id"].to_list() for (name,), part in names.group_by("dataset")}
+            chosen = drawn_queries(ids, settings.max_queries)
+            for (query_id,), pairs in members.group_by("query_id", maintain_order=True):
+                if query_id in chosen:
+                    of_pairs = pairs["doc_id"].to_list(), (pairs["source"] == "gold").to_list()
+                    kept = drawn_candidates(str(query_id), *of_pairs, settings.num_candidates, self.seed)
+                    asked[pairs["row"].to_numpy()[kept]] = True
+        return candidates.filter(pa.array(asked))
 
     @property
     def num_pairs(self) -> int:
@@ -68,6 +94,47 @@ class ScoreJobs:
             settings = self.tasks[query["task"]]
             jobs.append(make_job(query, documents[start:stop], settings, self.max_candidate_tokens, self.seed))
         return jobs
+
+
+def drawn_queries(ids: Mapping[str, Sequence[str]], limit: int) -> set[str]:
+    """At most `limit` queries (0: all), by the largest equal share of the data sets that allows for it (B.4).
+
+    Args:
+        ids: by data set; of each the lowest by a hash are taken.
+        limit: of all together.
+    """
+    share = equal_share([len(members) for members in ids.values()], limit)
+    return {query_id for dataset, members in ids.items() for query_id in lowest(dataset, members, share)}
+
+
+def equal_share(sizes: Sequence[int], limit: int) -> int:
+    """The largest cap under which data sets of these sizes come to at most `limit` together; 0 is no limit."""
+    if not limit or sum(sizes) <= limit:
+        return max(sizes, default=0)
+    left = limit
+    for number, size in enumerate(sorted(sizes)):
+        share = left // (len(sizes) - number)
+        if size > share:
+            return share
+        left -= size
+    raise AssertionError("sizes that come to more than the limit have one above its share")
+
+
+def drawn_candidates(
+    query_id: str, doc_ids: Sequence[str], is_gold: Sequence[bool], number: int, seed: int
+) -> list[int]:
+    """Which of a query's candidates the LLM is asked about: gold ones, then drawn ones up to `number` (0: all)."""
+    if not number:
+        return list(range(len(doc_ids)))
+
+    def order(place: int) -> tuple[bool, float]:
+        return not is_gold[place], unit_hash("asked", str(seed), query_id, doc_ids[place])
+
+    return sorted(sorted(range(len(doc_ids)), key=order)[: max(number, sum(is_gold))])
+
+
+def _draws(settings: TaskScore) -> bool:
+    return bool(settings.num_candidates or settings.max_queries)
 
 
 def _rows_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, what: str) -> pa.Array:

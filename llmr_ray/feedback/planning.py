@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llmr_ray.config import Config, TaskScore
 from llmr_ray.feedback.client import StoreClient
-from llmr_ray.feedback.jobs import ScoreJobs, feedback_tasks
+from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
 from llmr_ray.feedback.scoring import ask_jobs, to_pay
 
 PROBE_PAIRS = 200
@@ -58,9 +58,12 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
     result = []
     for task, settings in feedback_tasks(config).items():
         mine = config.tasks[task].mine_in(again=again)
-        queries = sum(dataset.num_train for dataset in config.datasets.values() if dataset.task == task)
+        sizes = [dataset.num_train for dataset in config.datasets.values() if dataset.task == task]
+        share = equal_share(sizes, settings.max_queries)
+        queries = sum(min(size, share) for size in sizes)
         # One more than mined: the gold document.
-        pairs = queries * (mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1)
+        mined = mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1
+        pairs = queries * min(mined, settings.num_candidates or mined)
         prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
         tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))

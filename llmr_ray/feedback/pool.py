@@ -114,13 +114,14 @@ class RayClient(StoreClient):
     Args:
         config: the run's configuration.
         llm: the language model.
+        budget: shared with another client of the same command; None: one of its own.
     """
 
-    def __init__(self, config: Config, llm: Asset) -> None:
+    def __init__(self, config: Config, llm: Asset, budget: Budget | None = None) -> None:
         name = scorer_id(llm.fingerprint, config.llm)
         store = LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name)
         super().__init__(name, store, ChatTemplate.load(llm.path) if config.llm.chat_template else None)
-        self.runtime, self.budget = config.runtime, Budget(config.budget)
+        self.runtime, self.budget = config.runtime, budget or Budget(config.budget)
         self.settings = EngineSettings.of(config, llm.path)
         self._actors: list[Any] = []
 

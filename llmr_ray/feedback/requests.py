@@ -43,6 +43,8 @@ class LLMRequest:
     """0: greedy, and then num_samples must be 1."""
     seed: int = 0
     stop: tuple[str, ...] = ()
+    says_something: bool = False
+    """The output's first token neither ends it nor begins with a stop string (LLM-R, methods.md B.9)."""
     rank_by: str = ""
     """mean or sum: of the targets behind the first it matters only which are likelier than the first by this measure
     (rewards.likelihood). Then tokens that can change nothing may stay unread; their log-probability is given as 0, the

@@ -1,6 +1,7 @@
 """The stages score (LLM feedback on candidates) and reward."""
 
 import time
+from collections import Counter
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
@@ -37,7 +38,7 @@ def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifa
 
 
 def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Artifact, candidates: Artifact) -> None:
-    """Asks the LLM about every candidate of the tasks with feedback, and writes llm_scores.
+    """Asks the LLM about the candidates of the tasks with feedback, and writes llm_scores.
 
     One row per (query, document, kind), failed ones with their error. rows_in counts pairs. A finished shard is not
     asked again, and of an unfinished one only what the store lacks.
@@ -50,6 +51,8 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
         samples, scores = ask_jobs(client, jobs, label)
         rows: list[dict[str, object]] = []
         counts = Counts()
+        if shard == 0 and work.num_not_drawn:
+            counts += Counts(rows_in=work.num_not_drawn, skipped=Counter(not_drawn=work.num_not_drawn))
         for job in jobs:
             of_job, fate = score_rows(job, client.scorer_id, samples[job.query_id], scores[job.query_id])
             rows.extend(of_job)

@@ -72,6 +72,7 @@ def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
         ]
     seed = request.seed if request.temperature > 0 else 0
     what = [prompt, "sample", request.num_samples, request.temperature, seed, list(request.stop)]
+    what += ["says_something"] if request.says_something else []
     return [hashlib.sha256(_bytes(what)).digest()]
 
 

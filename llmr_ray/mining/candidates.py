@@ -6,7 +6,7 @@ anything (methods.md A.3). Here gold documents are recognised by id and by text.
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,24 @@ def union(
                 texts[key] = "candidate_text"
                 added += 1
     return candidates, excluded
+
+
+def own_first(
+    rows_QK: np.ndarray, scores_QK: np.ndarray, own: Sequence[str], owners: Sequence[str | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What was found, examples of the query's own data set before all others, otherwise in order (LLM-R, B.3).
+
+    Args:
+        rows_QK: corpus rows, MISSING ones last.
+        scores_QK: of these.
+        own: each query's data set.
+        owners: for each corpus row the data set that it is an example of, if any.
+    """
+    is_other_QK = np.asarray(
+        [[row == MISSING or owners[row] != name for row in rows] for rows, name in zip(rows_QK, own, strict=True)]
+    ).reshape(rows_QK.shape)
+    order_QK = np.argsort(is_other_QK, axis=1, kind="stable")
+    return np.take_along_axis(rows_QK, order_QK, axis=1), np.take_along_axis(scores_QK, order_QK, axis=1)
 
 
 def draw_random(start: int, end: int, num: int, seed: int, query_id: str) -> Found:

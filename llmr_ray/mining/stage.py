@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import BM25Config, Config, TaskMine, identity
+from llmr_ray.data.example_tasks import owner_of, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
 from llmr_ray.index.topk import MISSING, merge_topk
 from llmr_ray.index.vectors import query_vectors
-from llmr_ray.mining.candidates import Found, draw_random, text_key, union
+from llmr_ray.mining.candidates import Found, draw_random, own_first, text_key, union
 from llmr_ray.schemas import table_of
 
 MINE_VERSION = 1
@@ -132,6 +133,7 @@ class MineWorker:
         self.doc_ids: list[str] = corpus["doc_id"].to_pylist()
         self.row_of = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
         columns = (corpus["title"].to_pylist(), corpus["text"].to_pylist())
+        self.owners = [owner_of(meta) for meta in corpus["meta"].to_pylist()]
         self.texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
         self.text_key = cache(lambda row: text_key(self.texts[row]))
         self.scopes_Q2 = scopes(self.queries, corpus)
@@ -201,7 +203,11 @@ class MineWorker:
             if settings.num_dense:
                 vectors = self.query_QD[first + members]
                 parts = [shard.search(vectors, scopes_Q2, settings.depth) for shard in self.shards]
-                ranked.append(("dense", settings.num_dense, *merge_topk(parts, settings.depth)))
+                rows_QK, scores_QK = merge_topk(parts, settings.depth)
+                if settings.same_task_first:
+                    own = [pool_of(queries[member]["dataset"]) for member in members]
+                    rows_QK, scores_QK = own_first(rows_QK, scores_QK, own, self.owners)
+                ranked.append(("dense", settings.num_dense, rows_QK, scores_QK))
             if settings.num_bm25:
                 texts = [queries[member]["query"] for member in members]
                 ranked.append(("bm25", settings.num_bm25, *self.bm25.topk(texts, scopes_Q2, settings.depth)))

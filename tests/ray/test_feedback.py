@@ -239,6 +239,12 @@ def test_vllm_samples_by_seed_and_agrees_when_greedy(engines):
     greedy = Sampling(prompt_ids=ids, num_samples=1, max_new_tokens=8, temperature=0.0, seed=0, stop=("\n",))
     vllm.begin()
     assert vllm.sample([greedy])[0].texts == reference.sample([greedy])[0].texts
+    silent = tuple(vllm.tokenizer("Question: What is the capital of France?\nAnswer: Paris.")["input_ids"])
+    must = dataclasses.replace(greedy, prompt_ids=silent, says_something=True)
+    assert vllm.sample([dataclasses.replace(must, says_something=False)])[0].texts == ("",)
+    [spoken] = vllm.sample([must])
+    assert spoken.texts[0].strip()
+    assert spoken.texts == reference.sample([must])[0].texts
     drawn = Sampling(prompt_ids=ids, num_samples=4, max_new_tokens=8, temperature=1.0, seed=2**62 + 5)
     vllm.begin()
     [first] = vllm.sample([drawn])

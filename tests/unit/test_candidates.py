@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llmr_ray.mining.candidates import Candidate, Found, draw_random, text_key, union
+from llmr_ray.mining.candidates import Candidate, Found, draw_random, own_first, text_key, union
 
 TEXTS = ["gold", "Gold ", "own example", "own  EXAMPLE", "alpha", "ALPHA", "what is it", "beta", "gamma", "delta"]
 
@@ -77,6 +77,15 @@ def test_gold_stays_whatever_its_text() -> None:
     """Two gold documents of one text are both gold; dropping one would contradict the qrels."""
     candidates, _ = mine(gold=(0, 1, 6, 0))
     assert [candidate.row for candidate in candidates] == [0, 1, 6]
+
+
+def test_examples_of_the_own_task_may_come_first() -> None:
+    """LLM-R's dense miner puts other tasks' examples behind; a filler is no one's example."""
+    rows, scores = np.asarray([[3, 0, 1, 2], [2, 1, -1, -1]]), np.asarray([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.0, 0.0]])
+    owners = ["boolq", "siqa", "boolq", None]
+    sorted_rows, sorted_scores = own_first(rows, scores, ["boolq", "siqa"], owners)
+    assert sorted_rows.tolist() == [[0, 2, 3, 1], [1, 2, -1, -1]]
+    assert sorted_scores.tolist() == [[0.8, 0.6, 0.9, 0.7], [0.4, 0.5, 0.0, 0.0]]
 
 
 def test_random_documents_depend_on_seed_and_query_alone() -> None:

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.feedback import chunks
 from llmr_ray.feedback.client import LocalClient
-from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine
+from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine, silent_ids
 from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
 from llmr_ray.feedback.requests import LLMRequest, Segment
 from llmr_ray.feedback.store import LLMStore
@@ -199,6 +199,21 @@ def test_greedy_output_stops_before_the_stop_string(engine):
     stop = free.texts[0][3:5]
     [stopped] = engine.sample([Sampling(**greedy, stop=(stop,))])
     assert stopped.texts[0] == free.texts[0][: free.texts[0].index(stop)]
+
+
+def test_an_output_that_must_say_something_begins_with_no_stop_string(engine):
+    """LLM-R bans the newline as first token; else a small LLM's answer is often empty and counts as wrong."""
+    ids = tuple(engine.tokenizer("Question: what")["input_ids"])
+    greedy = {"prompt_ids": ids, "num_samples": 1, "max_new_tokens": 3, "temperature": 0.0, "seed": 0}
+    [free] = engine.sample([Sampling(**greedy)])
+    stop = (free.texts[0][0],)
+    [silent] = engine.sample([Sampling(**greedy, stop=stop)])
+    [spoken] = engine.sample([Sampling(**greedy, stop=stop, says_something=True)])
+    assert silent.texts == ("",)
+    assert spoken.texts[0].strip()
+    silent_tokens = silent_ids(engine.tokenizer, stop)
+    texts = {token: engine.tokenizer.decode([token]).lstrip(" ") for token in range(len(engine.tokenizer))}
+    assert silent_tokens == [token for token, text in texts.items() if text[:1] == stop[0]]
 
 
 def test_model_window_is_checked_before_any_work(tmp_path):

@@ -7,6 +7,7 @@ import evaluation_world as world
 import numpy as np
 import pytest
 
+from llmr_ray.config import ComparedEmbedder
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.evaluation import examples, knowledge, memory
 from llmr_ray.evaluation.baselines import random_topk, recency_topk
@@ -236,6 +237,7 @@ def test_bootstrap_samples_do_not_redo_the_evaluation_but_the_seed_does(evaluate
     ("change", "message"),
     [
         ({"methods": ["base", "splade"]}, "splade"),
+        ({"embedders": {"round_1": ComparedEmbedder()}}, "round_1"),
         ({"num_llm_queries": {"hotpt": 3}}, "hotpt"),
         ({"num_llm_queries": {"bfcl": 3}}, "labels alone"),
     ],

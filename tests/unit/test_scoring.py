@@ -13,6 +13,7 @@ from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
 from llmr_ray.feedback.engine_routed import RoutedEngine
 from llmr_ray.feedback.engine_tree import TreeScorer
+from llmr_ray.feedback.jobs import drawn_candidates, equal_share
 from llmr_ray.feedback.planning import PROBE_PAIRS, costs, probe, upper_costs
 from llmr_ray.feedback.stage import reward_spec, run_reward, run_score, score_jobs, score_spec
 from llmr_ray.feedback.store import LLMStore
@@ -131,6 +132,46 @@ def test_likelihood_scores_rewards_and_accounting(tmp_path, llm):
     table = rewards.read("rewards")
     assert table["reward"].to_pylist() == artifact.read("llm_scores")["llm_score"].to_pylist()
     assert set(table["reward_source"].to_pylist()) == {"llm"}
+
+
+def test_the_llm_is_asked_about_the_drawn_pairs_alone(tmp_path, llm):
+    """LLM-R pays for 32 of 100 candidates; pairs that are left out must be counted, and drawn the same way again."""
+    config = make_config(tmp_path, score=TaskScore(feedback="likelihood", num_candidates=2, max_queries=2))
+    prepare, candidates = make_world(tmp_path, targets=("Paris",))
+    client = make_client(config, llm, tmp_path)
+    artifact = scored(config, client, llm, prepare, candidates)
+    asked = [(row["query_id"], row["doc_id"]) for row in artifact.read("llm_scores").to_pylist()]
+    assert [len({row[place] for row in asked}) for place in (0, 1)] == [2, len({doc for _, doc in asked})]
+    assert len(asked) == len(set(asked)) == 4
+    counts = artifact.manifest["counts"]
+    assert (counts["rows_in"], counts["ok"], counts["skipped"]) == (12, 4, {"not_drawn": 8})
+    more = make_config(tmp_path, score=TaskScore(feedback="likelihood", num_candidates=3, max_queries=3))
+    wider = score_jobs(more, prepare, candidates)
+    assert wider.num_pairs == 9
+    assert set(asked) < {
+        (job.query_id, doc) for job in wider.of_shard(0) for doc in (row["doc_id"] for row in job.asked)
+    }
+
+
+@pytest.mark.parametrize("sizes", [[5, 1, 9], [3, 3], [100], [0, 4, 2], []])
+def test_data_sets_share_a_limit_equally(sizes):
+    """The largest cap that keeps the total, as LLM-R finds it by bisection."""
+    for limit in range(len(sizes), sum(sizes) + 2):
+        share = equal_share(sizes, limit)
+        assert sum(min(size, share) for size in sizes) <= limit
+        assert share >= max(sizes, default=0) or sum(min(size, share + 1) for size in sizes) > limit
+    assert equal_share(sizes, 0) == max(sizes, default=0)
+
+
+def test_gold_candidates_are_always_asked_about():
+    gold = [False] * 8 + [True] * 2
+    docs = [f"d{number}" for number in range(10)]
+    for seed in range(20):
+        drawn = drawn_candidates("q", docs, gold, 3, seed)
+        assert {8, 9} < set(drawn)
+        assert len(drawn) == 3
+        assert drawn == sorted(drawn)
+    assert drawn_candidates("q", docs, gold, 1, 0) == [8, 9]
 
 
 def test_score_over_options_is_the_log_of_the_gold_share(tmp_path, llm):

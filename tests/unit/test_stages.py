@@ -7,8 +7,11 @@ import pytest
 from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset
 from llmr_ray.config import (
+    ComparedEmbedder,
     Config,
     DatasetConfig,
+    EvaluateConfig,
+    LLMConfig,
     RewardModelConfig,
     RuntimeConfig,
     TaskConfig,
@@ -34,9 +37,9 @@ CONFIG = Config(
 
 def plan(tmp_path, **changes):
     config = dataclasses.replace(CONFIG, runtime=RuntimeConfig(artifact_root=str(tmp_path)), **changes)
-    names = ("data", config.embedder.model, config.llm.model, "teacher")
+    names = ("data", config.embedder.model, config.llm.model, "teacher", "other")
     assets = {name: Asset(name=name, kind="model", path=tmp_path, fingerprint=f"of {name}") for name in names}
-    return {stage.name: stage for stage in StagePlan(config, assets, None).stages}
+    return {stage.name: stage for stage in StagePlan(config, assets, "llm", "reader").stages}
 
 
 def test_a_round_is_mined_by_the_embedder_of_the_one_before(tmp_path):
@@ -74,6 +77,28 @@ def test_the_embedder_learns_from_the_reward_model_where_there_is_one(tmp_path, 
     source = "teach" if model else "reward"
     assert stages["group"].artifact.spec.inputs["rewards"] == stages[source].artifact.id
     assert ("agree" in stages) == bool(model)
+
+
+def test_an_embedder_that_is_only_compared_has_its_own_instructions(tmp_path):
+    """Prevents a peer that is measured with instructions it was not trained with, and artifacts that change by it."""
+    other = ComparedEmbedder(model="other", pooling="cls", query_instructions={"icl": "query: "})
+    tasks = {"icl": dataclasses.replace(CONFIG.tasks["icl"], query_instruction="ours: ", document_instruction="ours: ")}
+    evaluate = EvaluateConfig(methods=["base", "E5", "trained"], embedders={"E5": other, "unused": other})
+    stages, without = plan(tmp_path, tasks=tasks, evaluate=evaluate), plan(tmp_path, tasks=tasks)
+    spec = stages["embed_E5"].artifact.spec
+    assert (spec.inputs["embedder"], spec.config["pooling"]) == ("of other", "cls")
+    assert spec.config["instructions"] == {"icl": ["query: ", ""]}
+    assert stages["evaluate"].artifact.spec.inputs["index_E5"] == stages["index_E5"].artifact.id
+    assert set(stages) - set(without) == {"embed_E5", "index_E5"}
+    assert [name for name in without if stages[name].artifact.id != without[name].artifact.id] == ["evaluate"]
+
+
+def test_another_llm_may_read_than_the_one_whose_feedback_trains(tmp_path):
+    """Prevents rankings by one LLM that are judged by it where another was asked for."""
+    same, apart = plan(tmp_path), plan(tmp_path, reader=LLMConfig(model="other"))
+    assert [name for name in same if same[name].artifact.id != apart[name].artifact.id] == ["evaluate"]
+    assert apart["evaluate"].artifact.spec.inputs["llm"] == "of other"
+    assert (apart["score"].inputs["client"], apart["evaluate"].inputs["client"]) == ("llm", "reader")
 
 
 def test_inputs_that_are_not_finished_are_named(tmp_path):
