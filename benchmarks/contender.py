@@ -1,5 +1,6 @@
 """A contender of a benchmark: a process of its own that does one job after the other, and the machine they run on."""
 
+import gc
 import json
 import os
 import platform
@@ -83,6 +84,7 @@ def serve(opened: Callable[[], Callable[[Any], dict[str, Any]]], threads: int, g
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         before = gemm_gflops(*gemm)
+        gc.collect()  # what the last job left must not count as this one's memory
         told = work(json.loads(line))
         print(json.dumps({**told, "gemm": [before, gemm_gflops(*gemm)]}), file=answers, flush=True)
 

@@ -13,7 +13,8 @@ On processors where our linear layers run by oneDNN (llmr_ray/modeling/linear.py
 by the products that the peer uses. The share of the machine is always that of the faster library's product.
 
 `mixed` lengths are lognormal, of which padding to the longest wastes about 58%; `equal` lengths leave nothing to save.
-`workers` compares two of our workers (gloo, DDP) with one. Each contender is a process of its own; rounds take turns,
+`workers` compares two of our workers (gloo, DDP) with one, after one step that is not counted, because workers start
+cold. Each contender is a process of its own; rounds take turns,
 and a ratio is the median over rounds of CPU seconds of the same round. Where a contender's losses differ from ours by
 more than 1e-4 the ratio is void. A float32 matrix product is timed before and after each turn: where that varies by
 more than 15% the machine was not quiet, and no ratio is given unless --noisy asks for it.
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from contender import Contender, gemm_spread, record, serve, spent
+from contender import Contender, gemm_gflops, gemm_spread, record, serve, spent
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 WORKLOADS = {
@@ -175,7 +176,7 @@ def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
     return Trainer(
         base=Path(job["model"]),
         recipe=EmbedderRecipe(
-            train=train_config(job["batch_size"], job["steps"]),
+            train=train_config(job["batch_size"], job["uncounted_steps"] + job["steps"]),
             seed=SEED,
             tasks={"task": TaskTrain(positive="first", negatives="first", **weights)},
             max_query_tokens=MAX_TOKENS,
@@ -193,10 +194,18 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tokenising = write_data(job, Path(folder) / "data")
         trainer = make_trainer(job, Path(folder) / "data", Path(folder) / "run")
-        with spent() as training:
-            records = [trainer.train_step() for _ in range(job["steps"])]
-    cost = {name: training[name] + tokenising[name] for name in ("cpu", "wall")}
-    return {**training, **cost, "losses": [record["loss"] for record in records]}
+        losses, training = train(trainer, job)
+    if not job["uncounted_steps"]:
+        training |= {name: training[name] + tokenising[name] for name in ("cpu", "wall")}
+    return {**training, "losses": losses}
+
+
+def train(trainer: Any, job: dict[str, Any]) -> tuple[list[float], dict[str, float]]:
+    """The losses of all steps, and what those that count have cost."""
+    losses = [trainer.train_step()["loss"] for _ in range(job["uncounted_steps"])]
+    with spent() as training:
+        losses += [trainer.train_step()["loss"] for _ in range(job["steps"])]
+    return losses, training
 
 
 def ours_plain(job: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +215,11 @@ def ours_plain(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def two_workers(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains with two workers; CPU seconds are those of both, without tokenising."""
+    """Trains with two workers; CPU seconds are those of both, without tokenising.
+
+    ``products_at_once`` is the speed of a matrix product in both at the same time, in billions of operations per
+    second: virtual processors may share the units that multiply, and then two workers cannot be faster than one.
+    """
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as name:
@@ -214,8 +227,8 @@ def two_workers(job: dict[str, Any]) -> dict[str, Any]:
         write_data(job, folder / "data")
         mp.spawn(_worker, args=(2, job, folder), nprocs=2)
         told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    cpu, wall = sum(one["cpu"] for one in told), max(one["wall"] for one in told)
-    return {"cpu": cpu, "wall": wall, "losses": told[0]["losses"], "peak_mb": sum(one["peak_mb"] for one in told)}
+    total = {name: sum(one[name] for one in told) for name in ("cpu", "peak_mb", "products_at_once")}
+    return total | {"wall": max(one["wall"] for one in told), "losses": told[0]["losses"]}
 
 
 def _worker(rank: int, world_size: int, job: dict[str, Any], folder: Path) -> None:
@@ -234,9 +247,10 @@ def _train_worker(rank: int, job: dict[str, Any], folder: Path) -> None:
 
     trainer = make_trainer(job, folder / "data", folder / "run")
     dist.barrier()
-    with spent() as training:
-        losses = [trainer.train_step()["loss"] for _ in range(job["steps"])]
-    (folder / f"{rank}.json").write_text(json.dumps({**training, "losses": losses}))
+    losses, training = train(trainer, job)
+    dist.barrier()
+    together = gemm_gflops(*GEMM)
+    (folder / f"{rank}.json").write_text(json.dumps({**training, "losses": losses, "products_at_once": together}))
 
 
 # --- the peer --------------------------------------------------------------------------------------------------------
@@ -409,12 +423,14 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
     from llmr_ray.modeling.linear import is_faster
 
     model = str(resolve(options.model).path)
+    uncounted = 1 if name == "workers" else 0
     number = options.batch_size * options.steps
-    examples = make_examples(name, number, model)
+    examples = make_examples(name, number + uncounted * options.batch_size, model)
     job = {
         "model": model,
         "loss": "distill" if name.endswith("distill") else "contrastive",
         "steps": options.steps,
+        "uncounted_steps": uncounted,
         "batch_size": options.batch_size,
         "threads": options.threads,
         "examples": examples,
@@ -446,7 +462,17 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
             told = process.ask(own_job)
             if turn:  # the first round warms up
                 runs[contender].append(told)
-    return found | summary(runs, useful_flops(examples, model), number, options.noisy)
+    flops = useful_flops(examples, model) * number / len(examples)
+    found |= summary(runs, flops, number, options.noisy)
+    if name == "workers":
+        limit = statistics.median(run["products_at_once"] for run in runs["ours_2"]) / found["gemm_gflops"]
+        turns = zip(runs["ours"], runs["ours_2"], strict=True)
+        faster = statistics.median(alone["wall"] / both["wall"] for alone, both in turns)
+        print(
+            f"  two workers are {faster:.2f}x as fast as one; matrix products of two at once {limit:.2f}x", flush=True
+        )
+        found |= {"two_workers_speed": faster, "two_products_speed": limit}
+    return found
 
 
 def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is_noise_allowed: bool) -> dict[str, Any]:
@@ -478,7 +504,10 @@ def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is
         one = figures[contender]
         verdict = "no ratio"
         if is_given:
-            verdict = f"{statistics.median(ratios):.2f}x the CPU s of ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+            verdict = (
+                f"{statistics.median(ratios):.2f}x the CPU s of ours [{ratios[0]:.2f}, {ratios[-1]:.2f}], "
+                f"{statistics.median(walls):.2f}x the time [{walls[0]:.2f}, {walls[-1]:.2f}]"
+            )
         print(
             f"  {contender:22} {cpu:7.2f} CPU s {wall:7.2f} s {number / cpu:7.1f} examples/CPU s  "
             f"{one['useful_share_of_gemm']:.2f} of GEMM  {one['peak_mb']:6.0f} MB  differs {differs:.0e}"
