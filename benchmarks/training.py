@@ -13,11 +13,11 @@ On processors where our linear layers run by oneDNN (llmr_ray/modeling/linear.py
 by the products that the peer uses. The share of the machine is always that of the faster library's product.
 
 `mixed` lengths are lognormal, of which padding to the longest wastes about 58%; `equal` lengths leave nothing to save.
-`workers` compares two of our workers (gloo, DDP) with one, after one step that is not counted, because workers start
-cold. Each contender is a process of its own; rounds take turns,
-and a ratio is the median over rounds of CPU seconds of the same round. Where a contender's losses differ from ours by
-more than 1e-4 the ratio is void. A float32 matrix product is timed before and after each turn: where that varies by
-more than 15% the machine was not quiet, and no ratio is given unless --noisy asks for it.
+`workers` compares two of our workers (gloo, DDP) with one, after three steps that are not counted, because workers
+start cold. Each contender is a process of its own; rounds take turns, and a ratio is the median over rounds of CPU
+seconds of the same round. Where a contender's losses differ from ours by more than 1e-4 the ratio is void. A float32
+matrix product is timed before and after each turn: where that varies by more than 15% the machine was not quiet, and no
+ratio is given unless --noisy asks for it.
 """
 
 import argparse
@@ -423,7 +423,7 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
     from llmr_ray.modeling.linear import is_faster
 
     model = str(resolve(options.model).path)
-    uncounted = 1 if name == "workers" else 0
+    uncounted = 3 if name == "workers" else 0
     number = options.batch_size * options.steps
     examples = make_examples(name, number + uncounted * options.batch_size, model)
     job = {

@@ -46,7 +46,6 @@ class PackedEncoder(torch.nn.Module):
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
         """What the model gives T texts, in their order: float32 [T, ...]."""
         passes = self.batches(tokens)
-        passes = self.batches(tokens)
         with self._reading(tokens):
             computed = [self._compute([tokens[row] for row in rows]) for rows in passes]
         return gradient.in_order(passes, computed)
