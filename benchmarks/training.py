@@ -39,7 +39,7 @@ WORKLOADS = {
     for lengths, told_lengths in (("mixed", "lognormal lengths"), ("equal", "texts of 64 tokens"))
     for loss, told_loss in (("contrastive", "in-batch and hard negatives"), ("distill", "KL to a teacher's scores"))
 } | {"workers": "lognormal lengths, in-batch and hard negatives, two workers"}
-DOCUMENTS, EQUAL_TOKENS, MAX_TOKENS = 7, 64, 128
+BATCH_SIZE, DOCUMENTS, EQUAL_TOKENS, MAX_TOKENS = 16, 7, 64, 128
 TEMPERATURE, LEARNING_RATE, SEED = 0.05, 2e-5, 0
 TOLERANCE, GEMM_SPREAD = 1e-4, 0.15
 GEMM = (1024, 384, 1536)
@@ -395,7 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--peers", choices=("sweep", "default", "none"), default="sweep")
-    parser.add_argument("--batch-size", type=int, default=16, help="queries of a step")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="queries of a step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -414,7 +414,8 @@ def main() -> None:
             contenders[name] = Contender(__file__, name, options.threads)
             stack.callback(contenders[name].close)
         for name in options.workloads:
-            record(RESULTS, name, run_workload(name, options, contenders))
+            batch = "" if options.batch_size == BATCH_SIZE else f"_batch_{options.batch_size}"
+            record(RESULTS, name + batch, run_workload(name, options, contenders))
 
 
 def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, Contender]) -> dict[str, Any]:
