@@ -111,6 +111,29 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("rewards", _floats(), nullable=True),
         ]
     ),
+    # Graded labels of relevance, 0, 0.5 or 1 (ARL2). Null: the LLM was asked and gave none. confidence: of a
+    # retriever's pseudo-label, the probability that it is right.
+    "labels": pa.schema(
+        [
+            _field("query_id", _S),
+            _field("doc_id", _S),
+            _field("label", _F, nullable=True),
+            _field("source", _S),
+            _field("round", _I),
+            _field("confidence", pa.float64(), nullable=True),
+        ]
+    ),
+    # What became of each pair in a round of labelling (labeling/selection.py).
+    "decisions": pa.schema(
+        [
+            _field("query_id", _S),
+            _field("doc_id", _S),
+            _field("decision", _S),
+            _field("reason", _S),
+            _field("probability", pa.float64()),
+            _field("round", _I),
+        ]
+    ),
     "run": pa.schema(
         [
             _field("run_name", _S),
@@ -141,6 +164,8 @@ KEYS: dict[str, list[str]] = {
     "llm_scores": ["query_id", "doc_id", "kind"],
     "rewards": ["query_id", "doc_id"],
     "groups": ["query_id"],
+    "labels": ["query_id", "doc_id"],
+    "decisions": ["query_id", "doc_id"],
     "run": ["run_name", "query_id", "doc_id"],
     "metrics": ["dataset", "method", "measure", "query_id"],
 }

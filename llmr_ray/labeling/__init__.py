@@ -1,0 +1,1 @@
+"""Labels of relevance: those of the LLM, those that the retriever may give in its place; questions (ARL2)."""

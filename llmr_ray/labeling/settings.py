@@ -1,0 +1,45 @@
+"""Settings of adaptive self-training (methods.md C.4). Plain values: importing them imports nothing else."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig:
+    """How a round of labelling spends its calls, and what it lets the retriever label. A call is one pair."""
+
+    policy: str = "adaptive"
+    """adaptive, or to compare with: uncertainty (the same order of calls, no pseudo-labels), random (drawn pairs)."""
+    calls_per_round: int = 1000
+    """Pairs about which the LLM is asked in a round at the most, audits and calibration included."""
+    total_calls: int = 0
+    """Pairs about which it is asked in all rounds. 0: no limit."""
+    calibration_fraction: float = 0.1
+    """Share of the questions, by a hash of the id, whose pairs only the LLM labels and nothing trains on."""
+    calibration_share: float = 0.1
+    """Share of a round's calls, audits aside, for pairs of those questions, whatever their probability."""
+    calibrator: str = "platt"
+    """platt (logistic regression), or isotonic, which fits any rising curve but needs about 1,000 pairs."""
+    precision: float = 0.95
+    """What a threshold's precision on the calibration set must reach."""
+    fallback_hi: float = 0.9
+    """Probability from which a pair is labelled 1 where the calibration set allows no choice."""
+    fallback_lo: float = 0.1
+    """Probability up to which a pair is labelled 0 where the calibration set allows no choice."""
+    max_positives: int = 3
+    """A question with so many labels 1 gets no further one from the retriever."""
+    max_pseudo_ratio: float = 3.0
+    """Pseudo-labels over labels of the LLM that train."""
+    trained_margin: float = 0.05
+    """Cosine by which a known positive of a well trained question leads all known negatives."""
+    trained_rounds: int = 2
+    """In so many rounds running."""
+    audit_share: float = 0.05
+    """Share of a round's pseudo-labels that the LLM labels too."""
+    audit_agreement: float = 0.9
+    """Below this agreement the thresholds tighten."""
+    audit_step: float = 0.02
+    """By so much."""
+    audit_steps: int = 1
+    """So often in a round at the most, each time for the audited pairs that are still beyond the thresholds."""
+    min_gain: float = 0.005
+    """A round whose nDCG@10 on the calibration questions gains less, relatively, is the last."""
