@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.runtime_config import BudgetConfig as BudgetConfig
 from llmr_ray.runtime_config import RuntimeConfig as RuntimeConfig
 
@@ -420,6 +421,7 @@ class Config:
     bm25: BM25Config = field(default_factory=BM25Config)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    labeling: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: int = 1
     """How often candidates are mined, scored and trained on, each round from the initial embedder's weights with the

@@ -35,6 +35,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prompt": ("llm_embedder", "llm_r"),
     "icl_protocol": ("llm_embedder", "llm_r"),
     "icl_demotion": ("none", "other_tasks", "other_tasks_by_test_name"),
+    "policy": ("adaptive", "uncertainty", "random"),
+    "annotator": ("llm", "gold"),
+    "calibrator": ("platt", "isotonic"),
     "mix": ("proportional", "temperature", "round_robin"),
 }
 

@@ -21,6 +21,7 @@ from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
+from llmr_ray.labeling import stage as labeling
 from llmr_ray.mining import stage as mining
 from llmr_ray.training import reward_model
 from llmr_ray.training import stage as training
@@ -96,6 +97,7 @@ class StagePlan:
         self.teacher = assets[config.reward_model.model] if config.reward_model.model else None
         self.stages: list[Stage] = []
         self._round = 0
+        self._labels: Artifact | None = None
         self.prepare = self._add("prepare", data.prepare_spec(config, assets), data.run_prepare, assets=assets)
         miner = self._embed_and_index("base", self.base)
         self.retrievers = {"base": miner}
@@ -134,6 +136,8 @@ class StagePlan:
         of: dict[str, Any] = {"prepare": prepare, "embeddings": miner.embeddings, "index": miner.index}
         mine = partial(mining.run_mine, again=again)
         candidates = self._add("mine", mining.mine_spec(config, again=again, **of), mine, **of)
+        if config.labeling.enabled:
+            return self._labelled(candidates, miner)
         of = {"prepare": prepare, "candidates": candidates}
         spec = feedback.score_spec(config, self.llm, **of)
         scores = self._add("score", spec, feedback.run_score, client=self.client, **of)
@@ -142,6 +146,24 @@ class StagePlan:
         if self.teacher:
             rewards = self._taught(candidates, rewards, self.teacher)
         of = {"prepare": prepare, "candidates": candidates, "rewards": rewards}
+        return self._add("group", training.group_spec(config, **of), training.run_group, **of)
+
+    def _labelled(self, candidates: Artifact, miner: _Retriever) -> Artifact:
+        """The groups of a round of adaptive labelling: which pairs the LLM is asked about, and what all labels say."""
+        config, round_of = self.config, {"prepare": self.prepare, "labels": self._labels}
+        of: dict[str, Any] = {**round_of, "candidates": candidates, "embeddings": miner.embeddings}
+        select = partial(labeling.run_select, number=self._round)
+        selected = self._add("select", labeling.select_spec(config, number=self._round, **of), select, **of)
+        of = {"prepare": self.prepare, "candidates": selected}
+        if config.labeling.annotator == "gold":
+            scores = self._add("score", labeling.gold_spec(config, **of), labeling.run_gold, **of)
+        else:
+            score = partial(feedback.run_score, table="asked")
+            spec = feedback.score_spec(config, self.llm, **of)
+            scores = self._add("score", spec, score, client=self.client, **of)
+        of = {**round_of, "selected": selected, "llm_scores": scores}
+        self._labels = self._add("label", labeling.label_spec(config, **of), labeling.run_label, **of)
+        of = {"prepare": self.prepare, "candidates": selected, "rewards": self._labels}
         return self._add("group", training.group_spec(config, **of), training.run_group, **of)
 
     def _taught(self, candidates: Artifact, rewards: Artifact, base: Asset) -> Artifact:

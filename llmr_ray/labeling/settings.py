@@ -7,6 +7,14 @@ from dataclasses import dataclass
 class AdaptiveConfig:
     """How a round of labelling spends its calls, and what it lets the retriever label. A call is one pair."""
 
+    enabled: bool = False
+    """Tasks with the feedback `label` learn from labels that are made in rounds; else from labels of all candidates."""
+    annotator: str = "llm"
+    """llm, or gold: labels of the data, spoiled at the rates below, to test with an annotator of known quality."""
+    gold_missed: float = 0.0
+    """gold: share of the relevant pairs that it labels 0."""
+    gold_false_alarms: float = 0.0
+    """gold: share of the other pairs that it labels 1."""
     policy: str = "adaptive"
     """adaptive, or to compare with: uncertainty (the same order of calls, no pseudo-labels), random (drawn pairs)."""
     calls_per_round: int = 1000

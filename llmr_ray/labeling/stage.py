@@ -1,0 +1,308 @@
+"""The stages select and label: a round of adaptive self-training around the LLM's answers (ARL2, methods.md C.4).
+
+select: what becomes of each candidate, before the LLM is asked. label: what the LLM said, the audit, and the labels that
+the round trains on. The first round has no labels to learn from: the LLM labels all candidates of as many questions as
+its calls reach.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.config import Config, identity
+from llmr_ray.data.splits import unit_hash
+from llmr_ray.errors import DataError
+from llmr_ray.feedback.jobs import feedback_tasks
+from llmr_ray.index.vectors import query_vectors, to_matrix
+from llmr_ray.labeling.calibration import PAIR, RETRIEVER, Thresholds, calibrate, frame_of, is_calibration
+from llmr_ray.labeling.calibration import with_probability as probable
+from llmr_ray.labeling.rounds import (
+    calibration_ndcg,
+    calls_of_round,
+    label_distribution,
+    leads,
+    next_labels,
+    stop_reason,
+    well_trained_questions,
+)
+from llmr_ray.labeling.selection import ASK, CALIBRATION, DRAWN, LEAVE, accounting, decide, settle
+from llmr_ray.labeling.simulation import annotate, label_quality
+from llmr_ray.schemas import conform, table_of
+
+SELECT_VERSION = 1
+LABEL_VERSION = 1
+GOLD_VERSION = 1
+
+EARLIER = "earlier"
+"""Source of a pair that has a label and is no candidate of the round's retriever."""
+
+NOT_SEEDED = "not_seeded"
+"""Why the first round leaves a pair: its question is not among those that the calls reach."""
+
+LEADS = pa.schema([("query_id", pa.string()), ("lead", pa.float64()), ("round", pa.int32())])
+
+# --- select ----------------------------------------------------------------------------------------------------------
+
+
+def select_spec(
+    config: Config, *, number: int, prepare: Artifact, candidates: Artifact, embeddings: Artifact, labels: Artifact | None
+) -> ArtifactSpec:
+    """What determines a round's decisions: the settings, the round, the retriever, and the labels so far."""
+    earlier = {} if labels is None else {"labels": labels.id}
+    return ArtifactSpec(
+        stage="select",
+        version=SELECT_VERSION,
+        config={"labeling": identity(config.labeling), "round": number, "seed": config.seed},
+        inputs={"prepare": prepare.id, "candidates": candidates.id, "embeddings": embeddings.id, **earlier},
+    )
+
+
+def run_select(
+    config: Config,
+    artifact: Artifact,
+    *,
+    number: int,
+    prepare: Artifact,
+    candidates: Artifact,
+    embeddings: Artifact,
+    labels: Artifact | None,
+) -> None:
+    """Writes `candidates` (the round's, and all pairs with labels), `asked` (those the LLM is asked about), `decisions`
+    and `leads` of all rounds so far. The manifest's ``extra`` has what was learned from the calibration questions.
+
+    Args:
+        config: the run's.
+        artifact: to be made.
+        number: of the round, from 1.
+        prepare, candidates, embeddings: finished artifacts; the embeddings are those of the round's retriever.
+        labels: of the round before; None in the first.
+    """
+    started = time.monotonic()
+    if artifact.pending(1):
+        offered = _offered(config, prepare, candidates.read("candidates"), labels)
+        pairs = with_cosine(offered.select(PAIR), embeddings)
+        if labels is None:
+            decisions, told = _first(config, pairs)
+            of_rounds = LEADS.empty_table()
+        else:
+            decisions, told, of_rounds = _later(config, pairs, labels, number)
+        is_asked = pc.equal(decisions["decision"], ASK)
+        tables = {"candidates": offered, "asked": offered.filter(is_asked), "decisions": decisions, "leads": of_rounds}
+        artifact.write_shard(0, tables, accounting(decisions))
+        artifact.commit(1, seconds=time.monotonic() - started, extra=told)
+
+
+def _offered(config: Config, prepare: Artifact, mined: pa.Table, labels: Artifact | None) -> pa.Table:
+    """The mined candidates of tasks that have feedback, and after them the pairs that were labelled before."""
+    queries = frame_of(prepare.read("queries"), ["query_id", "task"])
+    asked = queries.filter(pl.col("task").is_in(list(feedback_tasks(config))))
+    offered = frame_of(mined, mined.column_names).join(asked.select("query_id"), on="query_id", how="semi")
+    if labels is not None:
+        known = frame_of(labels.read("labels"), [*PAIR, "source"]).filter(pl.col("source") != RETRIEVER)
+        earlier = known.join(offered, on=PAIR, how="anti").select(*PAIR, source=pl.lit(EARLIER))
+        offered = pl.concat([offered, earlier], how="diagonal")
+    # Pairs of a query stand together, as later stages want them.
+    order = offered.select("query_id").unique(maintain_order=True).with_row_index("place")
+    rows = offered.join(order, on="query_id", how="left", maintain_order="left").sort("place", maintain_order=True)
+    return conform(rows.drop("place").to_arrow(), "candidates")
+
+
+def with_cosine(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
+    """Pairs with the column cosine (float32): of their vectors, which have unit length."""
+    documents = embeddings.read("document_embeddings")
+    documents = documents.filter(pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"])))
+    row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
+    query_PD = query_vectors(embeddings, pairs["query_id"].to_pylist())
+    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in pairs["doc_id"].to_pylist()]]
+    return pairs.append_column("cosine", pa.array((query_PD * document_PD).sum(axis=1), pa.float32()))
+
+
+def _first(config: Config, pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """The first round: all pairs of as many questions as the calls reach, calibration questions by their share."""
+    settings = config.labeling
+    calls = calls_of_round(settings, 0)
+    sizes = frame_of(pairs, ["query_id"]).group_by("query_id", maintain_order=True).len("pairs")
+    kept: list[tuple[float, str, int]] = []
+    others: list[tuple[float, str, int]] = []
+    for query_id, size in sizes.iter_rows():
+        of = kept if is_calibration(query_id, settings.calibration_fraction) else others
+        of.append((unit_hash("question", query_id), query_id, size))
+    reason_of = _within(kept, round(settings.calibration_share * calls), CALIBRATION)
+    spent = sum(size for _, query_id, size in kept if query_id in reason_of)
+    reason_of |= _within(others, calls - spent, DRAWN)
+    rows = [
+        {
+            **pair,
+            "decision": ASK if pair["query_id"] in reason_of else LEAVE,
+            "reason": reason_of.get(pair["query_id"], NOT_SEEDED),
+            "probability": 0.5,
+            "round": 1,
+        }
+        for pair in pairs.select(PAIR).to_pylist()
+    ]
+    return table_of("decisions", rows), {"calls": calls, "spent": 0, "thresholds": None}
+
+
+def _within(questions: list[tuple[float, str, int]], calls: int, reason: str) -> dict[str, str]:
+    """The first questions by hash whose pairs the calls reach, with the reason."""
+    chosen = {}
+    for _, query_id, size in sorted(questions):
+        if size > calls:
+            break
+        chosen[query_id], calls = reason, calls - size
+    return chosen
+
+
+def _later(
+    config: Config, pairs: pa.Table, labels: Artifact, number: int
+) -> tuple[pa.Table, dict[str, Any], pa.Table]:
+    settings, known, before = config.labeling, labels.read("labels"), labels.require()["extra"]
+    found = calibrate(pairs, known, settings)
+    thresholds = found.thresholds.tightened(before["tightening"])
+    own = leads(pairs, known)
+    own = own.append_column("round", pa.array([number] * own.num_rows, pa.int32())).cast(LEADS)
+    of_rounds = pa.concat_tables([labels.read("leads"), own])
+    in_turn = [of_rounds.filter(pc.equal(of_rounds["round"], turn)) for turn in range(2, number + 1)]
+    calls = calls_of_round(settings, before["spent"])
+    decisions = decide(
+        probable(pairs, found.calibrator),
+        known,
+        thresholds,
+        settings,
+        number=number,
+        calls=calls,
+        seed=config.seed,
+        well_trained=well_trained_questions(in_turn, settings),
+    )
+    ndcg = calibration_ndcg(pairs, known, settings)
+    told = {
+        "calls": calls,
+        "spent": before["spent"],
+        "thresholds": {"hi": thresholds.hi, "lo": thresholds.lo, "tightening": thresholds.tightening},
+        "calibration": found.record(),
+        "ndcg": ndcg,
+        "stop": stop_reason(before["ndcg"], ndcg, spent=before["spent"], settings=settings),
+    }
+    return decisions, told, of_rounds
+
+
+# --- gold ------------------------------------------------------------------------------------------------------------
+
+
+def gold_spec(config: Config, *, prepare: Artifact, candidates: Artifact) -> ArtifactSpec:
+    """What determines the answers of an annotator of known quality."""
+    settings = config.labeling
+    return ArtifactSpec(
+        stage="score",
+        version=GOLD_VERSION,
+        config={
+            "annotator": "gold",
+            "missed": settings.gold_missed,
+            "false_alarms": settings.gold_false_alarms,
+            "seed": config.seed,
+        },
+        inputs={"prepare": prepare.id, "candidates": candidates.id},
+    )
+
+
+def run_gold(config: Config, artifact: Artifact, *, prepare: Artifact, candidates: Artifact) -> None:
+    """Writes llm_scores of the kind "label" for the pairs in the table `asked`: gold labels, spoiled at known rates."""
+    started = time.monotonic()
+    if artifact.pending(1):
+        asked = candidates.read("asked")
+        rates = {1.0: {0.0: config.labeling.gold_missed}, 0.0: {1.0: config.labeling.gold_false_alarms}}
+        said = annotate(asked, gold_labels(prepare), rates, seed=config.seed)
+        rows = [{**row, "kind": "label", "scorer_id": "gold"} for row in said.to_pylist()]
+        counts = Counts(rows_in=len(rows), ok=len(rows))
+        artifact.write_shard(0, {"llm_scores": table_of("llm_scores", rows)}, counts)
+    artifact.commit(1, seconds=time.monotonic() - started)
+
+
+def gold_labels(prepare: Artifact) -> pa.Table:
+    """The labels that come with the data: query_id, doc_id, label 1."""
+    qrels = prepare.read("qrels")
+    relevant = qrels.filter(pc.greater(qrels["relevance"], 0)).select(PAIR)
+    return relevant.append_column("label", pa.array([1.0] * relevant.num_rows, pa.float32()))
+
+
+# --- label -----------------------------------------------------------------------------------------------------------
+
+
+def label_spec(
+    config: Config, *, prepare: Artifact, selected: Artifact, llm_scores: Artifact, labels: Artifact | None
+) -> ArtifactSpec:
+    """What determines a round's labels: its decisions, the answers, and the labels so far."""
+    earlier = {} if labels is None else {"labels": labels.id}
+    return ArtifactSpec(
+        stage="label",
+        version=LABEL_VERSION,
+        config={"labeling": identity(config.labeling)},
+        inputs={"prepare": prepare.id, "selected": selected.id, "llm_scores": llm_scores.id, **earlier},
+    )
+
+
+def run_label(
+    config: Config,
+    artifact: Artifact,
+    *,
+    prepare: Artifact,
+    selected: Artifact,
+    llm_scores: Artifact,
+    labels: Artifact | None,
+) -> None:
+    """Writes `labels` (all that hold after the round), `decisions` as settled, `rewards` (the labels that train: not
+    those of calibration questions), `leads`, and `quality` where the data has labels of its own.
+
+    Raises:
+        DataError: nothing was labelled that can train.
+    """
+    started = time.monotonic()
+    if artifact.pending(1):
+        settings, told = config.labeling, selected.require()["extra"]
+        decisions = selected.read("decisions")
+        scores = llm_scores.read("llm_scores")
+        answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label"])
+        settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings)
+        before = table_of("labels", []) if labels is None else labels.read("labels")
+        after = next_labels(before, settled.new_labels)
+        rewards = _rewards(after, settings.calibration_fraction)
+        if not rewards.num_rows:
+            raise DataError(
+                "no pair has a label that may train. Raise labeling.calls_per_round, or look at the LLM's answers."
+            )
+        tables = {"labels": after, "decisions": settled.decisions, "rewards": rewards, "leads": selected.read("leads")}
+        gold = gold_labels(prepare)
+        if gold.num_rows:
+            tables["quality"] = label_quality(after, gold)
+        extra = {
+            "spent": told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows,
+            "tightening": settled.thresholds.tightening,
+            "ndcg": told.get("ndcg"),
+            "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
+            "distribution": label_distribution(after).to_pylist(),
+        }
+        artifact.write_shard(0, tables, accounting(settled.decisions))
+        artifact.commit(1, seconds=time.monotonic() - started, extra=extra)
+
+
+def _thresholds(told: Mapping[str, float] | None) -> Thresholds:
+    return Thresholds(hi=np.inf, lo=-np.inf) if told is None else Thresholds(**told)
+
+
+def _rewards(labels: pa.Table, calibration_fraction: float) -> pa.Table:
+    rows = [
+        {
+            **{name: row[name] for name in PAIR},
+            "reward": row["label"],
+            "reward_source": "pseudo" if row["source"] == RETRIEVER else "label",
+        }
+        for row in labels.to_pylist()
+        if row["label"] is not None and not is_calibration(row["query_id"], calibration_fraction)
+    ]
+    return table_of("rewards", rows)

@@ -1,0 +1,162 @@
+"""The stages select and label over three rounds, with labels of known quality and a retriever of unit vectors."""
+
+import numpy as np
+import pytest
+
+from llmr_ray.artifacts import Artifact
+from llmr_ray.config import Config, DatasetConfig, RuntimeConfig, TaskConfig, TaskScore
+from llmr_ray.errors import DataError
+from llmr_ray.index.vectors import to_table
+from llmr_ray.labeling.calibration import is_calibration
+from llmr_ray.labeling.settings import AdaptiveConfig
+from llmr_ray.labeling.stage import gold_spec, label_spec, run_gold, run_label, run_select, select_spec
+from llmr_ray.schemas import table_of
+from tests.feedback_world import make_artifact
+
+NUM_QUESTIONS, NUM_CANDIDATES, DIMENSION = 60, 8, 16
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        datasets={"main": DatasetConfig(task="qa")},
+        tasks={"qa": TaskConfig(score=TaskScore(feedback="label"))},
+        labeling=AdaptiveConfig(enabled=True, annotator="gold", calls_per_round=160, calibration_fraction=0.2),
+        runtime=RuntimeConfig(artifact_root=str(tmp_path)),
+    )
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Prepare, mined candidates, and a retriever that likes each question's gold document best, but for noise."""
+    rng = np.random.default_rng(0)
+    queries = [
+        {"query_id": f"q{n}", "task": "qa", "dataset": "main", "query": f"q {n}", "targets": [], "split": "train"}
+        | {"pool": "p"}
+        for n in range(NUM_QUESTIONS)
+    ]
+    doc_ids = [f"d{n}" for n in range(NUM_QUESTIONS * NUM_CANDIDATES)]
+    corpus = [
+        {"doc_id": name, "pool": "p", "position": n, "task": "qa", "text": f"text {n}"}
+        for n, name in enumerate(doc_ids)
+    ]
+    of_query = {f"q{n}": doc_ids[n * NUM_CANDIDATES : (n + 1) * NUM_CANDIDATES] for n in range(NUM_QUESTIONS)}
+    qrels = [{"query_id": query, "doc_id": docs[0], "relevance": 1} for query, docs in of_query.items()]
+    mined = [{"query_id": query, "doc_id": doc, "source": "bm25"} for query, docs in of_query.items() for doc in docs]
+    query_QD = rng.normal(size=(NUM_QUESTIONS, DIMENSION))
+    document_ND = rng.normal(size=(len(doc_ids), DIMENSION))
+    document_ND[::NUM_CANDIDATES] += 2 * query_QD
+
+    def unit(vector_ND):
+        return (vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)).astype(np.float32)
+
+    vectors = {
+        "query_embeddings": to_table("query_id", [row["query_id"] for row in queries], unit(query_QD)),
+        "document_embeddings": to_table("doc_id", doc_ids, unit(document_ND)),
+    }
+    prepare = {name: table_of(name, rows) for name, rows in (("queries", queries), ("corpus", corpus), ("qrels", qrels))}
+    return {
+        "prepare": make_artifact(tmp_path, "prepare", prepare),
+        "candidates": make_artifact(tmp_path, "mine", {"candidates": table_of("candidates", mined)}),
+        "embeddings": make_artifact(tmp_path, "embed", vectors),
+    }
+
+
+def made(config, spec, run, **of):
+    artifact = Artifact(config.runtime.artifact_root, spec)
+    artifact.begin()
+    run(config, artifact, **of)
+    return artifact
+
+
+def a_round(config, world, number, labels, candidates=None):
+    of = world | {"labels": labels} | ({"candidates": candidates} if candidates else {})
+    selected = made(config, select_spec(config, number=number, **of), run_select, number=number, **of)
+    of = {"prepare": world["prepare"], "candidates": selected}
+    scores = made(config, gold_spec(config, **of), run_gold, **of)
+    of = {"prepare": world["prepare"], "selected": selected, "llm_scores": scores, "labels": labels}
+    return selected, made(config, label_spec(config, **of), run_label, **of)
+
+
+def pairs_in(artifact, table):
+    return {(row["query_id"], row["doc_id"]): row for row in artifact.read(table).to_pylist()}
+
+
+def test_the_first_round_labels_whole_questions_within_its_calls(config, world):
+    """Prevents a seed of scattered pairs, of which no question has enough to learn an order from."""
+    selected, labels = a_round(config, world, 1, None)
+    asked = [row["query_id"] for row in selected.read("asked").to_pylist()]
+    assert len(asked) <= config.labeling.calls_per_round
+    assert {asked.count(name) for name in asked} == {NUM_CANDIDATES}
+    assert len(asked) > config.labeling.calls_per_round - 2 * NUM_CANDIDATES
+    kept = {name for name in asked if is_calibration(name, 0.2)}
+    assert kept
+    gold = set(pairs_in(world["prepare"], "qrels"))
+    for pair, row in pairs_in(labels, "labels").items():
+        assert (row["label"], row["source"]) == (float(pair in gold), "llm")
+    trains = {query for query, _ in pairs_in(labels, "rewards")}
+    assert trains == set(asked) - kept
+    counts = selected.manifest["counts"]
+    assert (counts["rows_in"], counts["ok"]) == (NUM_QUESTIONS * NUM_CANDIDATES, len(asked))
+    assert counts["skipped"] == {"not_seeded": NUM_QUESTIONS * NUM_CANDIDATES - len(asked)}
+
+
+def test_later_rounds_spend_calls_where_the_retriever_is_unsure(config, world):
+    """Over three rounds every pair is accounted for, no call is paid twice, and no calibration question trains."""
+    labels, paid = None, set()
+    for number in (1, 2, 3):
+        before = set(pairs_in(labels, "rewards")) if labels else set()
+        selected, labels = a_round(config, world, number, labels)
+        asked = set(pairs_in(selected, "asked"))
+        assert not asked & paid
+        assert len(asked) <= config.labeling.calls_per_round
+        paid |= asked
+        assert labels.manifest["extra"]["spent"] == len(paid)
+        assert set(pairs_in(selected, "decisions")) == set(pairs_in(world["candidates"], "candidates"))
+        held = pairs_in(labels, "labels")
+        assert {pair for pair, row in held.items() if row["source"] == "llm"} == paid
+        assert not {query for query, _ in pairs_in(labels, "rewards") if is_calibration(query, 0.2)}
+    pseudo = [row for row in held.values() if row["source"] == "retriever"]
+    assert pseudo
+    assert {row["reward_source"] for row in pairs_in(labels, "rewards").values()} == {"label", "pseudo"}
+    assert len(pairs_in(labels, "rewards")) > len(before)
+    told = selected.manifest["extra"]
+    assert 0 < told["thresholds"]["lo"] < told["thresholds"]["hi"] < 1
+    assert told["ndcg"] > 0.9
+    precision = {row["source"]: row for row in labels.read("quality").to_pylist() if row["label"] == 0.0}
+    assert precision["retriever"]["precision"] > 0.9
+
+
+def test_labels_of_pairs_that_are_mined_no_more_still_train(config, world, tmp_path):
+    """Prevents paid labels from being lost when the next retriever finds other candidates."""
+    _, labels = a_round(config, world, 1, None)
+    mined = [row for row in world["candidates"].read("candidates").to_pylist() if row["doc_id"] not in ("d0", "d8")]
+    fewer = make_artifact(tmp_path / "again", "mine", {"candidates": table_of("candidates", mined[::-1])})
+    selected, after = a_round(config, world, 2, labels, fewer)
+    assert set(pairs_in(labels, "rewards")) <= set(pairs_in(after, "rewards"))
+    offered = selected.read("candidates").to_pylist()
+    lost = {pair for pair in pairs_in(labels, "labels") if pair[1] in ("d0", "d8")}
+    assert {(row["query_id"], row["doc_id"]) for row in offered if row["source"] == "earlier"} == lost
+    together = [row["query_id"] for row in offered]
+    assert len([name for n, name in enumerate(together) if name != together[n - 1]]) == NUM_QUESTIONS
+
+
+def test_an_annotator_of_known_quality_errs_at_its_rates(config, world):
+    import dataclasses
+
+    settings = dataclasses.replace(config.labeling, gold_missed=0.5, gold_false_alarms=0.1, calls_per_round=480)
+    _, labels = a_round(dataclasses.replace(config, labeling=settings), world, 1, None)
+    gold = set(pairs_in(world["prepare"], "qrels"))
+    said = {pair: row["label"] for pair, row in pairs_in(labels, "labels").items()}
+    missed = np.mean([said[pair] == 0 for pair in said if pair in gold])
+    alarms = np.mean([said[pair] == 1 for pair in said if pair not in gold])
+    assert abs(missed - 0.5) < 4 * np.sqrt(0.25 / NUM_QUESTIONS)
+    assert abs(alarms - 0.1) < 4 * np.sqrt(0.09 / (NUM_QUESTIONS * (NUM_CANDIDATES - 1)))
+
+
+def test_a_round_without_a_label_that_may_train_says_so(config, world):
+    import dataclasses
+
+    none = dataclasses.replace(config, labeling=dataclasses.replace(config.labeling, calls_per_round=4))
+    with pytest.raises(DataError, match="calls_per_round"):
+        a_round(none, world, 1, None)
