@@ -134,7 +134,7 @@ class TaskScore:
     """LLM feedback of one task (methods.md A.4)."""
 
     feedback: str = "none"
-    """none (labels only), likelihood (mean log-probability of the desired output) or rank (rank-aware reward)."""
+    """none, likelihood (of the desired output), rank (rank-aware reward) or label (by the LLM in words, C.1)."""
     samples: str = "shared"
     """rank only. fresh: N outputs are drawn per candidate; shared: the outputs drawn without retrieval are rescored."""
     num_samples: int = 10
@@ -163,6 +163,12 @@ class TaskScore:
     prompt: str = later("llm_embedder")
     """Examples: llm_embedder, or llm_r: a blank line behind the candidate, and the first of several desired outputs
     (B.4) instead of one that is drawn."""
+    passages_per_call: int = later(5)
+    """label only: passages that the LLM is shown at once."""
+    label_votes: int = later(1)
+    """label only: how often each pair is asked, in different company. Votes that differ by 1 are no label."""
+    evidence_chars: int = later(100)
+    """label only: length of a quote at the most."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
+from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.feedback.rewards import reward_rows
@@ -22,16 +23,19 @@ REWARD_VERSION = 1
 
 def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifact) -> ArtifactSpec:
     """What determines llm_scores: the LLM and how it reads, the prompts, the tasks' feedback, data and seed."""
+    tasks = feedback_tasks(config)
+    labels = {"labels_version": LABELS_VERSION} if any(task.feedback == "label" for task in tasks.values()) else {}
     return ArtifactSpec(
         stage="score",
         version=SCORE_VERSION,
         config={
             "scorer": scorer_id(llm.fingerprint, config.llm),
             "max_candidate_tokens": config.llm.max_candidate_tokens,
-            "tasks": {task: identity(settings) for task, settings in feedback_tasks(config).items()},
+            "tasks": {task: identity(settings) for task, settings in tasks.items()},
             "prompts_version": PROMPTS_VERSION,
             "seed": config.seed,
             "shard_queries": SHARD_QUERIES,
+            **labels,
         },
         inputs={"llm": llm.fingerprint, "prepare": prepare.id, "candidates": candidates.id},
     )
