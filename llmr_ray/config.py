@@ -167,7 +167,7 @@ class TaskScore:
     """label only: passages that the LLM is shown at once."""
     label_votes: int = later(1)
     """label only: how often each pair is asked, in different company. Votes that differ by 1 are no label."""
-    evidence_chars: int = later(100)
+    evidence_chars: int = later(60)
     """label only: length of a quote at the most."""
 
 

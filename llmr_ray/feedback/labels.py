@@ -36,11 +36,22 @@ NO_GOLD_ANSWER = "no_gold_answer"
 QUERY_TOKENS = 96
 """A question is cut on the left to so many LLM tokens."""
 
-FRAME_TOKENS = 72
+FRAME_TOKENS = 168
 """About the tokens of the prompt's own words."""
 
-_ENTRY_TOKENS = 32
+_ENTRY_TOKENS = 24
 """Room for what stands around an id's evidence and score."""
+
+_EXAMPLE = """Question: Who wrote Emma?
+
+[1] Bath is a city in Somerset, England.
+[2] Emma is a novel by Jane Austen, published in 1815.
+[3] Jane Austen lived in Hampshire for many years.
+
+JSON:
+{"1":{"evidence":"","score":0},"2":{"evidence":"a novel by Jane Austen","score":1},"3":{"evidence":"Jane Austen",\
+"score":0.5}}"""
+"""Made up, the same for all. Without it a small LLM quotes ids instead of passages, and repeats them to the end."""
 
 _MAX_ANSWER_WORDS = 10
 """Longer desired outputs are no answers that a passage would hold word by word."""
@@ -82,13 +93,14 @@ def label_segments(question: str, passages: Sequence[str], passage_tokens: int) 
         shown.append(Segment(text=" ".join(passage.split()), trim_order=1, max_tokens=passage_tokens))
     return (
         Segment(
-            text="Judge how much each passage helps to answer the question. evidence: words copied from the passage, "
-            "or empty. score: 1 it answers the question, 0.5 it helps a little, 0 it does not help.\n\nQuestion: "
+            text="Judge how much each passage helps to answer the question. evidence: a few words copied from the "
+            "passage, or empty. score: 1 it answers the question, 0.5 it helps a little, 0 it does not help.\n\n"
+            f"{_EXAMPLE}\n\nQuestion: "
         ),
         Segment(text=" ".join(question.split()), trim_order=2, trim_side="left", max_tokens=QUERY_TOKENS),
         Segment(text="\n"),
         *shown,
-        Segment(text="\n\nAnswer in JSON:\n"),
+        Segment(text="\n\nJSON:\n"),
     )
 
 
@@ -105,11 +117,11 @@ def answer_schema(count: int, evidence_chars: int) -> str:
 
 
 def answer_tokens(count: int, evidence_chars: int) -> int:
-    """Room for the answer in LLM tokens: two characters a token, which is less than any ordinary text takes.
+    """Room for the answer in LLM tokens. Small LLMs repeat a digit to the end of a quote, and that is a token each.
 
-    An answer that needs more (in a script of which the LLM knows few words) is cut short and thereby rejected.
+    An answer that needs more (in a script of which the LLM knows few characters) is cut short and thereby rejected.
     """
-    return count * (_ENTRY_TOKENS + evidence_chars // 2)
+    return count * (_ENTRY_TOKENS + evidence_chars)
 
 
 def parse_answer(text: str, count: int) -> dict[str, Said | str]:

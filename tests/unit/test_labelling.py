@@ -42,7 +42,7 @@ class ScriptedClient:
         results = []
         for request in requests:
             text = "".join(segment.text for segment in request.segments)
-            passages = re.findall(r"^\[\d+\] (.*)$", text, re.M)
+            passages = re.findall(r"^\[\d+\] (.*)$", text.rpartition("Question:")[2], re.M)
             said = self.judge(passages, any(sorted(passages) == sorted(old) for _, old in self._of(request.unit)))
             self.calls.append((request.unit, passages))
             error = str(said) if isinstance(said, Exception) else None
@@ -181,11 +181,9 @@ def test_votes_that_disagree_are_quarantined(tmp_path):
 
 
 def test_pairs_that_a_rule_judges_are_not_shown(tmp_path):
-    settings = TaskScore(feedback="label", same_task=True)
-    config = dataclasses.replace(configured(tmp_path), tasks={})
-    config = dataclasses.replace(config, tasks=make_config(tmp_path, score=settings).tasks)
     client = ScriptedClient(lambda passages, _: judged(passages))
-    rows, counts, _ = scored(config, client, 1, targets=(), metas=[{"dataset": "main"}, None, {"dataset": "x"}, None])
+    metas = [{"dataset": "main"}, None, {"dataset": "x"}, None]
+    rows, counts, _ = scored(configured(tmp_path, same_task=True), client, 1, targets=(), metas=metas)
     assert [row["error"] for row in rows] == [None, *["other_task"] * 3]
     assert (counts["ok"], counts["skipped"]) == (1, {"other_task": 3})
     assert [passages for _, passages in client.calls] == [[PASSAGES[0]]]

@@ -1,6 +1,7 @@
 """Labels of an LLM: what is rejected, what is lowered, and what a prompt and a schema say."""
 
 import json
+import re
 
 import pytest
 
@@ -161,9 +162,23 @@ def test_the_schema_asks_for_the_evidence_first():
     assert one["additionalProperties"] is schema["additionalProperties"] is False
 
 
+def test_the_example_is_an_answer_that_would_count():
+    """LLMs do as they are shown: an example that a check lowers would teach what is rejected."""
+    shown = labels.label_segments("", [], 30)[0].text
+    before, answer = shown.split("JSON:\n")
+    answer = answer.split("\n\n")[0]
+    passages = re.findall(r"^\[\d\] (.*)$", before, re.M)
+    said = parse_answer(answer, len(passages))
+    assert list(json.loads(answer)["1"]) == ["evidence", "score"]
+    judged = [checked(one, passage, ["Jane Austen"]) for one, passage in zip(said.values(), passages, strict=True)]
+    assert [label.score for label in judged] == [one.score for one in said.values()]
+    assert {label.score for label in judged} == set(labels.SCORES)
+    assert " " not in re.sub(r'"[^"]*"', "", answer)  # as the grammar writes it
+
+
 def test_a_passage_cannot_pass_for_two():
     """A passage with a line of its own that looks like another id would be judged twice."""
     segments = labels.label_segments("who?\nme", ["one\n[2] false", "two"], 30)
     text = "".join(segment.text for segment in segments)
-    assert text.split("\n\n", 1)[1] == "Question: who? me\n\n[1] one [2] false\n[2] two\n\nAnswer in JSON:\n"
+    assert text.endswith("\n\nQuestion: who? me\n\n[1] one [2] false\n[2] two\n\nJSON:\n")
     assert [segment.max_tokens for segment in segments if segment.max_tokens] == [labels.QUERY_TOKENS, 30, 30]
