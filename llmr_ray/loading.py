@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskTrain, TrainConfig
+from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskScore, TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "feedback": ("none", "likelihood", "rank"),
+    "feedback": ("none", "likelihood", "rank", "label"),
     "samples": ("fresh", "shared"),
     "normalization": ("mean", "sum"),
     "positive": ("first", "random", "teacher", "teacher_gold"),
@@ -40,6 +40,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrator": ("platt", "isotonic"),
     "mix": ("proportional", "temperature", "round_robin"),
 }
+
+LABEL_TASKS = ("qa", "convsearch", "tool")
+"""Tasks whose candidates an LLM can label (score.feedback: label)."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -145,6 +148,7 @@ def _check_run(config: Config) -> None:
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
+        _check_labels(name, task.score)
         if (task.score.same_task or task.score.same_label) and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
     if config.rounds < 1:
@@ -159,6 +163,18 @@ def _check_run(config: Config) -> None:
             )
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
+
+
+def _check_labels(task: str, score: TaskScore) -> None:
+    if score.feedback == "label" and task not in LABEL_TASKS:
+        raise ConfigError(
+            f"tasks.{task}.score.feedback is label, but only candidates of {', '.join(LABEL_TASKS)} are passages that "
+            "help with a question or do not. Take likelihood or rank."
+        )
+    if not (score.passages_per_call and score.label_votes and score.evidence_chars):
+        raise ConfigError(
+            f"tasks.{task}.score.passages_per_call, label_votes and evidence_chars must be at least 1 each."
+        )
 
 
 def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None:

@@ -81,7 +81,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("doc_id", _S),
             _field("scorer_id", _S),
             _field("kind", _S),
-            # Null with the reason in `error`: what failed, or the rule by which the LLM was not asked.
+            # Null with the reason in `error`: what failed, or the rule by which the LLM was not asked. Rows of the kind
+            # "label" have `label` instead, and the checks that lowered it in `flags`.
             _field("llm_score", _F, nullable=True),
             _field("rank_without", _I, nullable=True),
             _field("rank_with", _I, nullable=True),
@@ -90,6 +91,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("truncated", pa.bool_()),
             _field("prompt_sha", _S),
             _field("error", _S, nullable=True),
+            _field("label", _F, nullable=True),
+            _field("evidence", _S, nullable=True),
+            _field("flags", _strings(), nullable=True),
         ]
     ),
     # Where a rule put a document below all that have a reward, it has none, and reward_source is the rule.
@@ -155,6 +159,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
+LATER: dict[str, list[str]] = {"llm_scores": ["label", "evidence", "flags"]}
+"""Nullable columns that came after artifacts had been written: where they are missing, all is null."""
+
 KEYS: dict[str, list[str]] = {
     "queries": ["query_id"],
     "corpus": ["doc_id"],
@@ -178,6 +185,9 @@ def conform(table: pa.Table, name: str) -> pa.Table:
     unique.
     """
     schema = SCHEMAS[name]
+    for column in LATER.get(name, []):
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, schema.field(column).type))
     missing = [field.name for field in schema if field.name not in table.column_names]
     unknown = [column for column in table.column_names if column not in schema.names]
     if missing or unknown:

@@ -17,7 +17,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.significance import estimate, paired_difference
-from llmr_ray.index.vectors import query_vectors, to_matrix
+from llmr_ray.index.vectors import pair_cosines
 from llmr_ray.training.pairs import is_held_out
 
 AGREE_VERSION = 1
@@ -106,14 +106,8 @@ def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str
 
 def _similarities(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
     """An embedder's rewards of pairs: their cosine similarities."""
-    documents = embeddings.read("document_embeddings")
-    wanted = pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"]))
-    documents = documents.filter(wanted)
-    row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
-    query_PD = query_vectors(embeddings, pairs["query_id"].to_pylist())
-    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in pairs["doc_id"].to_pylist()]]
-    similarity = pa.array((query_PD * document_PD).sum(axis=1), pa.float32())
-    return pairs.set_column(pairs.schema.get_field_index("reward"), "reward", similarity)
+    cosine_P = pair_cosines(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
+    return pairs.set_column(pairs.schema.get_field_index("reward"), "reward", pa.array(cosine_P))
 
 
 def rank_agreement(rewards: pa.Table, llm_scores: pa.Table) -> dict[str, float]:

@@ -288,6 +288,7 @@ def _sampling(request: LLMRequest, fitted: Fitted) -> Sampling:
         seed=request.seed,
         stop=request.stop,
         says_something=request.says_something,
+        output_schema=request.output_schema,
     )
 
 
@@ -315,5 +316,7 @@ def _result(request: LLMRequest, answers: Sequence[Answer], paid: Sequence[Answe
 def _check(request: LLMRequest) -> None:
     if bool(request.targets) == bool(request.num_samples):
         raise ValueError(f"request {request.request_id} must have either targets or num_samples, and one of the two.")
+    if request.targets and request.output_schema:
+        raise ValueError(f"request {request.request_id} has targets, so there is no output for its output_schema.")
     if not request.targets and request.temperature == 0 and request.num_samples != 1:
         raise ValueError(f"request {request.request_id} is greedy, so num_samples must be 1: all would be equal.")

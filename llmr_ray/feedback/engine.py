@@ -40,7 +40,7 @@ class Rival:
 class Sampling:
     """Outputs to draw after a prompt; output j has a seed of its own, made from `seed` and j. Temperature 0: greedy.
 
-    says_something: as in LLMRequest; endpoints know no such setting.
+    says_something, output_schema: as in LLMRequest; endpoints know no setting for the first.
     """
 
     prompt_ids: Ids
@@ -50,6 +50,7 @@ class Sampling:
     seed: int
     stop: tuple[str, ...] = ()
     says_something: bool = False
+    output_schema: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

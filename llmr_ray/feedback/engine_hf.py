@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llmr_ray.artifacts import seed_of
 from llmr_ray.feedback.engine import EngineSettings, Rival, Sampled, Sampling, Scored, silent_ids
+from llmr_ray.feedback.grammar import JSONGrammars
 from llmr_ray.feedback.trie import Ids, Pair
 
 
@@ -45,6 +46,9 @@ class TransformersEngine:
         end = self.model.generation_config.eos_token_id
         self.end_ids = frozenset([] if end is None else end if isinstance(end, list) else [end])
         self._silent = cache(partial(silent_ids, tokenizer))
+        self._grammars = cache(
+            partial(JSONGrammars, tokenizer, self.model.config.get_text_config().vocab_size, self.end_ids)
+        )
 
     def begin(self) -> None:
         """Nothing is kept between calls."""
@@ -77,12 +81,15 @@ class TransformersEngine:
         """One output and the number of tokens drawn for it, an end token included."""
         new: list[int] = []
         past, fed = None, list(job.prompt_ids)
+        written = self._grammars().begin(job.output_schema) if job.output_schema else None
         while len(new) < job.max_new_tokens:
             output = self.model(input_ids=torch.tensor([fed], device=self.device), past_key_values=past, use_cache=True)
             past = output.past_key_values
             logits_V = output.logits[0, -1].double()
             if job.says_something and not new:
                 logits_V[[*self._silent(job.stop), *self.end_ids]] = -torch.inf
+            if written is not None:
+                logits_V[written.forbidden().to(self.device)] = -torch.inf
             if job.temperature == 0:
                 token = int(logits_V.argmax())
             else:
@@ -91,6 +98,8 @@ class TransformersEngine:
                 token = min(token, len(cumulative_V) - 1)
             if token in self.end_ids:
                 return self.tokenizer.decode(new, skip_special_tokens=True), len(new) + 1
+            if written is not None:
+                written.write(token)
             new.append(token)
             fed = [token]
             text = self.tokenizer.decode(new, skip_special_tokens=True)

@@ -47,11 +47,12 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         _prepare_environment(settings, on_cpu)
         from vllm import LLM, SamplingParams, TokensPrompt
+        from vllm.sampling_params import StructuredOutputsParams
 
         torch.set_num_threads(settings.num_threads)
         self.tokenizer = tokenizer
         self.max_model_tokens = settings.max_model_tokens
-        self._params, self._prompt = SamplingParams, TokensPrompt
+        self._params, self._prompt, self._structured = SamplingParams, TokensPrompt, StructuredOutputsParams
         # The CPU engine is up in seconds only without compilation, and shares prefixes finely only with small blocks.
         dependent: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK} if on_cpu else {}
         dependent["dtype"] = settings.dtype
@@ -66,6 +67,8 @@ class VllmEngine:
             enable_prefix_caching=True,
             distributed_executor_backend="mp" if spread else "uni",
             disable_log_stats=True,
+            # White space can be forbidden for the whole engine alone: vLLM reads the setting nowhere else.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             seed=0,
             **dependent,
         )
@@ -101,10 +104,12 @@ class VllmEngine:
         prompts, params = [], []
         for job in jobs:
             # vLLM lets no token end an output of less than min_tokens that it takes for an end.
-            silent: dict[str, Any] = {}
+            extra: dict[str, Any] = {}
             if job.says_something:
-                silent = {"min_tokens": 1, "stop_token_ids": self._silent(job.stop)}
+                extra = {"min_tokens": 1, "stop_token_ids": self._silent(job.stop)}
             for number in range(job.num_samples):
+                if job.output_schema:
+                    extra["structured_outputs"] = self._structured(json=job.output_schema)
                 prompts.append(self._prompt(prompt_token_ids=list(job.prompt_ids)))
                 params.append(
                     self._params(
@@ -113,7 +118,7 @@ class VllmEngine:
                         seed=seed_of(job.seed, "output", number),
                         stop=list(job.stop),
                         skip_special_tokens=True,
-                        **silent,
+                        **extra,
                     )
                 )
         outputs = iter(self._llm.generate(prompts, params, use_tqdm=False) if prompts else [])

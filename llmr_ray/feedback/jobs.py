@@ -1,19 +1,79 @@
-"""The work of the stage score cut into shards: queries with their candidates, from the tables of earlier stages."""
+"""The work of the stage score: queries with their candidates, from the tables of earlier stages, cut into shards."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmr_ray.config import Config, TaskScore
+from llmr_ray.artifacts import seed_of
+from llmr_ray.config import Config, LLMConfig, TaskScore
 from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.scoring import Job, make_job
+from llmr_ray.feedback.rules import rule_of
+
+Row = Mapping[str, Any]
 
 SHARD_QUERIES = 256
 """Queries of one shard of llm_scores: LLM work is dear, so shards are smaller than elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One query whose candidates are to be judged. `target` is None when the query has no desired output.
+
+    rules: for each document, the rule that judges it in place of the LLM (rules.py), or None.
+    max_candidate_tokens, max_model_tokens: as in LLMConfig.
+    """
+
+    query: Row
+    documents: tuple[Row, ...]
+    rules: tuple[str | None, ...]
+    settings: TaskScore
+    target: str | None
+    max_candidate_tokens: int
+    max_model_tokens: int
+    seed: int
+
+    @property
+    def query_id(self) -> str:
+        """The query's id, which is also the unit of its requests."""
+        return str(self.query["query_id"])
+
+    @property
+    def task(self) -> str:
+        """The query's task."""
+        return str(self.query["task"])
+
+    @property
+    def asked(self) -> tuple[Row, ...]:
+        """The documents that the LLM is asked about."""
+        return tuple(document for document, rule in zip(self.documents, self.rules, strict=True) if rule is None)
+
+
+def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, llm: LLMConfig, seed: int) -> Job:
+    """A job."""
+    return Job(
+        query=query,
+        documents=tuple(documents),
+        rules=tuple(rule_of(settings, query, document) for document in documents),
+        settings=settings,
+        target=desired_output(query, settings, seed),
+        max_candidate_tokens=llm.max_candidate_tokens,
+        max_model_tokens=llm.max_model_tokens,
+        seed=seed,
+    )
+
+
+def desired_output(query: Row, settings: TaskScore, seed: int) -> str | None:
+    """Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2); LLM-R
+    always takes the first (B.4)."""
+    targets = list(query["targets"])[: 1 if settings.prompt == "llm_r" else None]
+    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
+    return targets[int(rng.integers(len(targets)))] if targets else None
 
 
 def feedback_tasks(config: Config) -> dict[str, TaskScore]:
@@ -36,7 +96,7 @@ class ScoreJobs:
 
     def __init__(self, config: Config, queries: pa.Table, corpus: pa.Table, candidates: pa.Table) -> None:
         self.tasks = feedback_tasks(config)
-        self.max_candidate_tokens, self.seed = config.llm.max_candidate_tokens, config.seed
+        self.llm, self.seed = config.llm, config.seed
         self.queries, self.corpus = queries, corpus
         query_row = _rows_of(candidates["query_id"], queries["query_id"], "query")
         tasks = queries["task"].combine_chunks().take(query_row)
@@ -92,7 +152,7 @@ class ScoreJobs:
         jobs = []
         for query, start, stop in zip(queries, bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True):
             settings = self.tasks[query["task"]]
-            jobs.append(make_job(query, documents[start:stop], settings, self.max_candidate_tokens, self.seed))
+            jobs.append(make_job(query, documents[start:stop], settings, self.llm, self.seed))
         return jobs
 
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from llmr_ray.config import Config, TaskScore
+from llmr_ray.feedback import labels
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
 from llmr_ray.feedback.scoring import ask_jobs, to_pay
@@ -63,9 +64,13 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
         queries = sum(min(size, share) for size in sizes)
         # One more than mined: the gold document.
         mined = mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1
-        pairs = queries * min(mined, settings.num_candidates or mined)
-        prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
-        tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
+        asked = min(mined, settings.num_candidates or mined)
+        pairs = queries * asked
+        if settings.feedback == "label":
+            tokens = queries * _labels(settings, asked, config.llm.max_candidate_tokens)
+        else:
+            prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
+            tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
     return result
 
@@ -91,6 +96,14 @@ def probe(work: ScoreJobs, client: StoreClient) -> Speed:
 def _outputs(settings: TaskScore) -> int:
     """Tokens of the outputs scored after one prompt."""
     return _TARGET_TOKENS + (settings.num_samples * settings.max_new_tokens // 2 if settings.feedback == "rank" else 0)
+
+
+def _labels(settings: TaskScore, asked: int, candidate_tokens: int) -> int:
+    """Tokens of labels for one query, its answers as long as they may be; second rounds are not counted."""
+    calls = -(-asked // settings.passages_per_call) * (labels.FRAME_TOKENS + labels.QUERY_TOKENS)
+    return settings.label_votes * (
+        calls + asked * (candidate_tokens + labels.answer_tokens(1, settings.evidence_chars))
+    )
 
 
 def _samples(settings: TaskScore) -> int:

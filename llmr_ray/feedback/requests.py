@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+CHARS_PER_TOKEN = 4
+"""Of English text, for forecasts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -45,12 +48,21 @@ class LLMRequest:
     stop: tuple[str, ...] = ()
     says_something: bool = False
     """The output's first token neither ends it nor begins with a stop string (LLM-R, methods.md B.9)."""
+    output_schema: str = ""
+    """With num_samples only: a JSON schema. The engine's grammar lets nothing else be written, properties in the order
+    of the schema, without free white space. Who reads outputs must still expect others: max_new_tokens may cut one
+    short, and an endpoint may ignore the schema."""
     rank_by: str = ""
     """mean or sum: of the targets behind the first it matters only which are likelier than the first by this measure
     (rewards.likelihood). Then tokens that can change nothing may stay unread; their log-probability is given as 0, the
     highest there is, so that a likelihood is an upper bound and every comparison comes out the same."""
     continues_text: bool = False
     """The prompt is running text that goes on in the output, not a question: no chat template is put around it."""
+
+    @property
+    def estimated_prompt_tokens(self) -> int:
+        """From characters, for forecasts."""
+        return sum(len(segment.text) for segment in self.segments) // CHARS_PER_TOKEN + 1
 
 
 @dataclass(frozen=True, kw_only=True)

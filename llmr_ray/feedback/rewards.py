@@ -72,7 +72,7 @@ def rank_reward(rank_without: int, rank_with: int) -> int:
 def reward_rows(
     score_rows: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]
 ) -> tuple[list[dict[str, object]], Counts]:
-    """The rewards rows of llm_scores rows: the llm_score of the kind that the query's task uses.
+    """The rewards rows of llm_scores rows: the llm_score, or label, of the kind that the query's task uses.
 
     A document that a rule judged has no reward, and the rule as the source: it ranks below all that have one. Rows of
     another kind, failed rows and queries with nothing to compare (fewer than two documents, or none that the LLM
@@ -80,11 +80,12 @@ def reward_rows(
 
     Args:
         score_rows: rows of llm_scores, all of a query's among them.
-        kind_of: query_id to "likelihood" or "rank".
+        kind_of: query_id to "likelihood", "rank" or "label".
     """
     counts = Counts(rows_in=len(score_rows))
     rewarded: dict[str, list[dict[str, object]]] = {}
     for row in score_rows:
+        is_label = row["kind"] == "label"
         if row["kind"] != kind_of[row["query_id"]]:
             counts.skipped["a kind the task does not use"] += 1
         elif row["error"] is not None and row["error"] not in RULES:
@@ -94,8 +95,8 @@ def reward_rows(
                 {
                     "query_id": row["query_id"],
                     "doc_id": row["doc_id"],
-                    "reward": row["llm_score"],
-                    "reward_source": row["error"] or "llm",
+                    "reward": row["label" if is_label else "llm_score"],
+                    "reward_source": row["error"] or ("label" if is_label else "llm"),
                 }
             )
     rows: list[dict[str, object]] = []

@@ -2,26 +2,19 @@
 
 Likelihood (methods.md A.4.2): one scoring per candidate. Rank (A.4.1): outputs are sampled without retrieval and scored
 together with the desired output; then, per candidate, the same outputs (`shared`) or new ones (`fresh`) are scored
-under the prompt with it. So rank feedback takes two rounds of requests: sampling, then scoring.
+under the prompt with it. So rank feedback takes two rounds of requests: sampling, then scoring. Labels (C.1) are
+sampled outputs too; the second round asks again what the first did not answer (labelling.py).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from llmr_ray.artifacts import Counts, canonical_json, seed_of
-from llmr_ray.config import TaskScore
-from llmr_ray.feedback import prompts
-from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
+from llmr_ray.feedback import labelling, prompts
+from llmr_ray.feedback.jobs import Job, Row
+from llmr_ray.feedback.requests import CHARS_PER_TOKEN, LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward, share_of
-from llmr_ray.feedback.rules import rule_of
-
-Row = Mapping[str, Any]
-
-_CHARS_PER_TOKEN = 4
 
 LONG_OUTPUT = 16
 """Sampled outputs of so many tokens are read only until their rank is settled; shorter ones are read at once."""
@@ -29,60 +22,11 @@ LONG_OUTPUT = 16
 NO_TARGET = "the query has no desired output"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One query whose candidates are to be judged. `target` is None when the query has no desired output.
-
-    rules: for each document, the rule that judges it in place of the LLM (rules.py), or None.
-    """
-
-    query: Row
-    documents: tuple[Row, ...]
-    rules: tuple[str | None, ...]
-    settings: TaskScore
-    target: str | None
-    max_candidate_tokens: int
-    seed: int
-
-    @property
-    def query_id(self) -> str:
-        """The query's id, which is also the unit of its requests."""
-        return str(self.query["query_id"])
-
-    @property
-    def task(self) -> str:
-        """The query's task."""
-        return str(self.query["task"])
-
-    @property
-    def asked(self) -> tuple[Row, ...]:
-        """The documents that the LLM is asked about."""
-        return tuple(document for document, rule in zip(self.documents, self.rules, strict=True) if rule is None)
-
-
-def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, max_candidate_tokens: int, seed: int) -> Job:
-    """A job."""
-    return Job(
-        query=query,
-        documents=tuple(documents),
-        rules=tuple(rule_of(settings, query, document) for document in documents),
-        settings=settings,
-        target=desired_output(query, settings, seed),
-        max_candidate_tokens=max_candidate_tokens,
-        seed=seed,
-    )
-
-
-def desired_output(query: Row, settings: TaskScore, seed: int) -> str | None:
-    """Of several desired outputs one is drawn by the query's id, the same for all candidates (A.4.2); LLM-R
-    always takes the first (B.4)."""
-    targets = list(query["targets"])[: 1 if settings.prompt == "llm_r" else None]
-    rng = np.random.default_rng(seed_of(seed, "target", query["query_id"]))
-    return targets[int(rng.integers(len(targets)))] if targets else None
-
-
 def sampling_requests(job: Job) -> list[LLMRequest]:
-    """The first round of rank feedback: N outputs without retrieval, and N per candidate when samples are fresh."""
+    """The first round of rank feedback: N outputs without retrieval, and N per candidate when samples are fresh. The
+    first round of labels: all passages."""
+    if job.settings.feedback == "label":
+        return labelling.first_requests(job)
     if job.settings.feedback != "rank" or job.target is None or not job.asked:
         return []
     documents: list[Row | None] = [None]
@@ -105,12 +49,15 @@ def sampling_requests(job: Job) -> list[LLMRequest]:
 
 
 def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequest]:
-    """The second round (the only one of likelihood feedback): the desired output and the draws after each prompt.
+    """The second round (the only one of likelihood feedback): the desired output and the draws after each prompt; of
+    labels what was rejected in the first.
 
     Args:
         job: the query.
         samples: the job's results of the first round, by request id; where one failed, what needs it is not asked.
     """
+    if job.settings.feedback == "label":
+        return labelling.second_requests(job, samples)
     if job.target is None or not job.asked:
         return []
     documents: list[Row | None] = [None, *job.asked] if job.settings.feedback == "rank" else [*job.asked]
@@ -166,6 +113,8 @@ def score_rows(
         scorer_id: what answered.
         samples, scores: the job's own results of both rounds, by request id.
     """
+    if job.settings.feedback == "label":
+        return labelling.label_rows(job, scorer_id, samples, scores)
     rows: list[dict[str, Any]] = []
     counts = Counts(rows_in=len(job.documents))
     results = [*samples.values(), *scores.values()]
@@ -205,24 +154,26 @@ def to_pay(job: Job, stored: Callable[[Sequence[LLMRequest]], list[LLMResult | N
     Tokens are estimated from characters, with the prompt read once per request. Rank feedback whose samples are not
     there yet is taken as N distinct outputs of half the allowed length.
     """
+    if job.settings.feedback == "label":
+        return labelling.to_pay(job, stored)
     sampling = sampling_requests(job)
     known = dict(zip((request.request_id for request in sampling), stored(sampling), strict=True))
     open_sampling = [request for request in sampling if known[request.request_id] is None]
     samples = {name: result for name, result in known.items() if result is not None}
-    tokens = sum(_prompt_tokens(request) + request.num_samples * _output_tokens(job) for request in open_sampling)
+    tokens = sum(
+        request.estimated_prompt_tokens + request.num_samples * _output_tokens(job) for request in open_sampling
+    )
     if job.target is not None and open_sampling:
-        guessed = _prompt_tokens(open_sampling[0]) + job.settings.num_samples * _output_tokens(job)
-        candidates = sum(len(str(document["text"])) // _CHARS_PER_TOKEN for document in job.asked)
+        guessed = open_sampling[0].estimated_prompt_tokens + job.settings.num_samples * _output_tokens(job)
+        candidates = sum(len(str(document["text"])) // CHARS_PER_TOKEN for document in job.asked)
         return len(job.asked), tokens + candidates + guessed * (1 + len(job.asked))
     scoring = scoring_requests(job, samples)
     missing = [request for request, result in zip(scoring, stored(scoring), strict=True) if result is None]
     for request in missing:
-        tokens += _prompt_tokens(request) + sum(len(target) // _CHARS_PER_TOKEN + 1 for target in request.targets)
+        tokens += request.estimated_prompt_tokens + sum(
+            len(target) // CHARS_PER_TOKEN + 1 for target in request.targets
+        )
     return min(len(missing), len(job.asked)), tokens
-
-
-def _prompt_tokens(request: LLMRequest) -> int:
-    return sum(len(segment.text) for segment in request.segments) // _CHARS_PER_TOKEN + 1
 
 
 def _output_tokens(job: Job) -> int:

@@ -8,6 +8,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
+from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.feedback.rewards import reward_rows
@@ -22,29 +23,40 @@ REWARD_VERSION = 1
 
 def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifact) -> ArtifactSpec:
     """What determines llm_scores: the LLM and how it reads, the prompts, the tasks' feedback, data and seed."""
+    tasks = feedback_tasks(config)
+    labels = {"labels_version": LABELS_VERSION} if any(task.feedback == "label" for task in tasks.values()) else {}
     return ArtifactSpec(
         stage="score",
         version=SCORE_VERSION,
         config={
             "scorer": scorer_id(llm.fingerprint, config.llm),
             "max_candidate_tokens": config.llm.max_candidate_tokens,
-            "tasks": {task: identity(settings) for task, settings in feedback_tasks(config).items()},
+            "tasks": {task: identity(settings) for task, settings in tasks.items()},
             "prompts_version": PROMPTS_VERSION,
             "seed": config.seed,
             "shard_queries": SHARD_QUERIES,
+            **labels,
         },
         inputs={"llm": llm.fingerprint, "prepare": prepare.id, "candidates": candidates.id},
     )
 
 
-def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Artifact, candidates: Artifact) -> None:
+def run_score(
+    config: Config,
+    artifact: Artifact,
+    client: LLMClient,
+    prepare: Artifact,
+    candidates: Artifact,
+    *,
+    table: str = "candidates",
+) -> None:
     """Asks the LLM about the candidates of the tasks with feedback, and writes llm_scores.
 
     One row per (query, document, kind), failed ones with their error. rows_in counts pairs. A finished shard is not
     asked again, and of an unfinished one only what the store lacks.
     """
     started = time.monotonic()
-    work = score_jobs(config, prepare, candidates)
+    work = score_jobs(config, prepare, candidates, table)
     for shard in artifact.pending(work.num_shards):
         label = f"score {shard + 1}/{work.num_shards}"
         jobs = work.of_shard(shard)
@@ -61,9 +73,9 @@ def run_score(config: Config, artifact: Artifact, client: LLMClient, prepare: Ar
     artifact.commit(work.num_shards, seconds=time.monotonic() - started, extra={"scorer_id": client.scorer_id})
 
 
-def score_jobs(config: Config, prepare: Artifact, candidates: Artifact) -> ScoreJobs:
-    """The pairs to judge, from finished artifacts."""
-    return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read("candidates"))
+def score_jobs(config: Config, prepare: Artifact, candidates: Artifact, table: str = "candidates") -> ScoreJobs:
+    """The pairs to judge, from finished artifacts; `table` of the candidates' artifact holds them."""
+    return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read(table))
 
 
 # --- reward ----------------------------------------------------------------------------------------------------------

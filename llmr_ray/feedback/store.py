@@ -73,6 +73,7 @@ def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
     seed = request.seed if request.temperature > 0 else 0
     what = [prompt, "sample", request.num_samples, request.temperature, seed, list(request.stop)]
     what += ["says_something"] if request.says_something else []
+    what += ["output_schema", request.output_schema] if request.output_schema else []
     return [hashlib.sha256(_bytes(what)).digest()]
 
 

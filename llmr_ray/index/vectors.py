@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, canonical_json
 from llmr_ray.errors import DataError
@@ -58,3 +59,13 @@ def query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
     if missing:
         raise DataError(f"{embeddings.id} lacks {len(missing)} queries, the first is '{missing[0]}'. Embed again.")
     return to_matrix(table)[[row_of[query_id] for query_id in query_ids]]
+
+
+def pair_cosines(embeddings: Artifact, query_ids: list[str], doc_ids: list[str]) -> np.ndarray:
+    """Cosine similarities of P pairs of a query and a document: float32 [P]."""
+    documents = embeddings.read("document_embeddings")
+    documents = documents.filter(pc.is_in(documents["doc_id"], value_set=pc.unique(pa.array(doc_ids, pa.string()))))
+    row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
+    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in doc_ids]]
+    cosine_P: np.ndarray = (query_vectors(embeddings, query_ids) * document_PD).sum(axis=1)
+    return cosine_P

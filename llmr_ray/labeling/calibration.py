@@ -198,12 +198,12 @@ def choose_thresholds(probability_P: np.ndarray, label_P: np.ndarray, settings: 
     Args:
         probability_P: cross-fitted.
         label_P: of the LLM: 0, 0.5 or 1.
-        settings: precision in [0, 1), fallback_hi, fallback_lo.
+        settings: least_precision in [0, 1), fallback_hi, fallback_lo.
     """
-    fewest = math.ceil(round(1 / (1 - settings.precision), 9))
-    hi, num_hi, hi_note = _loosest(probability_P, 0.5, label_P == 1, fewest, settings.precision)
+    fewest = math.ceil(round(1 / (1 - settings.least_precision), 9))
+    hi, num_hi, hi_note = _loosest(probability_P, 0.5, label_P == 1, fewest, settings.least_precision)
     # Falling probabilities are rising negative ones: 1 - p would round.
-    lo, num_lo, lo_note = _loosest(-probability_P, -0.5, label_P == 0, fewest, settings.precision)
+    lo, num_lo, lo_note = _loosest(-probability_P, -0.5, label_P == 0, fewest, settings.least_precision)
     notes = [f"{side}: {note}" for side, note in (("hi", hi_note), ("lo", lo_note)) if note]
     if hi is None:
         hi, num_hi = settings.fallback_hi, int((probability_P >= settings.fallback_hi).sum())

@@ -27,7 +27,7 @@ class AdaptiveConfig:
     """Share of a round's calls, audits aside, for pairs of those questions, whatever their probability."""
     calibrator: str = "platt"
     """platt (logistic regression), or isotonic, which fits any rising curve but needs about 1,000 pairs."""
-    precision: float = 0.95
+    least_precision: float = 0.95
     """What a threshold's precision on the calibration set must reach."""
     fallback_hi: float = 0.9
     """Probability from which a pair is labelled 1 where the calibration set allows no choice."""

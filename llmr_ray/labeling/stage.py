@@ -1,15 +1,15 @@
 """The stages select and label: a round of adaptive self-training around the LLM's answers (ARL2, methods.md C.4).
 
-select: what becomes of each candidate, before the LLM is asked. label: what the LLM said, the audit, and the labels that
-the round trains on. The first round has no labels to learn from: the LLM labels all candidates of as many questions as
-its calls reach.
+select: what becomes of each candidate, before the LLM is asked. label: what the LLM said, the audit, and the labels
+that the round trains on. The first round has no labels to learn from: the LLM labels all candidates of as many
+questions as its calls reach.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from llmr_ray.config import Config, identity
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.jobs import feedback_tasks
-from llmr_ray.index.vectors import query_vectors, to_matrix
+from llmr_ray.index.vectors import pair_cosines
 from llmr_ray.labeling.calibration import PAIR, RETRIEVER, Thresholds, calibrate, frame_of, is_calibration
 from llmr_ray.labeling.calibration import with_probability as probable
 from llmr_ray.labeling.rounds import (
@@ -51,7 +51,13 @@ LEADS = pa.schema([("query_id", pa.string()), ("lead", pa.float64()), ("round", 
 
 
 def select_spec(
-    config: Config, *, number: int, prepare: Artifact, candidates: Artifact, embeddings: Artifact, labels: Artifact | None
+    config: Config,
+    *,
+    number: int,
+    prepare: Artifact,
+    candidates: Artifact,
+    embeddings: Artifact,
+    labels: Artifact | None,
 ) -> ArtifactSpec:
     """What determines a round's decisions: the settings, the round, the retriever, and the labels so far."""
     earlier = {} if labels is None else {"labels": labels.id}
@@ -114,13 +120,9 @@ def _offered(config: Config, prepare: Artifact, mined: pa.Table, labels: Artifac
 
 
 def with_cosine(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
-    """Pairs with the column cosine (float32): of their vectors, which have unit length."""
-    documents = embeddings.read("document_embeddings")
-    documents = documents.filter(pc.is_in(documents["doc_id"], value_set=pc.unique(pairs["doc_id"])))
-    row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
-    query_PD = query_vectors(embeddings, pairs["query_id"].to_pylist())
-    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in pairs["doc_id"].to_pylist()]]
-    return pairs.append_column("cosine", pa.array((query_PD * document_PD).sum(axis=1), pa.float32()))
+    """Pairs with the column cosine, float32."""
+    cosine_P = pair_cosines(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
+    return pairs.append_column("cosine", pa.array(cosine_P))
 
 
 def _first(config: Config, pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
@@ -159,9 +161,7 @@ def _within(questions: list[tuple[float, str, int]], calls: int, reason: str) ->
     return chosen
 
 
-def _later(
-    config: Config, pairs: pa.Table, labels: Artifact, number: int
-) -> tuple[pa.Table, dict[str, Any], pa.Table]:
+def _later(config: Config, pairs: pa.Table, labels: Artifact, number: int) -> tuple[pa.Table, dict[str, Any], pa.Table]:
     settings, known, before = config.labeling, labels.read("labels"), labels.require()["extra"]
     found = calibrate(pairs, known, settings)
     thresholds = found.thresholds.tightened(before["tightening"])
@@ -218,7 +218,8 @@ def run_gold(config: Config, artifact: Artifact, *, prepare: Artifact, candidate
         asked = candidates.read("asked")
         rates = {1.0: {0.0: config.labeling.gold_missed}, 0.0: {1.0: config.labeling.gold_false_alarms}}
         said = annotate(asked, gold_labels(prepare), rates, seed=config.seed)
-        rows = [{**row, "kind": "label", "scorer_id": "gold"} for row in said.to_pylist()]
+        unasked = {"num_prompt_tokens": 0, "num_target_tokens": 0, "truncated": False, "prompt_sha": ""}
+        rows = [{**row, **unasked, "kind": "label", "scorer_id": "gold"} for row in said.to_pylist()]
         counts = Counts(rows_in=len(rows), ok=len(rows))
         artifact.write_shard(0, {"llm_scores": table_of("llm_scores", rows)}, counts)
     artifact.commit(1, seconds=time.monotonic() - started)
@@ -292,7 +293,10 @@ def run_label(
 
 
 def _thresholds(told: Mapping[str, float] | None) -> Thresholds:
-    return Thresholds(hi=np.inf, lo=-np.inf) if told is None else Thresholds(**told)
+    """As `select` told them; without any nothing is beyond them."""
+    if told is None:
+        return Thresholds(hi=math.inf, lo=-math.inf)
+    return Thresholds(hi=told["hi"], lo=told["lo"], tightening=told["tightening"])
 
 
 def _rewards(labels: pa.Table, calibration_fraction: float) -> pa.Table:

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from llmr_ray.config import TaskScore
 from llmr_ray.data.splits import unit_hash
+from llmr_ray.feedback.jobs import desired_output
 from llmr_ray.feedback.prompts import candidate_text
-from llmr_ray.feedback.scoring import desired_output
 from llmr_ray.training.groups import CANDIDATE, reject_reason
 from llmr_ray.training.pools import pool_of
 

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from llmr_ray.assets import resolve
 from llmr_ray.config import Config, LLMConfig, RuntimeConfig
 from llmr_ray.feedback.engine import Engine, EngineSettings, Sampling, open_engine
+from llmr_ray.feedback.labels import Said, answer_schema, parse_answer
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +80,6 @@ def test_a_served_model_scores_and_answers_like_the_model_itself(endpoint: str) 
     [first] = served.sample([drawn])
     assert len(set(first.texts)) > 1
     assert served.sample([drawn])[0].texts == first.texts
+    label = replace(greedy, max_new_tokens=80, stop=(), output_schema=answer_schema(1, 20))
+    [said] = parse_answer(served.sample([label])[0].texts[0], 1).values()
+    assert isinstance(said, Said)

@@ -18,13 +18,14 @@ from llmr_ray.artifacts import Artifact
 from llmr_ray.assets import Asset, resolve
 from llmr_ray.config import BudgetConfig, Config, LLMConfig, RuntimeConfig
 from llmr_ray.errors import BudgetError, ResourceError
-from llmr_ray.feedback import pool
+from llmr_ray.feedback import labels, pool
 from llmr_ray.feedback.engine import EngineSettings, Sampling, open_engine
+from llmr_ray.feedback.fitting import fit_prompt
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.feedback.requests import LLMRequest, Segment
 from llmr_ray.feedback.stage import run_score, score_spec
 from llmr_ray.feedback.store import LLMStore
-from tests.feedback_world import make_config, make_world
+from tests.feedback_world import PASSAGES, make_config, make_world
 from tests.tiny_llm import save_model
 
 # Ray's workers cannot import a test module by name.
@@ -251,3 +252,30 @@ def test_vllm_samples_by_seed_and_agrees_when_greedy(engines):
     vllm.begin()
     assert vllm.sample([drawn]) == [first]
     assert len(set(first.texts)) > 1
+
+
+def test_every_label_of_a_real_llm_parses(engines):
+    """A model of 135M parameters writes no JSON of its own accord; vLLM and the reference must mask the same tokens."""
+    vllm, reference = engines
+    passages = PASSAGES[:3]
+    answers = {"num_samples": 1, "temperature": 0.0, "max_new_tokens": labels.answer_tokens(len(passages), 40)}
+    jobs = []
+    for number in range(6):
+        segments = labels.label_segments(f"What is the capital of country {number}?", passages, 60)
+        asked = LLMRequest(
+            request_id=str(number),
+            unit="u",
+            segments=segments,
+            output_schema=labels.answer_schema(len(passages), 40),
+            **answers,
+        )
+        fitted = fit_prompt(vllm.tokenizer, asked, 512)
+        jobs.append(Sampling(prompt_ids=fitted.prompt_ids, seed=0, output_schema=asked.output_schema, **answers))
+    vllm.begin()
+    found = vllm.sample(jobs)
+    for sampled in found:
+        said = labels.parse_answer(sampled.texts[0], len(passages))
+        assert not [reason for reason in said.values() if isinstance(reason, str)], sampled.texts[0]
+    assert [result.texts for result in found[:2]] == [result.texts for result in reference.sample(jobs[:2])]
+    free = dataclasses.replace(jobs[0], output_schema="", max_new_tokens=8)
+    assert vllm.sample([free])[0].texts == reference.sample([free])[0].texts

@@ -1,5 +1,6 @@
 """The endpoint engine against a small HTTP server that answers as OpenAI-compatible servers do, and as they fail."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,6 +107,18 @@ def test_samples_carry_their_settings(serve):
     expected = {"prompt": [[1, 2]], "n": 3, "max_tokens": 4, "temperature": 1.0, "seed": (2**40 + 7) % 2**31}
     assert {key: body[key] for key in expected} == expected
     assert body["stop"] == ["\n"]
+
+
+def test_a_schema_travels_with_the_question(serve):
+    """Without it a model chats about the passages, and nothing of that can be read. Others must not be sent one."""
+    endpoint = serve()
+    engine = endpoint.engine()
+    engine.sample([dataclasses.replace(JOB, output_schema='{"type":"object"}'), JOB])
+    bodies = [body for _, _, body in endpoint.requests]
+    [asked] = [body["response_format"] for body in bodies if "response_format" in body]
+    assert asked["type"] == "json_schema"
+    assert asked["json_schema"]["schema"] == {"type": "object"}
+    assert len(bodies) == 2
 
 
 def test_overload_is_waited_for(serve):

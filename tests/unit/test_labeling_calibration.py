@@ -214,7 +214,7 @@ def test_thresholds_against_a_brute_force_sweep(seed):
     truth_P = sigmoid(sharpness * np.log((probability_P + 1e-9) / (1 - probability_P + 1e-9)))
     label_P = np.where(rng.random(150) < truth_P, 1.0, rng.choice([0.0, 0.0, 0.0, 0.5], 150))
     for precision in (0.95, 0.9, 0.8, 0.5):
-        found = choose_thresholds(probability_P, label_P, AdaptiveConfig(precision=precision))
+        found = choose_thresholds(probability_P, label_P, AdaptiveConfig(least_precision=precision))
         hi, lo = swept(probability_P.tolist(), label_P.tolist(), precision)
         assert (found.hi, found.lo) == (0.9 if hi is None else hi, 0.1 if lo is None else lo)
         assert found.num_hi == (probability_P >= found.hi).sum()

@@ -382,5 +382,7 @@ def test_samples_and_targets_of_one_unit(tmp_path, tokenizer):
     assert drawn.texts == (" 9 0", " 9 1")
     assert drawn.token_logprobs == ()
     assert len(scored.token_logprobs) == 1
+    with pytest.raises(ValueError, match="output_schema"):
+        client.answer([request("Q:", targets=(" x",), output_schema="{}")], label="test")
     with pytest.raises(ValueError, match="targets or num_samples"):
         client.answer([request("Q:")], label="test")

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from llmr_ray.errors import DataError
-from llmr_ray.schemas import SCHEMAS, conform, table_of
+from llmr_ray.schemas import LATER, SCHEMAS, conform, table_of
 
 REWARD = {"query_id": "q", "doc_id": "d", "reward": 1.0, "reward_source": "llm"}
 
@@ -32,6 +32,15 @@ def test_missing_and_unknown_columns_are_named() -> None:
     """A misspelt column must not become a column of nulls."""
     with pytest.raises(DataError, match=r"missing columns \['reward'\], unknown columns \['rewards'\]"):
         conform(pa.table({"query_id": ["q"], "doc_id": ["d"], "rewards": [1.0], "reward_source": ["llm"]}), "rewards")
+
+
+def test_columns_that_came_later_are_null_in_old_tables() -> None:
+    """Scores that were paid for before labels existed must still be read."""
+    table = SCHEMAS["llm_scores"].empty_table()
+    old = table.drop_columns(LATER["llm_scores"])
+    assert conform(old, "llm_scores").schema.names == table.schema.names
+    with pytest.raises(DataError, match="kind"):
+        conform(old.drop_columns(["kind"]), "llm_scores")
 
 
 def test_wrong_type_is_refused() -> None:

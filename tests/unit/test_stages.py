@@ -20,6 +20,7 @@ from llmr_ray.config import (
     TaskTrain,
 )
 from llmr_ray.errors import DataError
+from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.stages import StagePlan
 
 CONFIG = Config(
@@ -99,6 +100,22 @@ def test_another_llm_may_read_than_the_one_whose_feedback_trains(tmp_path):
     assert [name for name in same if same[name].artifact.id != apart[name].artifact.id] == ["evaluate"]
     assert apart["evaluate"].artifact.spec.inputs["llm"] == "of other"
     assert (apart["score"].inputs["client"], apart["evaluate"].inputs["client"]) == ("llm", "reader")
+
+
+@pytest.mark.parametrize("annotator", ["llm", "gold"])
+def test_rounds_of_labelling_build_on_the_labels_before(tmp_path, annotator):
+    """Prevents a round that forgets paid labels, and groups made of what was mined instead of what was labelled."""
+    stages = plan(tmp_path, rounds=2, labeling=AdaptiveConfig(enabled=True, annotator=annotator))
+    assert "labels" not in stages["select_1"].artifact.spec.inputs
+    for stage in ("select", "label"):
+        assert stages[stage].artifact.spec.inputs["labels"] == stages["label_1"].artifact.id
+    assert stages["select"].artifact.spec.inputs["embeddings"] == stages["embed_trained_1"].artifact.id
+    assert stages["score"].artifact.spec.inputs["candidates"] == stages["select"].artifact.id
+    of_group = stages["group"].artifact.spec.inputs
+    assert of_group["candidates"] == stages["select"].artifact.id
+    assert of_group["rewards"] == stages["label"].artifact.id
+    assert ("llm" in stages["score"].artifact.spec.inputs) == (annotator == "llm")
+    assert "reward" not in stages
 
 
 def test_inputs_that_are_not_finished_are_named(tmp_path):

@@ -237,3 +237,4 @@ def test_sampling_key_depends_on_seed_only_when_drawing():
     greedy = drawn | {"temperature": 0.0}
     assert request_keys("s", request(**greedy)) == request_keys("s", request(**greedy, seed=1))
     assert request_keys("s", request(**drawn)) != request_keys("s", request(**drawn, stop=("\n",)))
+    assert request_keys("s", request(**drawn)) != request_keys("s", request(**drawn, output_schema="{}"))

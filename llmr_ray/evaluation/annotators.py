@@ -1,0 +1,174 @@
+"""How far annotators of relevance agree, with each other and with gold labels, and what they hold together.
+
+An annotator is an LLM, a person or a rule; a label is a number of an ordered scale (0, 0.5, 1 in methods.md C.1). Who
+labelled what may differ: a missing label is NaN in arrays and absent in mappings, and never a 0.
+
+Legend: N items (query-document pairs), A annotators, V distinct values.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmr_ray.errors import DataError
+from llmr_ray.evaluation.significance import Estimate, estimate
+
+Pair = tuple[str, str]
+"""query_id and doc_id."""
+
+Annotations = Mapping[Pair, Mapping[str, float]]
+"""Labels by pair and annotator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consensus:
+    """What annotators hold together.
+
+    label: None where too few agree. share: of the weight that stands behind the leading label. votes: who said what.
+    """
+
+    label: float | None
+    share: float
+    votes: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well an annotator finds what gold labels call relevant; 0 where there is nothing to find or nothing found."""
+
+    precision: Estimate
+    recall: Estimate
+
+
+def label_matrix(annotations: Annotations, annotators: Sequence[str]) -> np.ndarray:
+    """float64 [N, A]: labels in the order of the annotations and the annotators."""
+    rows = [[said.get(name, math.nan) for name in annotators] for said in annotations.values()]
+    return np.asarray(rows, np.float64).reshape(len(rows), len(annotators))
+
+
+def cohen_kappa(one_N: np.ndarray, other_N: np.ndarray, *, weights: str | None = None) -> float:
+    """Agreement of two annotators beyond what their habits alone would give; 1 is full, 0 is chance.
+
+    Args:
+        one_N, other_N: labels of the same items; those that either left out do not count.
+        weights: None: labels agree or not; linear or quadratic: by how many steps of the values that occur they differ.
+
+    Returns NaN where chance alone explains everything: both always say the same value.
+
+    Raises:
+        DataError: no item has both labels.
+    """
+    from sklearn.metrics import cohen_kappa_score
+
+    both = ~np.isnan(one_N) & ~np.isnan(other_N)
+    if not both.any():
+        raise DataError("the two annotators labelled no item in common, so nothing can be said about their agreement.")
+    values, steps = np.unique(np.concatenate([one_N[both], other_N[both]]), return_inverse=True)
+    if len(values) == 1:
+        return math.nan
+    one, other = np.split(steps, 2)
+    return float(cohen_kappa_score(one, other, weights=weights))
+
+
+def krippendorff_alpha(labels_NA: np.ndarray, *, level: str = "ordinal") -> float:
+    """Krippendorff's alpha: 1 - observed / expected disagreement, for any number of annotators and missing labels.
+
+    Computed from the coincidences of values within items (Krippendorff, Computing Krippendorff's Alpha-Reliability,
+    2011). Items with fewer than two labels say nothing and are left out.
+
+    Args:
+        labels_NA: NaN where an annotator left an item out.
+        level: interval: two values differ by the square of their difference. ordinal: by the square of how many
+            labels lie between them, each of the two counted half; only the order of the values matters.
+
+    Returns NaN where all labels are equal: nothing could have disagreed.
+
+    Raises:
+        DataError: no item has two labels.
+    """
+    labels_NA = labels_NA[(~np.isnan(labels_NA)).sum(axis=1) >= 2]
+    if not len(labels_NA):
+        raise DataError("no item has the labels of two annotators, so nothing can be said about their agreement.")
+    values_V = np.unique(labels_NA[~np.isnan(labels_NA)])
+    counts_NV = (labels_NA[:, :, None] == values_V).sum(axis=1)
+    each_N = counts_NV.sum(axis=1)
+    weighted_NV = counts_NV / (each_N - 1)[:, None]
+    coincidences_VV = counts_NV.T @ weighted_NV - np.diag(weighted_NV.sum(axis=0))
+    totals_V = counts_NV.sum(axis=0).astype(float)
+    distances_VV = _distances(values_V, totals_V, level)
+    expected = totals_V @ distances_VV @ totals_V / (totals_V.sum() - 1)
+    return float(1 - (coincidences_VV * distances_VV).sum() / expected) if expected else math.nan
+
+
+def relevance_quality(
+    annotations: Annotations, annotator: str, gold: str, *, threshold: float, samples: int, seed: int
+) -> Quality:
+    """Precision and recall of "relevant", over the pairs that both labelled, with 95% intervals.
+
+    Pairs of one query are not independent, so the bootstrap draws queries.
+
+    Args:
+        annotations: those of both.
+        annotator: who is judged.
+        gold: who is right.
+        threshold: labels from here on mean relevant.
+        samples, seed: of the bootstrap.
+
+    Raises:
+        DataError: no pair has both labels.
+    """
+    precision: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    recall: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for (query_id, _), said in annotations.items():
+        if annotator in said and gold in said:
+            found, is_relevant = said[annotator] >= threshold, said[gold] >= threshold
+            for of_query, counts in ((precision, found), (recall, is_relevant)):
+                of_query[query_id][0] += found and is_relevant
+                of_query[query_id][1] += counts
+    if not precision:
+        raise DataError(f"'{annotator}' and '{gold}' labelled no pair in common, so neither can be measured.")
+
+    def interval(of_query: Mapping[str, list[int]]) -> Estimate:
+        strata = [np.asarray(list(of_query.values()), np.float64)]
+        return estimate(strata, exponential=False, samples=samples, seed=seed)
+
+    return Quality(precision=interval(precision), recall=interval(recall))
+
+
+def consensus(
+    said: Mapping[str, float], *, weights: Mapping[str, float] | None = None, min_agreement: float = 0.5
+) -> Consensus:
+    """The label with the most weight behind it; of equal ones the lowest, because a wrong positive does more harm.
+
+    Args:
+        said: labels of one pair by annotator; at least one.
+        weights: by annotator; 1 for those without one.
+        min_agreement: share of the weight that must stand behind the label.
+
+    Raises:
+        DataError: nobody with any weight said anything.
+    """
+    behind: dict[float, float] = defaultdict(float)
+    for name, label in said.items():
+        behind[label] += (weights or {}).get(name, 1.0)
+    total = sum(behind.values())
+    if total <= 0:
+        raise DataError(f"the annotators {sorted(said)} have no weight, so there is no consensus of theirs.")
+    most = max(behind.values())
+    # Sums of the same weights in another order differ in the last bits; they count as equal.
+    leading = min(label for label, weight in behind.items() if math.isclose(weight, most))
+    share = behind[leading] / total
+    is_enough = share >= min_agreement or math.isclose(share, min_agreement)
+    return Consensus(label=leading if is_enough else None, share=share, votes=dict(said))
+
+
+def _distances(values_V: np.ndarray, totals_V: np.ndarray, level: str) -> np.ndarray:
+    """Squared differences of values: [V, V]."""
+    if level not in ("interval", "ordinal"):
+        raise ValueError(f"level '{level}' is neither interval nor ordinal.")
+    # Ordinal: a value's place is the middle of the labels that have it, in the order of all.
+    places_V = values_V if level == "interval" else np.cumsum(totals_V) - totals_V / 2
+    return (places_V[:, None] - places_V) ** 2
