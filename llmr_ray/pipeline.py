@@ -26,6 +26,7 @@ from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.evaluation import report
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
+from llmr_ray.feedback.jobs import ScoreJobs
 from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.memory import metered_memory
@@ -66,17 +67,25 @@ class Pipeline:
 
     def costs(self) -> list[TaskCost]:
         """The LLM work of scoring by task and round: exact once candidates are mined, else an upper bound."""
-        prepare, result = self.by_name["prepare"].artifact, list[TaskCost]()
+        result = list[TaskCost]()
         for number in range(1, self.config.rounds + 1):
-            mine, score = self._of_round("mine", number), self._of_round("score", number)
-            if score.is_done:
+            if self._of_round("score", number).is_done:
                 continue
-            if mine.is_done:
-                exact = planning.costs(feedback.score_jobs(self.config, prepare, mine), self.client)
-                result += _named(exact, number, self.config)
+            if (work := self._work(number)) is not None:
+                result += _named(planning.costs(work, self.client), number, self.config)
             else:
                 result += _upper_costs(number, self.config)
         return result
+
+    def _pairs(self, number: int) -> Artifact:
+        """What says which pairs the LLM judges in a round."""
+        return self._of_round("select" if self.config.labeling.enabled else "mine", number)
+
+    def _work(self, number: int) -> ScoreJobs | None:
+        """The pairs that the LLM judges in a round, once they are known."""
+        pairs, prepare = self._pairs(number), self.by_name["prepare"].artifact
+        table = "asked" if self.config.labeling.enabled else "candidates"
+        return feedback.score_jobs(self.config, prepare, pairs, table) if pairs.is_done else None
 
     def _of_round(self, name: str, number: int) -> Artifact:
         return self.by_name[in_round(name, number, self.config.rounds)].artifact
@@ -91,13 +100,13 @@ class Pipeline:
         costs = self.costs()
         _print_costs(self.console, self.config, costs, exact=self.is_mined)
         if probe:
-            if not self._of_round("mine", 1).is_done:
+            work = self._work(1)
+            if work is None:
                 raise ConfigError(
                     "a probe asks about real candidates, and they are not mined yet. Run without --probe."
                 )
             actors = max(1, self.config.runtime.llm_actors)
-            prepare, mine = self.by_name["prepare"].artifact, self._of_round("mine", 1)
-            speed = planning.probe(feedback.score_jobs(self.config, prepare, mine), self.client)
+            speed = planning.probe(work, self.client)
             tokens_per_second = speed.tokens / speed.seconds / actors
             self.console.print(
                 f"probe: {speed.pairs:,} pairs, {speed.tokens:,} tokens in {speed.seconds:.1f} s on {actors} actors: "
@@ -108,7 +117,7 @@ class Pipeline:
     @property
     def is_mined(self) -> bool:
         """Whether the candidates of all rounds are known, and with them the exact number of pairs."""
-        return all(self._of_round("mine", number).is_done for number in range(1, self.config.rounds + 1))
+        return all(self._pairs(number).is_done for number in range(1, self.config.rounds + 1))
 
     # --- running -----------------------------------------------------------------------------------------------------
 

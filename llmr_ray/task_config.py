@@ -25,6 +25,9 @@ class TaskMine:
     """Documents drawn from the query's range of the pool."""
     num_given: int = later(0)
     """Best of the candidates that come with the data (datasets.*.candidates), before all other sources."""
+    with_gold: bool = later(True)
+    """Documents that the data labels relevant are candidates whether found or not. False: only what is found (ARL2,
+    whose labels come from the LLM)."""
     depth: int = 50
     """How deep each retriever looks before gold and duplicates are taken out."""
     skip_top: int = 0

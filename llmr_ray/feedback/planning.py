@@ -1,13 +1,14 @@
 """What feedback will cost, before it is paid: pairs and tokens by task, and the speed on a few of the real pairs."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmr_ray.config import Config, TaskScore
 from llmr_ray.feedback import labels
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
 from llmr_ray.feedback.scoring import ask_jobs, to_pay
+from llmr_ray.labeling.settings import AdaptiveConfig
 
 PROBE_PAIRS = 200
 _WARM_UP_PAIRS = 16
@@ -72,7 +73,20 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
             prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
             tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
-    return result
+    return _within_calls(result, config.labeling) if config.labeling.enabled else result
+
+
+def _within_calls(found: list[TaskCost], labeling: AdaptiveConfig) -> list[TaskCost]:
+    """Costs of a round of labelling, which asks about no more pairs than it has calls."""
+    if labeling.annotator == "gold":
+        return []
+    share = min(1.0, labeling.calls_per_round / max(1, sum(cost.pairs for cost in found)))
+    return [
+        replace(
+            cost, pairs=round(share * cost.pairs), missing=round(share * cost.pairs), tokens=round(share * cost.tokens)
+        )
+        for cost in found
+    ]
 
 
 def probe(work: ScoreJobs, client: StoreClient) -> Speed:

@@ -156,7 +156,7 @@ class MineWorker:
         candidates, exclusions = [], []
         for query, offered, (start, end) in zip(queries, found, self.scopes_Q2[first:].tolist(), strict=False):
             query_id = query["query_id"]
-            gold = self.gold_rows.get(query_id, [])
+            gold = self.gold_rows.get(query_id, []) if self.tasks[query["task"]].with_gold else []
             in_range = [row for row in gold if start <= row < end]
             chosen, excluded = union(
                 gold_rows=in_range,

@@ -115,8 +115,10 @@ def group_row(
     numbers = [found["row"][n] for n in places]
     documents = corpus.take(numbers).to_pylist()
     docs = [document_text(document["title"], document["text"]) for document in documents]
-    gold = [found["gold"][n] for n in places]
     rewards = [found["reward"][n] for n in places] if needs_rewards else None
+    # What the LLM labels fully relevant is as good as gold: never a negative. What the data says then plays no part.
+    by_llm = task.score.feedback == "label"
+    gold = [found["reward"][n] == 1 if by_llm else found["gold"][n] for n in places]
     bars = is_classification and not task.group.same_label_negatives and query["gold_option"] is not None
     roles = [
         GOLD if is_gold else SAME_LABEL if bars and has_label(document, query) else CANDIDATE
