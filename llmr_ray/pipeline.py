@@ -190,6 +190,8 @@ class Pipeline:
         done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
         if "evaluate" not in done:
             raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
+        if "labels" in done:
+            done |= {"rewards": done["labels"], "candidates": done["select"]}
         stages = [
             {"stage": stage.name, "artifact": stage.artifact.id, "seconds": manifest["seconds"], **manifest["counts"]}
             for stage in self.stages

@@ -31,6 +31,7 @@ MAKES = {
     "score": "llm_scores",
     "reward": "rewards",
     "agree": "agreement",
+    "label": "labels",
     "group": "groups",
     "train": "checkpoint",
 }

@@ -41,13 +41,14 @@ def write_report(
         run_dir: the run's folder.
         config: of the run.
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
-            "agreement" and "checkpoint" are shown where they exist.
+            "agreement", "labels" and "checkpoint" are shown where they exist.
         stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
         command: repeats the run.
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed, and agreement where there is a reward model.
+        What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model, and
+        labeling where labels are made in rounds.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -74,6 +75,8 @@ def write_report(
     if "agreement" in artifacts:
         judged = artifacts["agreement"].read("agreement")
         results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    if "labels" in artifacts:
+        results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     queries = prepare.read("queries")
     evaluated = set(evaluate.read("metrics")["query_id"].to_pylist())
@@ -142,6 +145,33 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         console.print(line)
 
 
+def labels_told(told: dict[str, Any]) -> dict[str, Any]:
+    """A round of labelling as a row of the report: counts of labels by who gave them, and how many of these are right.
+
+    Args:
+        told: an entry of `labeling` of results.json.
+    """
+    by_source = {
+        source: {
+            label: sum(
+                row["num_pairs"] for row in told["distribution"] if (row["source"], row["label"]) == (source, label)
+            )
+            for label in (1.0, 0.5, 0.0, None)
+        }
+        for source in ("llm", "retriever")
+    }
+    precision = {(row["source"], row["label"]): row["precision"] for row in told["quality"]}
+    calibration = told["calibration"] or {}
+    return {
+        **{name: told[name] for name in ("round", "calls", "spent", "thresholds", "ndcg", "audit", "stop")},
+        "llm": by_source["llm"],
+        "pseudo": by_source["retriever"],
+        "right": {source: [precision.get((source, label)) for label in (1.0, 0.0)] for source in by_source},
+        "ece": calibration.get("ece"),
+        "notes": calibration.get("notes", []),
+    }
+
+
 def held_out_tasks(config: Config) -> set[str]:
     """Data sets of examples that this run does not train on, nor on others of their kind."""
     trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
@@ -183,6 +213,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         looks=_looks(artifacts, run_dir),
         agreement=results.get("agreement"),
         judge_name=judge_name,
+        labeling=[labels_told(told) for told in results.get("labeling", [])],
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
         test_examples=test_examples(artifacts, result_of(config.evaluate.methods)),

@@ -258,7 +258,8 @@ def run_label(
     labels: Artifact | None,
 ) -> None:
     """Writes `labels` (all that hold after the round), `decisions` as settled, `rewards` (the labels that train: not
-    those of calibration questions), `leads`, and `quality` where the data has labels of its own.
+    those of calibration questions), and `leads`. The manifest's ``extra["rounds"]`` tells what each round so far has
+    spent and learned, and how many labels are right where the data has labels of its own.
 
     Raises:
         DataError: nothing was labelled that can train.
@@ -279,14 +280,22 @@ def run_label(
             )
         tables = {"labels": after, "decisions": settled.decisions, "rewards": rewards, "leads": selected.read("leads")}
         gold = gold_labels(prepare)
-        if gold.num_rows:
-            tables["quality"] = label_quality(after, gold)
-        extra = {
-            "spent": told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows,
-            "tightening": settled.thresholds.tightening,
-            "ndcg": told.get("ndcg"),
+        quality = label_quality(after, gold).to_pylist() if gold.num_rows else []
+        spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows
+        this_round = {
+            "round": selected.spec.config["round"],
+            "calls": spent - told["spent"],
+            "spent": spent,
             "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
             "distribution": label_distribution(after).to_pylist(),
+            "quality": quality,
+            **{name: told.get(name) for name in ("thresholds", "calibration", "ndcg", "stop")},
+        }
+        extra = {
+            "spent": spent,
+            "tightening": settled.thresholds.tightening,
+            "ndcg": told.get("ndcg"),
+            "rounds": [*([] if labels is None else labels.require()["extra"]["rounds"]), this_round],
         }
         artifact.write_shard(0, tables, accounting(settled.decisions))
         artifact.commit(1, seconds=time.monotonic() - started, extra=extra)

@@ -8,6 +8,7 @@ import pytest
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config, DatasetConfig, RuntimeConfig, TaskConfig, TaskScore
 from llmr_ray.errors import DataError
+from llmr_ray.evaluation.report import labels_told
 from llmr_ray.index.vectors import to_table
 from llmr_ray.labeling.calibration import is_calibration
 from llmr_ray.labeling.settings import AdaptiveConfig
@@ -126,7 +127,13 @@ def test_later_rounds_spend_calls_where_the_retriever_is_unsure(config, world):
     told = selected.manifest["extra"]
     assert 0 < told["thresholds"]["lo"] < told["thresholds"]["hi"] < 1
     assert told["ndcg"] > 0.9
-    precision = {row["source"]: row for row in labels.read("quality").to_pylist() if row["label"] == 0.0}
+    shown = [labels_told(told) for told in labels.manifest["extra"]["rounds"]]
+    assert [row["round"] for row in shown] == [1, 2, 3]
+    assert sum(row["calls"] for row in shown) == shown[-1]["spent"] == len(paid)
+    assert sum(shown[-1]["llm"].values()) == len(paid)
+    assert sum(shown[-1]["pseudo"].values()) == len(pseudo)
+    assert shown[-1]["right"]["llm"] == [1.0, 1.0]
+    precision = {row["source"]: row for row in labels.manifest["extra"]["rounds"][-1]["quality"] if row["label"] == 0.0}
     assert precision["retriever"]["precision"] > 0.9
 
 

@@ -19,6 +19,7 @@ from llmr_ray.feedback.planning import costs, upper_costs
 from llmr_ray.feedback.requests import LLMResult
 from llmr_ray.feedback.stage import reward_spec, run_reward, run_score, score_jobs, score_spec
 from llmr_ray.feedback.store import LLMStore
+from llmr_ray.labeling.settings import AdaptiveConfig
 from tests.feedback_world import PASSAGES, make_config, make_world
 from tests.tiny_llm import save_model
 
@@ -231,6 +232,18 @@ def test_a_tiny_llm_labels_by_its_grammar_and_is_paid_once(tmp_path, monkeypatch
     assert again == rows
     assert second.usage.computed_tokens == counts["llm_tokens"] == 0
     assert counts["cached"] == sum(row["error"] is None for row in rows)
+
+
+@pytest.mark.parametrize(("annotator", "pairs"), [("llm", [4]), ("gold", [])])
+def test_a_round_of_labelling_costs_no_more_than_its_calls(tmp_path, annotator, pairs):
+    config = configured(tmp_path)
+    datasets = {"main": dataclasses.replace(config.datasets["main"], num_train=3)}
+    free, limited = (
+        upper_costs(dataclasses.replace(config, datasets=datasets, labeling=labeling))
+        for labeling in (AdaptiveConfig(), AdaptiveConfig(enabled=True, annotator=annotator, calls_per_round=4))
+    )
+    assert [cost.pairs for cost in limited] == pairs
+    assert [cost.tokens for cost in limited] == [round(cost.tokens * 4 / cost.pairs) for cost in free][: len(pairs)]
 
 
 def test_the_identity_of_labels_is_theirs_alone(tmp_path, monkeypatch):
