@@ -45,6 +45,9 @@ EARLIER = "earlier"
 NOT_SEEDED = "not_seeded"
 """Why the first round leaves a pair: its question is not among those that the calls reach."""
 
+_FIRST_ROUND = ("calls_per_round", "total_calls", "calibration_fraction", "calibration_share")
+_OF_ANNOTATOR = ("enabled", "annotator", "gold_missed", "gold_false_alarms")
+
 LEADS = pa.schema([("query_id", pa.string()), ("lead", pa.float64()), ("round", pa.int32())])
 
 # --- select ----------------------------------------------------------------------------------------------------------
@@ -64,7 +67,7 @@ def select_spec(
     return ArtifactSpec(
         stage="select",
         version=SELECT_VERSION,
-        config={"labeling": identity(config.labeling), "round": number, "seed": config.seed},
+        config={"labeling": _settings(config, labels), "round": number, "seed": config.seed},
         inputs={"prepare": prepare.id, "candidates": candidates.id, "embeddings": embeddings.id, **earlier},
     )
 
@@ -102,6 +105,14 @@ def run_select(
         tables = {"candidates": offered, "asked": offered.filter(is_asked), "decisions": decisions, "leads": of_rounds}
         artifact.write_shard(0, tables, accounting(decisions))
         artifact.commit(1, seconds=time.monotonic() - started, extra=told)
+
+
+def _settings(config: Config, labels: Artifact | None) -> dict[str, Any]:
+    """What of the settings plays a part: the first round, which has no labels, is the same under every policy."""
+    settings = identity(config.labeling)
+    if labels is None:
+        return {name: settings[name] for name in _FIRST_ROUND}
+    return {name: value for name, value in settings.items() if name not in _OF_ANNOTATOR}
 
 
 def _offered(config: Config, prepare: Artifact, mined: pa.Table, labels: Artifact | None) -> pa.Table:
@@ -243,7 +254,7 @@ def label_spec(
     return ArtifactSpec(
         stage="label",
         version=LABEL_VERSION,
-        config={"labeling": identity(config.labeling)},
+        config={"labeling": _settings(config, labels)},
         inputs={"prepare": prepare.id, "selected": selected.id, "llm_scores": llm_scores.id, **earlier},
     )
 

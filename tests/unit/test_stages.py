@@ -118,6 +118,18 @@ def test_rounds_of_labelling_build_on_the_labels_before(tmp_path, annotator):
     assert "reward" not in stages
 
 
+def test_policies_of_labelling_share_the_first_round(tmp_path):
+    """A comparison of policies must start from the same labels, and train on them once."""
+    one, other = (
+        plan(tmp_path, rounds=2, labeling=AdaptiveConfig(enabled=True, policy=policy))
+        for policy in ("adaptive", "random")
+    )
+    assert [name for name in one if one[name].artifact.id == other[name].artifact.id] == [
+        *("prepare", "embed_base", "index_base", "mine_1", "select_1", "score_1", "label_1", "group_1", "train_1"),
+        *("embed_trained_1", "index_trained_1", "evaluate_1", "mine"),
+    ]
+
+
 def test_inputs_that_are_not_finished_are_named(tmp_path):
     """Prevents a stage that is run alone from reading half an artifact."""
     stages = plan(tmp_path)
