@@ -161,6 +161,8 @@ def _check_run(config: Config) -> None:
                 f"reward_model.model is set, but none of the tasks that train {sorted(tasks)} has LLM feedback for it "
                 "to learn from. Set score.feedback of a task, or leave reward_model.model empty."
             )
+    if config.labeling.enabled:
+        _check_labeling(config)
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
 
@@ -175,6 +177,17 @@ def _check_labels(task: str, score: TaskScore) -> None:
         raise ConfigError(
             f"tasks.{task}.score.passages_per_call, label_votes and evidence_chars must be at least 1 each."
         )
+
+
+def _check_labeling(config: Config) -> None:
+    feedback = {config.tasks[dataset.task].score.feedback for dataset in config.datasets.values()} - {"none"}
+    if config.datasets and feedback != {"label"}:
+        raise ConfigError(
+            f"labeling.enabled makes labels in rounds, but the feedback of the tasks is {sorted(feedback)}. Set "
+            "tasks.*.score.feedback to label, or to none where a task trains on labels of the data."
+        )
+    if config.reward_model.model:
+        raise ConfigError("labeling.enabled leaves no place for reward_model.model: the labels are the rewards.")
 
 
 def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None:

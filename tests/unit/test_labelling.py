@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -274,3 +275,18 @@ def test_settings_that_cannot_label_are_refused(tmp_path, task, score, why):
     path.write_text(f"tasks: {{{task}: {{score: {{{score}}}}}}}\n")
     with pytest.raises(ConfigError, match=why):
         loading.load(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["tasks.qa.score.feedback=rank"], "rank"),
+        (["reward_model.model=minilm-l6"], "reward_model"),
+    ],
+)
+def test_rounds_of_labelling_need_labels_alone(overrides, why):
+    """Otherwise the calls go to feedback that no round of labelling reads."""
+    path = Path(__file__).parents[2] / "conf" / "arl2.yaml"
+    assert loading.load(path).labeling.enabled
+    with pytest.raises(ConfigError, match=why):
+        loading.load(path, overrides)
