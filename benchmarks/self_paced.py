@@ -266,7 +266,8 @@ def main() -> None:
         print(f"{task:16} {means[0]:7.3f} {means[1]:9.3f} {means[2]:7.3f} {gain:+7.3f} {factor:7.2f}")
     low, high = found["ci95"]
     print(f"self-paced minus constant: {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}] over {found['tasks']} tasks")
-    record = {"command": " ".join(["python", *sys.argv]), "steps": arguments.steps, "compared": found, "runs": runs}
+    command = " ".join(["python benchmarks/self_paced.py", *sys.argv[1:]])
+    record = {"command": command, "steps": arguments.steps, "compared": found, "runs": runs}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 

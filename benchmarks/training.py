@@ -1,16 +1,17 @@
-"""Training against the trainer of sentence-transformers: examples per second, memory, useful share of the machine.
+"""Training against sentence-transformers and FlagEmbedding: examples per second, memory, useful share of the machine.
 
-    python benchmarks/training.py                       # all workloads; the peer's batching is swept first
+    python benchmarks/training.py                       # all workloads; the peers' batching is swept first
     python benchmarks/training.py --workloads mixed_contrastive --rounds 3 --peers default
 
-Both train the sample MiniLM-L6 in float32 on the same batches: one query and seven documents an example, the same
-initial weights, loss, optimiser, learning rate and warm-up, dropout off. The peer (needs `pip install datasets`) is
-SentenceTransformerTrainer with MultipleNegativesRankingLoss or DistillKLDivLoss. It pads on a CPU; what it documents
-for batching is swept where the loss stays the same, and the fastest is compared. Ours is training.step.Trainer, with
-tokenising counted, since the peer tokenises while it trains. FlagEmbedding and Tevatron are not compared.
+All train the sample MiniLM-L6 in float32 on the same batches: one query and seven documents an example, the same
+initial weights, loss, optimiser, learning rate and warm-up, dropout off. The peers (`pip install datasets
+FlagEmbedding`; those that are not there are left out) are SentenceTransformerTrainer with MultipleNegativesRankingLoss
+or DistillKLDivLoss, and FlagEmbedding's trainer, contrastive alone. They pad on a CPU; what they document for batching
+is swept where the loss stays the same, and the fastest is compared. Ours is training.step.Trainer, with tokenising
+counted, since the peers tokenise while they train. Tevatron is not compared.
 
 On processors where our linear layers run by oneDNN (llmr_ray/modeling/linear.py) `ours_plain` says what we are without,
-by the products that the peer uses. The share of the machine is always that of the faster library's product.
+by the products that the peers use. The share of the machine is always that of the faster library's product.
 
 `mixed` lengths are lognormal, of which padding to the longest wastes about 58%; `equal` lengths leave nothing to save.
 `workers` compares two of our workers (gloo, DDP) with one, after three steps that are not counted, because workers
@@ -32,92 +33,26 @@ from typing import Any
 from unittest import mock
 
 from contender import Contender, gemm_gflops, gemm_spread, record, serve, spent
+from training_peers import flag_embedding, sentence_transformers, variants_of
+from training_workloads import (
+    BATCH_SIZE,
+    DOCUMENTS,
+    MAX_TOKENS,
+    SEED,
+    TEMPERATURE,
+    WORKLOADS,
+    make_examples,
+    padding_waste,
+    train_config,
+    useful_flops,
+)
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
-WORKLOADS = {
-    f"{lengths}_{loss}": f"{told_lengths}, {told_loss}"
-    for lengths, told_lengths in (("mixed", "lognormal lengths"), ("equal", "texts of 64 tokens"))
-    for loss, told_loss in (("contrastive", "in-batch and hard negatives"), ("distill", "KL to a teacher's scores"))
-} | {"workers": "lognormal lengths, in-batch and hard negatives, two workers"}
-BATCH_SIZE, DOCUMENTS, EQUAL_TOKENS, MAX_TOKENS = 16, 7, 64, 128
-TEMPERATURE, LEARNING_RATE, SEED = 0.05, 2e-5, 0
 TOLERANCE, GEMM_SPREAD = 1e-4, 0.15
 GEMM = (1024, 384, 1536)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def make_examples(workload: str, number: int, model: str) -> list[dict[str, Any]]:
-    """Queries with seven documents each, the first of them gold, and a teacher's scores; no text occurs twice.
-
-    Texts are random words that are one token each, so that lengths are exact.
-    """
-    import numpy as np
-    from transformers import AutoTokenizer
-
-    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
-    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and word.islower())
-    rng = np.random.default_rng(SEED)
-    seen: set[str] = set()
-
-    def text(median: float) -> str:
-        tokens = EQUAL_TOKENS
-        if not workload.startswith("equal"):
-            tokens = int(np.clip(rng.lognormal(np.log(median), 0.6), 5, MAX_TOKENS))
-        made = " ".join(rng.choice(words, tokens - 2))
-        assert made not in seen
-        seen.add(made)
-        return made
-
-    return [
-        {
-            "query": text(20),
-            "docs": [text(46) for _ in range(DOCUMENTS)],
-            "scores": rng.normal(size=DOCUMENTS).astype(np.float32).tolist(),
-        }
-        for _ in range(number)
-    ]
-
-
-def useful_flops(examples: list[dict[str, Any]], model: str) -> float:
-    """Operations of forward and backward over the tokens there are: linear layers, attention scores and sums."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    width, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    lengths = [len(text.split()) + 2 for example in examples for text in (example["query"], *example["docs"])]
-    return sum(3 * layers * (2 * n * (4 * width**2 + 2 * width * inner) + 4 * n * n * width) for n in lengths)
-
-
-def padding_waste(examples: list[dict[str, Any]], batch_size: int) -> float:
-    """Share of padding where queries and documents of a batch are each padded to their longest."""
-    real = padded = 0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        for texts in ([e["query"] for e in batch], [doc for e in batch for doc in e["docs"]]):
-            lengths = [len(text.split()) + 2 for text in texts]
-            real += sum(lengths)
-            padded += max(lengths) * len(lengths)
-    return 1 - real / padded
-
-
 # --- ours ------------------------------------------------------------------------------------------------------------
-
-
-def train_config(batch_size: int, steps: int) -> Any:
-    """What all contenders train with."""
-    from llmr_ray.config import TrainConfig
-
-    return TrainConfig(
-        num_steps=steps,
-        global_batch_size=batch_size,
-        group_size=DOCUMENTS,
-        learning_rate=LEARNING_RATE,
-        warmup_fraction=0.5,
-        temperature=TEMPERATURE,
-        self_paced=False,
-        checkpoint_interval=0,
-        dropout=False,
-    )
 
 
 def write_data(job: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -253,130 +188,6 @@ def _train_worker(rank: int, job: dict[str, Any], folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps({**training, "losses": losses, "products_at_once": together}))
 
 
-# --- the peer --------------------------------------------------------------------------------------------------------
-
-
-def peer_variants(loss: str, batch_size: int) -> dict[str, dict[str, Any]]:
-    """The peer's documented ways to batch that leave the loss as it is, by a short name."""
-    if loss == "distill":
-        # Each query has its own softmax, so small batches that are accumulated have the same gradient and pad less.
-        sizes = [size for size in (batch_size, 8, 4, 2, 1) if size <= batch_size]
-        return {f"batch {size} x {batch_size // size}": {"size": size} for size in dict.fromkeys(sizes)}
-    cached = {f"cached, {size} texts": {"mini_batch_size": size} for size in (4, 16)}
-    cached["cached, 1024 tokens"] = {"mini_batch_num_tokens": 1024}
-    return {"columns merged": {}, "columns apart": {"apart": True}, **cached}
-
-
-def sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains with SentenceTransformerTrainer."""
-    import torch
-    from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.base.losses.merged_forward import column_merging_disabled
-    from sentence_transformers.base.sampler import DefaultBatchSampler
-    from torch.utils.data import SequentialSampler
-    from transformers import TrainerCallback
-
-    from llmr_ray.training.schedule import warmup_decay
-    from llmr_ray.training.step import make_optimizer
-
-    variant, steps, batch_size = job["variant"], job["steps"], job["batch_size"]
-    config = train_config(batch_size, steps)
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = SentenceTransformer(job["model"], device="cpu", local_files_only=True, config_kwargs=no_dropout)
-    model.max_seq_length = MAX_TOKENS
-    optimizer = make_optimizer(dict(model.named_parameters()), config)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: warmup_decay(
-            step, num_steps=steps, warmup_fraction=config.warmup_fraction, schedule=config.schedule
-        ),
-    )
-    losses: list[torch.Tensor] = []
-
-    class Recording(SentenceTransformerTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            with column_merging_disabled() if "apart" in variant else contextlib.nullcontext():
-                loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.detach().clone())
-            return loss
-
-    class Clock(TrainerCallback):
-        """Runs from before the first batch is made to the end of the last step: model cards are not timed."""
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.block = spent()
-            self.cost = self.block.__enter__()
-
-        def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
-            if state.global_step == steps:
-                self.block.__exit__(None, None, None)
-
-    clock, size = Clock(), variant.get("size", batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Recording(
-            model=model,
-            args=SentenceTransformerTrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                max_steps=steps,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=batch_size // size,
-                max_grad_norm=config.max_grad_norm,
-                batch_sampler=lambda dataset, **kwargs: DefaultBatchSampler(SequentialSampler(dataset), **kwargs),
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(peer_rows(job)),
-            loss=peer_loss(job, model),
-            optimizers=(optimizer, scheduler),
-        )
-        trainer.add_callback(clock)
-        trainer.train()
-    of_step = torch.stack(losses).view(steps, -1).mean(dim=1)
-    return {**clock.cost, "losses": of_step.tolist()}
-
-
-def peer_loss(job: dict[str, Any], model: Any) -> Any:
-    """The peer's loss."""
-    from sentence_transformers import util
-    from sentence_transformers.sentence_transformer import losses
-
-    if job["loss"] == "distill":
-        return losses.DistillKLDivLoss(
-            model, similarity_fct=util.pairwise_cos_sim, student_temperature=TEMPERATURE, teacher_temperature=1.0
-        )
-    cached = {name: value for name, value in job["variant"].items() if name.startswith("mini_batch")}
-    if cached:
-        return losses.CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **cached)
-    return losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
-
-
-def peer_rows(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The examples in the order in which our trainer takes them."""
-    import numpy as np
-
-    from llmr_ray.training.batches import Plan
-
-    config = train_config(job["batch_size"], job["steps"])
-    rows = {"data": np.arange(len(job["examples"]))}
-    plan = Plan(rows, repeats={}, batch_size=config.global_batch_size, batching=config.batching, seed=SEED)
-    taken = [job["examples"][row] for step in range(job["steps"]) for row in plan.block(step).rows]
-    return [
-        {"query": example["query"]}
-        | {f"document{place}": doc for place, doc in enumerate(example["docs"])}
-        | ({"label": example["scores"]} if job["loss"] == "distill" else {})
-        for example in taken
-    ]
-
-
 # --- processes -------------------------------------------------------------------------------------------------------
 
 CONTENDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -384,7 +195,10 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ours_plain": ours_plain,
     "ours_2": two_workers,
     "sentence_transformers": sentence_transformers,
+    "flag_embedding": flag_embedding,
 }
+PEERS = {"sentence_transformers": "datasets", "flag_embedding": "FlagEmbedding"}
+"""What a peer's trainer needs installed beside this package."""
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -406,11 +220,14 @@ def main() -> None:
     if options.serve:
         serve(lambda: CONTENDERS[options.serve], options.threads, GEMM)
         return
-    if options.peers != "none" and not importlib.util.find_spec("datasets"):
-        parser.error("the peer needs `pip install datasets`; --peers none measures ours alone")
+    missing = [name for name, needed in PEERS.items() if not importlib.util.find_spec(needed)]
+    if options.peers != "none" and len(missing) == len(PEERS):
+        parser.error("the peers need `pip install datasets FlagEmbedding`; --peers none measures ours alone")
     with contextlib.ExitStack() as stack:
         contenders = {}
         for name in CONTENDERS:
+            if name in missing:
+                continue
             contenders[name] = Contender(__file__, name, options.threads)
             stack.callback(contenders[name].close)
         for name in options.workloads:
@@ -446,17 +263,11 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
     if name == "workers":
         taking_part["ours_2"] = (contenders["ours_2"], job)
     elif options.peers != "none":
-        variants = peer_variants(job["loss"], options.batch_size)
-        peer, best = contenders["sentence_transformers"], next(iter(variants))
-        if options.peers == "sweep":
-            short = {**job, "steps": 1, "examples": examples[: options.batch_size]}
-            peer.ask(short)  # warms up
-            cpu = {told: peer.ask({**short, "variant": variant})["cpu"] for told, variant in variants.items()}
-            best = min(cpu, key=lambda told: cpu[told])
-            print("  sweep: " + ", ".join(f"{told} {seconds:.2f} CPU s" for told, seconds in cpu.items()), flush=True)
-            found["peer_sweep_cpu_seconds"] = cpu
-        found["peer_batching"] = best
-        taking_part["sentence_transformers"] = (peer, {**job, "variant": variants[best]})
+        for peer in (peer for peer in PEERS if peer in contenders):
+            if variants := variants_of(peer, job["loss"], options.batch_size):
+                best, swept = best_variant(contenders[peer], job, variants, sweep=options.peers == "sweep")
+                found |= {f"{peer}_batching": best, f"{peer}_sweep_cpu_seconds": swept}
+                taking_part[peer] = (contenders[peer], {**job, "variant": variants[best]})
     runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in taking_part}
     for turn in range(options.rounds + 1):
         for contender, (process, own_job) in taking_part.items():
@@ -474,6 +285,20 @@ def run_workload(name: str, options: argparse.Namespace, contenders: dict[str, C
         )
         found |= {"two_workers_speed": faster, "two_products_speed": limit}
     return found
+
+
+def best_variant(
+    peer: Contender, job: dict[str, Any], variants: dict[str, dict[str, Any]], *, sweep: bool
+) -> tuple[str, dict[str, float]]:
+    """The fastest of a peer's ways to batch on one step (without a sweep the first), and the CPU seconds of each."""
+    if not sweep:
+        return next(iter(variants)), {}
+    short = {**job, "steps": 1, "examples": job["examples"][: job["batch_size"]]}
+    peer.ask(short)  # warms up
+    cpu = {told: float(peer.ask({**short, "variant": variant})["cpu"]) for told, variant in variants.items()}
+    told = ", ".join(f"{told} {seconds:.2f} CPU s" for told, seconds in cpu.items())
+    print(f"  sweep of {peer.name}: {told}", flush=True)
+    return min(cpu, key=lambda told: cpu[told]), cpu
 
 
 def summary(runs: dict[str, list[dict[str, Any]]], flops: float, number: int, is_noise_allowed: bool) -> dict[str, Any]:
