@@ -113,6 +113,7 @@ class DeadlyActor(pool.EngineActor):
         return pool.EngineActor.compute(self, chunk, route)
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_the_engine_is_a_row_error(local_ray, tmp_path, llm, monkeypatch):
     """One prompt that is too much for the memory must not restart actors for ever, nor cost its neighbours."""
     monkeypatch.setattr(pool, "EngineActor", DeadlyActor)

@@ -151,6 +151,7 @@ def test_what_is_told_to_stop_or_killed_is_replaced_and_each_step_stands_once(lo
     assert embedder.fingerprint != base.fingerprint
 
 
+@pytest.mark.slow
 def test_divergence_is_said_and_not_tried_again(local_ray, problem):
     """Prevents restarts that repeat what no restart can cure, and a message that stays in a worker's log."""
     config, groups, base, root = problem
