@@ -54,6 +54,21 @@ def clock_of(steps: int) -> Any:
     return Clock()
 
 
+def arguments_of(config: Any, folder: str) -> dict[str, Any]:
+    """What both peers' trainers are told alike: transformers' TrainingArguments."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "max_steps": config.num_steps,
+        "max_grad_norm": config.max_grad_norm,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     """Trains with SentenceTransformerTrainer."""
     import torch
@@ -86,18 +101,10 @@ def sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
         trainer = Recording(
             model=model,
             args=SentenceTransformerTrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                max_steps=steps,
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=batch_size // size,
-                max_grad_norm=config.max_grad_norm,
                 batch_sampler=lambda dataset, **kwargs: DefaultBatchSampler(SequentialSampler(dataset), **kwargs),
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **arguments_of(config, folder),
             ),
             train_dataset=Dataset.from_list(columns_of(job)),
             loss=peer_loss(job, model),
@@ -183,17 +190,9 @@ def flag_embedding(job: dict[str, Any]) -> dict[str, Any]:
         trainer = Recording(
             model=model,
             args=TrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                max_steps=job["steps"],
                 per_device_train_batch_size=job["batch_size"],
-                max_grad_norm=config.max_grad_norm,
                 remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **arguments_of(config, folder),
             ),
             train_dataset=[(example["query"], example["docs"], None) for example in in_order(job)],
             data_collator=AbsEmbedderCollator(

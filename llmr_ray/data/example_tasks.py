@@ -6,6 +6,7 @@ without an entry is judged by accuracy where it has options, else by ROUGE-L.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -46,6 +47,11 @@ def owner_of(meta: str | None) -> str | None:
     """The data set that a document is an example of, from the `meta` of its row of `corpus`; None: of none."""
     owner: str | None = json.loads(meta or "{}").get("dataset")
     return owner
+
+
+def owners(metas: Iterable[str | None]) -> list[str | None]:
+    """`owner_of` each document, from the column `meta` of `corpus`."""
+    return [owner_of(meta) for meta in metas]
 
 
 def pool_of(dataset: str) -> str:

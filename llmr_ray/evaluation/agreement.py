@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import kendalltau
@@ -17,6 +16,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.significance import estimate, paired_difference
+from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_cosines
 from llmr_ray.training.pairs import is_held_out
 
@@ -120,11 +120,8 @@ def rank_agreement(rewards: pa.Table, llm_scores: pa.Table) -> dict[str, float]:
         rewards: columns query_id, doc_id, reward.
         llm_scores: the other judge's; the same columns.
     """
-    pair = ["query_id", "doc_id"]
-    mine, others = (pl.from_arrow(table.select([*pair, "reward"])) for table in (rewards, llm_scores))
-    assert isinstance(mine, pl.DataFrame)
-    assert isinstance(others, pl.DataFrame)
-    judged = mine.join(others, on=pair, suffix="_other", maintain_order="left")
+    mine, others = (frame_of(table, [*PAIR, "reward"]) for table in (rewards, llm_scores))
+    judged = mine.join(others, on=PAIR, suffix="_other", maintain_order="left")
     found = {}
     for row in judged.group_by("query_id", maintain_order=True).agg("reward", "reward_other").iter_rows(named=True):
         one, other = row["reward"], row["reward_other"]

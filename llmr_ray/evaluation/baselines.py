@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.data.example_tasks import owner_of, pool_of
+from llmr_ray.data.example_tasks import owners, pool_of
 
 
 def random_topk(
@@ -136,11 +136,6 @@ def _squared(vector_ND: np.ndarray, centre_KD: np.ndarray) -> np.ndarray:
     return np.maximum(norm_N[:, None] - 2 * vector_ND @ centre_KD.T + (centre_KD**2).sum(axis=1), 0.0)
 
 
-def owners(corpus: pa.Table) -> list[str | None]:
-    """For each document the data set that it is an example of, if it is one."""
-    return [owner_of(meta) for meta in corpus["meta"].to_pylist()]
-
-
 def eligible(queries: pa.Table, corpus: pa.Table, ranges: np.ndarray) -> list[np.ndarray]:
     """What the rows "Random" and "k-means" may choose from: the query's range, and for examples only those of its own
     data set (methods.md A.7), or of the one whose examples are of its kind."""
@@ -148,7 +143,7 @@ def eligible(queries: pa.Table, corpus: pa.Table, ranges: np.ndarray) -> list[np
     rows_of: dict[str, np.ndarray] = {}
     if "icl" in tasks:
         members: dict[str, list[int]] = {}
-        for row, owner in enumerate(owners(corpus)):
+        for row, owner in enumerate(owners(corpus["meta"].to_pylist())):
             if owner is not None:
                 members.setdefault(owner, []).append(row)
         rows_of = {owner: np.asarray(rows, np.int64) for owner, rows in members.items()}

@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
-from llmr_ray.data.example_tasks import pool_of
+from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import examples, knowledge, memory
-from llmr_ray.evaluation.baselines import eligible, kmeans_topk, owners, random_topk, recency_topk
+from llmr_ray.evaluation.baselines import eligible, kmeans_topk, random_topk, recency_topk
 from llmr_ray.evaluation.protocols import (
     SCENARIOS,
     Ask,
@@ -300,7 +300,7 @@ def _demoted(
     settings = config.evaluate
     if settings.icl_demotion == "none":
         return rankings
-    owner_of = dict(zip(corpus["doc_id"].to_pylist(), owners(corpus), strict=True))
+    owner_of = dict(zip(corpus["doc_id"].to_pylist(), owners(corpus["meta"].to_pylist()), strict=True))
     own = {
         query["query_id"]: query["dataset"]
         if settings.icl_demotion.endswith("test_name")

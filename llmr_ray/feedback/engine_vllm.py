@@ -103,13 +103,13 @@ class VllmEngine:
         """As in Engine: each output is a request with its own seed; they share the prompt through the cache."""
         prompts, params = [], []
         for job in jobs:
-            # vLLM lets no token end an output of less than min_tokens that it takes for an end.
             extra: dict[str, Any] = {}
             if job.says_something:
-                extra = {"min_tokens": 1, "stop_token_ids": self._silent(job.stop)}
+                # vLLM lets no token end an output of less than min_tokens that it takes for an end.
+                extra |= {"min_tokens": 1, "stop_token_ids": self._silent(job.stop)}
+            if job.output_schema:
+                extra["structured_outputs"] = self._structured(json=job.output_schema)
             for number in range(job.num_samples):
-                if job.output_schema:
-                    extra["structured_outputs"] = self._structured(json=job.output_schema)
                 prompts.append(self._prompt(prompt_token_ids=list(job.prompt_ids)))
                 params.append(
                     self._params(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,6 +13,7 @@ from llmr_ray.config import Config, LLMConfig, TaskScore
 from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.rules import rule_of
+from llmr_ray.frames import PAIR, frame_of
 
 Row = Mapping[str, Any]
 
@@ -111,22 +111,19 @@ class ScoreJobs:
 
     def _drawn(self, candidates: pa.Table) -> pa.Table:
         """The candidates about which the LLM is asked where a task limits queries or candidates (methods.md B.4)."""
-        of_query = pl.from_arrow(self.queries.select(["query_id", "task", "dataset"]))
-        mined = pl.from_arrow(candidates.select(["query_id", "doc_id", "source"]))
-        assert isinstance(of_query, pl.DataFrame)
-        assert isinstance(mined, pl.DataFrame)
-        rows = mined.join(of_query, on="query_id", how="left", maintain_order="left")
+        mined = frame_of(candidates, [*PAIR, "source"])
+        of_query = frame_of(self.queries, ["query_id", "task", "dataset"])
+        chosen = set[str]()
+        for (task,), members in of_query.join(mined, on="query_id", how="semi").group_by("task"):
+            ids = {str(name): part["query_id"].to_list() for (name,), part in members.group_by("dataset")}
+            chosen |= drawn_queries(ids, self.tasks[str(task)].max_queries)
+        rows = mined.with_row_index("row").join(of_query, on="query_id", how="left", maintain_order="left")
         asked = np.zeros(len(rows), bool)
-        for (task,), members in rows.with_row_index("row").group_by("task", maintain_order=True):
-            settings = self.tasks[str(task)]
-            names = members.select("dataset", "query_id").unique(maintain_order=True)
-            ids = {str(name): part["query_id"].to_list() for (name,), part in names.group_by("dataset")}
-            chosen = drawn_queries(ids, settings.max_queries)
-            for (query_id,), pairs in members.group_by("query_id", maintain_order=True):
-                if query_id in chosen:
-                    of_pairs = pairs["doc_id"].to_list(), (pairs["source"] == "gold").to_list()
-                    kept = drawn_candidates(str(query_id), *of_pairs, settings.num_candidates, self.seed)
-                    asked[pairs["row"].to_numpy()[kept]] = True
+        for (query_id, task), pairs in rows.group_by("query_id", "task"):
+            if query_id in chosen:
+                of_pairs = pairs["doc_id"].to_list(), (pairs["source"] == "gold").to_list()
+                kept = drawn_candidates(str(query_id), *of_pairs, self.tasks[str(task)].num_candidates, self.seed)
+                asked[pairs["row"].to_numpy()[kept]] = True
         return candidates.filter(pa.array(asked))
 
     @property

@@ -3,7 +3,7 @@
 Likelihood (methods.md A.4.2): one scoring per candidate. Rank (A.4.1): outputs are sampled without retrieval and scored
 together with the desired output; then, per candidate, the same outputs (`shared`) or new ones (`fresh`) are scored
 under the prompt with it. So rank feedback takes two rounds of requests: sampling, then scoring. Labels (C.1) are
-sampled outputs too; the second round asks again what the first did not answer (labelling.py).
+sampled outputs too; the second round asks again what the first did not answer (label_calls.py).
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmr_ray.artifacts import Counts, canonical_json, seed_of
-from llmr_ray.feedback import labelling, prompts
+from llmr_ray.feedback import label_calls, prompts
 from llmr_ray.feedback.jobs import Job, Row
 from llmr_ray.feedback.requests import CHARS_PER_TOKEN, LLMClient, LLMRequest, LLMResult
 from llmr_ray.feedback.rewards import Draws, distinct_draws, likelihood, rank_of, rank_reward, share_of
@@ -26,7 +26,7 @@ def sampling_requests(job: Job) -> list[LLMRequest]:
     """The first round of rank feedback: N outputs without retrieval, and N per candidate when samples are fresh. The
     first round of labels: all passages."""
     if job.settings.feedback == "label":
-        return labelling.first_requests(job)
+        return label_calls.first_requests(job)
     if job.settings.feedback != "rank" or job.target is None or not job.asked:
         return []
     documents: list[Row | None] = [None]
@@ -57,7 +57,7 @@ def scoring_requests(job: Job, samples: Mapping[str, LLMResult]) -> list[LLMRequ
         samples: the job's results of the first round, by request id; where one failed, what needs it is not asked.
     """
     if job.settings.feedback == "label":
-        return labelling.second_requests(job, samples)
+        return label_calls.second_requests(job, samples)
     if job.target is None or not job.asked:
         return []
     documents: list[Row | None] = [None, *job.asked] if job.settings.feedback == "rank" else [*job.asked]
@@ -114,7 +114,7 @@ def score_rows(
         samples, scores: the job's own results of both rounds, by request id.
     """
     if job.settings.feedback == "label":
-        return labelling.label_rows(job, scorer_id, samples, scores)
+        return label_calls.label_rows(job, scorer_id, samples, scores)
     rows: list[dict[str, Any]] = []
     counts = Counts(rows_in=len(job.documents))
     results = [*samples.values(), *scores.values()]
@@ -155,7 +155,7 @@ def to_pay(job: Job, stored: Callable[[Sequence[LLMRequest]], list[LLMResult | N
     there yet is taken as N distinct outputs of half the allowed length.
     """
     if job.settings.feedback == "label":
-        return labelling.to_pay(job, stored)
+        return label_calls.to_pay(job, stored)
     sampling = sampling_requests(job)
     known = dict(zip((request.request_id for request in sampling), stored(sampling), strict=True))
     open_sampling = [request for request in sampling if known[request.request_id] is None]

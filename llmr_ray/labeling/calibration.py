@@ -21,14 +21,13 @@ from sklearn.linear_model import LogisticRegression
 
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.labeling.settings import AdaptiveConfig
 
 RETRIEVER = "retriever"
 """The source of pseudo-labels; all other sources (llm, human) count as the LLM's."""
 
 FOLDS = 5
-
-PAIR = ["query_id", "doc_id"]
 
 
 def is_calibration(query_id: str, fraction: float) -> bool:
@@ -303,10 +302,3 @@ def of_calibration(labels: pa.Table, fraction: float) -> pl.DataFrame:
     known = frame_of(labels, [*PAIR, "label", "source"]).filter(pl.col("label").is_not_null())
     kept = [name for name in known["query_id"].unique().to_list() if is_calibration(name, fraction)]
     return known.filter(pl.col("query_id").is_in(kept))
-
-
-def frame_of(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
-    """Columns of a table for polars."""
-    frame = pl.from_arrow(table.select(list(columns)))
-    assert isinstance(frame, pl.DataFrame)
-    return frame

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.metrics import retrieval_values
-from llmr_ray.labeling.calibration import PAIR, RETRIEVER, frame_of, of_calibration
+from llmr_ray.frames import PAIR, frame_of
+from llmr_ray.labeling.calibration import RETRIEVER, of_calibration
 from llmr_ray.labeling.settings import AdaptiveConfig
 
 

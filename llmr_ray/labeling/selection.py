@@ -23,7 +23,8 @@ import pyarrow as pa
 from llmr_ray.artifacts import Counts
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.labeling.calibration import PAIR, RETRIEVER, Thresholds, frame_of, is_calibration
+from llmr_ray.frames import PAIR, frame_of
+from llmr_ray.labeling.calibration import RETRIEVER, Thresholds, is_calibration
 from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.schemas import conform
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import ConfigError
-from llmr_ray.labeling.calibration import PAIR, frame_of
+from llmr_ray.frames import PAIR, frame_of
 
 LABELS = (0.0, 0.5, 1.0)
 

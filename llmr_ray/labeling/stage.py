@@ -19,8 +19,9 @@ from llmr_ray.config import Config, identity
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.jobs import feedback_tasks
+from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_cosines
-from llmr_ray.labeling.calibration import PAIR, RETRIEVER, Thresholds, calibrate, frame_of, is_calibration
+from llmr_ray.labeling.calibration import RETRIEVER, Thresholds, calibrate, is_calibration
 from llmr_ray.labeling.calibration import with_probability as probable
 from llmr_ray.labeling.rounds import (
     calibration_ndcg,
@@ -93,18 +94,19 @@ def run_select(
         labels: of the round before; None in the first.
     """
     started = time.monotonic()
+    offered = _offered(config, prepare, candidates.read("candidates"), labels)
+    pairs = with_cosine(offered.select(PAIR), embeddings)
+    if labels is None:
+        decisions, told = _first(config, pairs)
+        of_rounds = LEADS.empty_table()
+    else:
+        decisions, told, of_rounds = _later(config, pairs, labels, number)
+    # What the manifest tells is computed again where a killed run had written the tables and no more.
     if artifact.pending(1):
-        offered = _offered(config, prepare, candidates.read("candidates"), labels)
-        pairs = with_cosine(offered.select(PAIR), embeddings)
-        if labels is None:
-            decisions, told = _first(config, pairs)
-            of_rounds = LEADS.empty_table()
-        else:
-            decisions, told, of_rounds = _later(config, pairs, labels, number)
         is_asked = pc.equal(decisions["decision"], ASK)
         tables = {"candidates": offered, "asked": offered.filter(is_asked), "decisions": decisions, "leads": of_rounds}
         artifact.write_shard(0, tables, accounting(decisions))
-        artifact.commit(1, seconds=time.monotonic() - started, extra=told)
+    artifact.commit(1, seconds=time.monotonic() - started, extra=told)
 
 
 def _settings(config: Config, labels: Artifact | None) -> dict[str, Any]:
@@ -276,40 +278,40 @@ def run_label(
         DataError: nothing was labelled that can train.
     """
     started = time.monotonic()
+    settings, told = config.labeling, selected.require()["extra"]
+    decisions = selected.read("decisions")
+    scores = llm_scores.read("llm_scores")
+    answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label"])
+    settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings)
+    before = table_of("labels", []) if labels is None else labels.read("labels")
+    after = next_labels(before, settled.new_labels)
+    rewards = _rewards(after, settings.calibration_fraction)
+    if not rewards.num_rows:
+        raise DataError(
+            "no pair has a label that may train. Raise labeling.calls_per_round, or look at the LLM's answers."
+        )
+    tables = {"labels": after, "decisions": settled.decisions, "rewards": rewards, "leads": selected.read("leads")}
+    gold = gold_labels(prepare)
+    quality = label_quality(after, gold).to_pylist() if gold.num_rows else []
+    spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows
+    this_round = {
+        "round": selected.spec.config["round"],
+        "calls": spent - told["spent"],
+        "spent": spent,
+        "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
+        "distribution": label_distribution(after).to_pylist(),
+        "quality": quality,
+        **{name: told.get(name) for name in ("thresholds", "calibration", "ndcg", "stop")},
+    }
+    extra = {
+        "spent": spent,
+        "tightening": settled.thresholds.tightening,
+        "ndcg": told.get("ndcg"),
+        "rounds": [*([] if labels is None else labels.require()["extra"]["rounds"]), this_round],
+    }
     if artifact.pending(1):
-        settings, told = config.labeling, selected.require()["extra"]
-        decisions = selected.read("decisions")
-        scores = llm_scores.read("llm_scores")
-        answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label"])
-        settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings)
-        before = table_of("labels", []) if labels is None else labels.read("labels")
-        after = next_labels(before, settled.new_labels)
-        rewards = _rewards(after, settings.calibration_fraction)
-        if not rewards.num_rows:
-            raise DataError(
-                "no pair has a label that may train. Raise labeling.calls_per_round, or look at the LLM's answers."
-            )
-        tables = {"labels": after, "decisions": settled.decisions, "rewards": rewards, "leads": selected.read("leads")}
-        gold = gold_labels(prepare)
-        quality = label_quality(after, gold).to_pylist() if gold.num_rows else []
-        spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows
-        this_round = {
-            "round": selected.spec.config["round"],
-            "calls": spent - told["spent"],
-            "spent": spent,
-            "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
-            "distribution": label_distribution(after).to_pylist(),
-            "quality": quality,
-            **{name: told.get(name) for name in ("thresholds", "calibration", "ndcg", "stop")},
-        }
-        extra = {
-            "spent": spent,
-            "tightening": settled.thresholds.tightening,
-            "ndcg": told.get("ndcg"),
-            "rounds": [*([] if labels is None else labels.require()["extra"]["rounds"]), this_round],
-        }
         artifact.write_shard(0, tables, accounting(settled.decisions))
-        artifact.commit(1, seconds=time.monotonic() - started, extra=extra)
+    artifact.commit(1, seconds=time.monotonic() - started, extra=extra)
 
 
 def _thresholds(told: Mapping[str, float] | None) -> Thresholds:

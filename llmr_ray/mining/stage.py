@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import BM25Config, Config, TaskMine, identity
-from llmr_ray.data.example_tasks import owner_of, pool_of
+from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError, DataError
@@ -133,7 +133,8 @@ class MineWorker:
         self.doc_ids: list[str] = corpus["doc_id"].to_pylist()
         self.row_of = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
         columns = (corpus["title"].to_pylist(), corpus["text"].to_pylist())
-        self.owners = [owner_of(meta) for meta in corpus["meta"].to_pylist()]
+        wants_owners = any(task.same_task_first for task in tasks.values())
+        self.owners = owners(corpus["meta"].to_pylist()) if wants_owners else []
         self.texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
         self.text_key = cache(lambda row: text_key(self.texts[row]))
         self.scopes_Q2 = scopes(self.queries, corpus)

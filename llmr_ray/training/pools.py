@@ -14,6 +14,7 @@ from llmr_ray.config import TaskConfig
 from llmr_ray.data.example_tasks import owner_of
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
+from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.schemas import table_of
 from llmr_ray.training.groups import CANDIDATE, GOLD, SAME_LABEL, Pool, pool_rewards, reject_reason
 
@@ -30,20 +31,15 @@ def join_pools(
     Raises:
         DataError: a pair names a document that the corpus lacks.
     """
-    pair = ["query_id", "doc_id"]
-    gold = pl.from_arrow(qrels.filter(pc.greater(qrels["relevance"], 0)).select(pair))
-    mined = pl.from_arrow(candidates.select([*pair, "source"]))
-    rewarded = pl.from_arrow(rewards.select([*pair, "reward"]))
-    rows = pl.from_arrow(corpus.select(["doc_id"]))
-    assert isinstance(gold, pl.DataFrame)
-    assert isinstance(mined, pl.DataFrame)
-    assert isinstance(rewarded, pl.DataFrame)
-    assert isinstance(rows, pl.DataFrame)
+    gold = frame_of(qrels.filter(pc.greater(qrels["relevance"], 0)), PAIR)
+    mined = frame_of(candidates, [*PAIR, "source"])
+    rewarded = frame_of(rewards, [*PAIR, "reward"])
+    rows = frame_of(corpus, ["doc_id"])
     gold, rewarded = gold.with_columns(gold=pl.lit(True)), rewarded.with_columns(judged=pl.lit(True))
-    mined = mined.join(gold, on=pair, how="left", maintain_order="left")
-    mined = mined.select(*pair, gold=pl.col("gold").fill_null(False) | (pl.col("source") == "gold"))
-    pairs = pl.concat([mined, gold.join(mined, on=pair, how="anti", maintain_order="left").select(*pair, "gold")])
-    joined = pairs.join(rewarded, on=pair, how="left", maintain_order="left").join(
+    mined = mined.join(gold, on=PAIR, how="left", maintain_order="left")
+    mined = mined.select(*PAIR, gold=pl.col("gold").fill_null(False) | (pl.col("source") == "gold"))
+    pairs = pl.concat([mined, gold.join(mined, on=PAIR, how="anti", maintain_order="left").select(*PAIR, "gold")])
+    joined = pairs.join(rewarded, on=PAIR, how="left", maintain_order="left").join(
         rows.with_row_index("row"), on="doc_id", how="left", maintain_order="left"
     )
     lost = joined.filter(pl.col("row").is_null())
@@ -55,8 +51,7 @@ def join_pools(
 
 def classifications(queries: pa.Table) -> set[str]:
     """The data sets whose queries all have the same options: their answers are labels."""
-    columns = pl.from_arrow(queries.select(["dataset", "options"]))
-    assert isinstance(columns, pl.DataFrame)
+    columns = frame_of(queries, ["dataset", "options"])
     options = pl.col("options")
     of_set = columns.group_by("dataset").agg(one=options.n_unique() == 1, given=options.is_not_null().all())
     return set(of_set.filter(pl.col("one") & pl.col("given"))["dataset"])

@@ -151,6 +151,31 @@ def test_labels_of_pairs_that_are_mined_no_more_still_train(config, world, tmp_p
     assert len([name for n, name in enumerate(together) if name != together[n - 1]]) == NUM_QUESTIONS
 
 
+def test_a_kill_between_tables_and_manifest_costs_nothing(config, world):
+    """Prevents a stage that finds its tables written and is never finished."""
+    _, first = a_round(config, world, 1, None)
+    selected, labels = a_round(config, world, 2, first)
+    of = world | {"labels": first}
+    again = {
+        selected: lambda: run_select(config, selected, number=2, **of),
+        labels: lambda: run_label(
+            config,
+            labels,
+            prepare=world["prepare"],
+            selected=selected,
+            llm_scores=Artifact(
+                config.runtime.artifact_root, gold_spec(config, prepare=of["prepare"], candidates=selected)
+            ),
+            labels=first,
+        ),
+    }
+    for artifact, run in again.items():
+        told = artifact.require()
+        (artifact.path / "manifest.json").unlink()
+        run()
+        assert artifact.require() | {"seconds": 0} == told | {"seconds": 0}
+
+
 def test_an_annotator_of_known_quality_errs_at_its_rates(config, world):
     settings = dataclasses.replace(config.labeling, gold_missed=0.5, gold_false_alarms=0.1, calls_per_round=480)
     _, labels = a_round(dataclasses.replace(config, labeling=settings), world, 1, None)
