@@ -73,7 +73,7 @@ def texts() -> dict[str, list[Any]]:
     }
 
 
-def make_pairs(workload: str, queries: int, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def make_pairs(workload: str, queries: int, tokenizer: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(prompt ids, target ids) as the pipeline would ask them, grouped by query."""
     import numpy as np
 
@@ -114,7 +114,7 @@ def make_pairs(workload: str, queries: int, tokenizer: Any) -> list[tuple[list[i
         )
         for fitted in fit_targets(tokenizer, request, targets, 1023):
             if not isinstance(fitted, FitError):
-                pairs.append((list(fitted.prompt_ids), list(fitted.target_ids)))
+                pairs.append((fitted.prompt_ids, fitted.target_ids))
     return pairs
 
 
@@ -151,11 +151,7 @@ def open_contender(name: str, model: str, threads: int) -> Any:
             engine.begin()
             if name == "vllm_override":
                 return _scored(engine.likelihood(pairs))
-            from llmr_ray.feedback.engine_vllm import _tail
-
-            outputs = engine._ask(pairs, read_cache=False)
-            logprobs = [_tail(output, target) for output, (_, target) in zip(outputs, pairs, strict=True)]
-            return logprobs, sum(len(prompt) + len(target) for prompt, target in pairs)
+            return _default_logprobs(engine, pairs)
 
         return ask
     if name == "lm_eval":
@@ -165,6 +161,18 @@ def open_contender(name: str, model: str, threads: int) -> Any:
 
 def _scored(results: list[Any]) -> tuple[list[Any], int]:
     return [result.logprobs for result in results], sum(result.num_computed_tokens for result in results)
+
+
+def _default_logprobs(engine: Any, pairs: list[Any]) -> tuple[list[Any], int]:
+    """Log-probabilities of whole prompts, as vLLM's users ask for them."""
+    whole = [(*prompt, *target) for prompt, target in pairs]
+    params = engine._params(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
+    outputs = engine._generate(whole, [params] * len(whole))
+    logprobs = [
+        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[-len(target) :], target, strict=True)]
+        for output, (_, target) in zip(outputs, pairs, strict=True)
+    ]
+    return logprobs, sum(map(len, whole))
 
 
 def _lm_eval(model: str) -> Any:

@@ -44,11 +44,17 @@ class StandIn:
     def _one(self, ids, params):
         self.asked.append((ids, params))
         known = 0
-        if not params["skip_reading_prefix_cache"]:
+        if not params.get("skip_reading_prefix_cache"):
             known = max((n for n in range(0, len(ids), BLOCK) if ids[:n] in self.cached), default=0)
         self.cached |= {ids[:n] for n in range(BLOCK, len(ids) + 1, BLOCK)}
+        after = {token: logprob((*ids, token), len(ids)) for token in params["logprob_token_ids"]}
+        told = {token: SimpleNamespace(logprob=value) for token, value in after.items()}
         output = SimpleNamespace(
-            prompt_token_ids=list(ids), num_cached_tokens=known, prompt_logprobs=None, prompt_token_id_logprobs=None
+            prompt_token_ids=list(ids),
+            num_cached_tokens=known,
+            prompt_logprobs=None,
+            prompt_token_id_logprobs=None,
+            outputs=[SimpleNamespace(logprobs=[told])],
         )
         if "prompt_logprob_token_ids" in params:
             if not self.scores_tokens:
@@ -58,7 +64,7 @@ class StandIn:
             if known <= start:
                 rows = [[logprob(ids, place) + self.wrong] for place in range(start + 1, len(ids))]
                 output.prompt_token_id_logprobs = np.array(rows)
-        else:
+        elif "prompt_logprobs" in params:
             values = [99.0 if place <= known else logprob(ids, place) for place in range(len(ids))]
             output.prompt_logprobs = [
                 {token: SimpleNamespace(logprob=value)} for token, value in zip(ids, values, strict=True)
@@ -68,7 +74,7 @@ class StandIn:
 
 def engine(stand_in, *, on_gpu):
     made = VllmEngine.__new__(VllmEngine)
-    made._llm, made._params, made._prompt = stand_in, dict, dict
+    made._llm, made._params, made._prompt, made._block_size = stand_in, dict, dict, BLOCK
     made._scores_tokens = on_gpu and made._can_score_tokens()
     return made
 
@@ -86,16 +92,43 @@ def test_garbage_of_cached_rows_is_never_an_answer(on_gpu):
     for (prompt, target), scored in zip(pairs(), asked.likelihood(pairs()), strict=True):
         ids = prompt + target
         assert scored.logprobs == pytest.approx([logprob(ids, place) for place in range(len(prompt), len(ids))])
-    assert all(("prompt_logprob_token_ids" in params) == on_gpu for _, params in stand_in.asked)
+    assert any("prompt_logprob_token_ids" in params for _, params in stand_in.asked) == on_gpu
+    assert any("prompt_logprobs" in params for _, params in stand_in.asked) != on_gpu
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_outputs_of_a_prompt_of_whole_blocks_are_not_asked_twice(on_gpu):
+    """The cache holds the row that predicts their first token: a prompt in 16 or 32 would cost as if nothing shared."""
+    stand_in = StandIn()
+    asked = engine(stand_in, on_gpu=on_gpu)
+    stand_in.reset_prefix_cache()
+    stand_in.asked.clear()
+    stem, targets = (5, 6, 7, 8, 9, 10, 11, 12), [(3, 4), (9,), (9, 1, 2), (3, 5), (3, 4, 5)]
+    scored = asked.likelihood([(stem, target) for target in targets])
+    for target, result in zip(targets, scored, strict=True):
+        ids = stem + target
+        assert result.logprobs == pytest.approx([logprob(ids, place) for place in range(len(stem), len(ids))])
+    # The prompt; (3,) and what follows it, 4 or 5; nothing for 9 alone; (9, 1) and (3, 4) and what follows them.
+    assert [result.num_computed_tokens for result in scored] == [8 + 1, 0, 2, 0, 2]
+
+
+def test_options_of_one_token_are_one_request():
+    stand_in = StandIn()
+    asked = engine(stand_in, on_gpu=False)
+    options = [(number,) for number in range(200)]
+    scored = asked.likelihood([((5, 6, 7), option) for option in options])
+    assert [result.logprobs for result in scored] == [(logprob((5, 6, 7, number), 3),) for number in range(200)]
+    assert len(stand_in.asked) == 2  # vLLM tells of 128 tokens at most
+    assert sum(result.num_computed_tokens for result in scored) == 3 + 3
 
 
 def test_tokens_are_counted_with_those_asked_twice():
     stand_in = StandIn()
     asked = engine(stand_in, on_gpu=True)
     stand_in.reset_prefix_cache()
-    first, again = asked.likelihood([((5, 6, 7, 8), (3, 4)), ((5, 6, 7, 8), (9,))])
-    assert first.num_computed_tokens == 6
-    assert again.num_computed_tokens == 1 + 5  # its prompt fills a block, so its first row was not there
+    first, again = asked.likelihood([((5, 6, 7), (3, 4, 8)), ((5, 6, 7), (3, 9, 8))])
+    assert first.num_computed_tokens == 5
+    assert again.num_computed_tokens == 1 + 5  # the targets' beginning fills a block: what predicts it was not there
 
 
 @pytest.mark.parametrize(("stand_in", "warns"), [(StandIn(scores_tokens=False), False), (StandIn(wrong=0.5), True)])
