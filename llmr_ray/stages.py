@@ -21,6 +21,7 @@ from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
+from llmr_ray.labeling import canaries
 from llmr_ray.labeling import stage as labeling
 from llmr_ray.mining import stage as mining
 from llmr_ray.training import reward_model
@@ -31,6 +32,7 @@ MAKES = {
     "score": "llm_scores",
     "reward": "rewards",
     "agree": "agreement",
+    "canary": "canaries",
     "label": "labels",
     "group": "groups",
     "train": "checkpoint",
@@ -107,6 +109,9 @@ class StagePlan:
             for name, other in config.evaluate.embedders.items()
             if name in config.evaluate.methods
         }
+        if canaries.label_tasks(config):
+            spec = canaries.canary_spec(config, self.llm, self.prepare)
+            self._add("canary", spec, canaries.run_canary, client=client, prepare=self.prepare)
         for number in range(1, config.rounds + 1):
             self._round = number
             miner = self._train(self._groups(miner))

@@ -50,7 +50,9 @@ def make_world(root, num_queries=3, *, task="qa", targets=("Paris", "the sea"), 
         for query in queries
         for document in corpus
     ]
+    qrels = [{"query_id": f"q{n}", "doc_id": f"d{n % 4}", "relevance": 1} for n in range(num_queries)]
+    prepared = {"queries": queries, "corpus": corpus, "qrels": qrels}
     return (
-        make_artifact(root, "prepare", {"queries": table_of("queries", queries), "corpus": table_of("corpus", corpus)}),
+        make_artifact(root, "prepare", {name: table_of(name, rows) for name, rows in prepared.items()}),
         make_artifact(root, "mine", {"candidates": table_of("candidates", candidates)}),
     )

@@ -10,8 +10,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.significance import Estimate, estimate
@@ -136,6 +139,32 @@ def relevance_quality(
         return estimate(strata, exponential=False, samples=samples, seed=seed)
 
     return Quality(precision=interval(precision), recall=interval(recall))
+
+
+def fooled_rates(canaries: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:
+    """How often the words of canaries raise their label (labeling/canaries.py), by attack and for all of them ("all").
+
+    Args:
+        canaries: attack, and of each canary the label of the plain passage and of the canary; null for none.
+        samples, seed: of the bootstrap.
+
+    Returns:
+        attack, n, num_missing (canaries that do not count, because a label is missing), fooled, ci95 and the mean of
+        both labels.
+    """
+    found = []
+    attacks = list(dict.fromkeys(canaries["attack"].to_pylist()))
+    for attack in [*attacks, "all"]:
+        of_attack = canaries if attack == "all" else canaries.filter(pc.equal(canaries["attack"], attack))
+        both = of_attack.drop_null()
+        if both.num_rows:
+            plain_N, canary_N = (both[name].to_numpy() for name in ("plain_label", "canary_label"))
+            is_fooled_N = (canary_N > plain_N).astype(np.float64)
+            fooled = estimate([is_fooled_N], exponential=False, samples=samples, seed=seed)
+            told = {"attack": attack, "n": fooled.n, "num_missing": of_attack.num_rows - both.num_rows}
+            told |= {"fooled": fooled.mean, "ci95": [fooled.low, fooled.high]}
+            found.append(told | {"plain_label": float(plain_N.mean()), "canary_label": float(canary_N.mean())})
+    return found
 
 
 def consensus(

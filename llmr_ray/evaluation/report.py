@@ -18,6 +18,7 @@ from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
+from llmr_ray.evaluation.annotators import fooled_rates
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
@@ -41,14 +42,14 @@ def write_report(
         run_dir: the run's folder.
         config: of the run.
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
-            "agreement", "labels" and "checkpoint" are shown where they exist.
+            "agreement", "canaries", "labels" and "checkpoint" are shown where they exist.
         stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
         command: repeats the run.
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model, and
-        labeling where labels are made in rounds.
+        What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model,
+        canaries where an LLM labels, and labeling where labels are made in rounds.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -75,6 +76,9 @@ def write_report(
     if "agreement" in artifacts:
         judged = artifacts["agreement"].read("agreement")
         results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    if "canaries" in artifacts:
+        told = artifacts["canaries"].read("canaries")
+        results["canaries"] = fooled_rates(told, samples=config.evaluate.bootstrap_samples, seed=config.seed)
     if "labels" in artifacts:
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
@@ -213,6 +217,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         looks=_looks(artifacts, run_dir),
         agreement=results.get("agreement"),
         judge_name=judge_name,
+        canaries=results.get("canaries", []),
         labeling=[labels_told(told) for told in results.get("labeling", [])],
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from llmr_ray.task_config import later
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveConfig:
@@ -51,3 +53,5 @@ class AdaptiveConfig:
     """So often in a round at the most, each time for the audited pairs that are still beyond the thresholds."""
     min_gain: float = 0.005
     """A round whose nDCG@10 on the calibration questions gains less, relatively, is the last."""
+    num_canaries: int = later(20)
+    """Passages of each task that try to talk the LLM into a high score; the report says how often they do. 0: none."""
