@@ -267,6 +267,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reader: LLMConfig | None = None
     """The LLM that reads what is retrieved in evaluation, where it is not the one that gave the feedback."""
+    annotators: dict[str, LLMConfig] = field(default_factory=dict)
+    """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def _check_run(config: Config) -> None:
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
             )
-    for where, llm in (("llm", config.llm), ("reader", config.reader)):
+    annotators = {f"annotators.{name}": llm for name, llm in config.annotators.items()}
+    for where, llm in {"llm": config.llm, "reader": config.reader, **annotators}.items():
         if llm is not None and llm.engine == "openai" and not (llm.endpoint and llm.endpoint_model):
             raise ConfigError(
                 f"{where}.engine=openai needs {where}.endpoint (a base URL) and {where}.endpoint_model (the name "
@@ -161,7 +163,7 @@ def _check_run(config: Config) -> None:
                 f"reward_model.model is set, but none of the tasks that train {sorted(tasks)} has LLM feedback for it "
                 "to learn from. Set score.feedback of a task, or leave reward_model.model empty."
             )
-    if config.labeling.enabled:
+    if config.labeling.enabled or config.annotators:
         _check_labeling(config)
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
@@ -180,13 +182,24 @@ def _check_labels(task: str, score: TaskScore) -> None:
 
 
 def _check_labeling(config: Config) -> None:
+    what = "labeling.enabled makes labels in rounds" if config.labeling.enabled else "annotators are LLMs that label"
     feedback = {config.tasks[dataset.task].score.feedback for dataset in config.datasets.values()} - {"none"}
     if config.datasets and feedback != {"label"}:
         raise ConfigError(
-            f"labeling.enabled makes labels in rounds, but the feedback of the tasks is {sorted(feedback)}. Set "
+            f"{what}, but the feedback of the tasks is {sorted(feedback)}. Set "
             "tasks.*.score.feedback to label, or to none where a task trains on labels of the data."
         )
-    if config.reward_model.model:
+    if odd := [name for name in config.annotators if not re.fullmatch("[a-z0-9_]+", name) or name == "llm"]:
+        raise ConfigError(
+            f"annotators have names of lower-case letters, digits and _ that become stages (score_NAME), and 'llm' is "
+            f"the first of them. Rename {odd}."
+        )
+    if config.annotators and config.labeling.enabled and config.labeling.annotator != "llm":
+        raise ConfigError(
+            f"labeling.annotator is {config.labeling.annotator}, which labels in the place of all LLMs. Leave "
+            "annotators empty, or labeling.annotator at llm."
+        )
+    if config.labeling.enabled and config.reward_model.model:
         raise ConfigError("labeling.enabled leaves no place for reward_model.model: the labels are the rewards.")
 
 

@@ -55,7 +55,14 @@ class Pipeline:
         if config.reader is not None:
             read = replace(config, llm=config.reader)
             self.reader = RayClient(read, resolved[config.reader.model], self.client.budget)
-        self.stages = StagePlan(config, resolved, self.client, self.reader, allow_restart=allow_restart).stages
+        annotators = {
+            name: (resolved[llm.model], RayClient(replace(config, llm=llm), resolved[llm.model], self.client.budget))
+            for name, llm in config.annotators.items()
+        }
+        self.scorers = {"score": self.client} | {f"score_{name}": client for name, (_, client) in annotators.items()}
+        self.stages = StagePlan(
+            config, resolved, self.client, self.reader, annotators=annotators, allow_restart=allow_restart
+        ).stages
         self.by_name = {stage.name: stage for stage in self.stages}
 
     # --- looking ahead -----------------------------------------------------------------------------------------------
@@ -69,12 +76,13 @@ class Pipeline:
         """The LLM work of scoring by task and round: exact once candidates are mined, else an upper bound."""
         result = list[TaskCost]()
         for number in range(1, self.config.rounds + 1):
-            if self._of_round("score", number).is_done:
-                continue
-            if (work := self._work(number)) is not None:
-                result += _named(planning.costs(work, self.client), number, self.config)
-            else:
-                result += _upper_costs(number, self.config)
+            for name, client in self.scorers.items():
+                if self._of_round(name, number).is_done:
+                    continue
+                if (work := self._work(number)) is not None:
+                    result += _named(planning.costs(work, client), name, number, self.config)
+                else:
+                    result += _upper_costs(name, number, self.config)
         return result
 
     def _pairs(self, number: int) -> Artifact:
@@ -147,8 +155,8 @@ class Pipeline:
                 self._record(record | {"status": status, "error": f"{type(error).__name__}: {error}"})
                 raise
             finally:
-                self.client.close()
-                self.reader.close()
+                for client in self._clients:
+                    client.close()
             self._record(record | {"status": "done", "peak_memory_gb": round(memory.peak_bytes / 2**30, 2)})
         return results
 
@@ -179,10 +187,14 @@ class Pipeline:
             style="green",
         )
 
+    @property
+    def _clients(self) -> list[RayClient]:
+        return [*self.scorers.values(), self.reader]
+
     def _make_room(self, stage: Stage) -> None:
         """Two LLMs need not fit side by side: the actors of the one that a stage does not ask end before it."""
         asked = stage.inputs.get("client")
-        for client in (self.client, self.reader):
+        for client in self._clients:
             if asked is not None and client is not asked:
                 client.close()
 
@@ -263,7 +275,9 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        costs = [cost for number in range(1, config.rounds + 1) for cost in _upper_costs(number, config)]
+        scorers = ["score", *(f"score_{name}" for name in config.annotators)]
+        rounds = range(1, config.rounds + 1)
+        costs = [cost for number in rounds for name in scorers for cost in _upper_costs(name, number, config)]
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return
@@ -275,15 +289,15 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
             pipeline.client.close()
 
 
-def _upper_costs(number: int, config: Config) -> list[TaskCost]:
-    return _named(planning.upper_costs(config, again=number > 1), number, config)
+def _upper_costs(scorer: str, number: int, config: Config) -> list[TaskCost]:
+    return _named(planning.upper_costs(config, again=number > 1), scorer, number, config)
 
 
-def _named(costs: Sequence[TaskCost], number: int, config: Config) -> list[TaskCost]:
-    """Costs of a round, which their tasks are told apart by."""
-    if config.rounds == 1:
-        return list(costs)
-    return [replace(cost, task=f"{cost.task}, round {number}") for cost in costs]
+def _named(costs: Sequence[TaskCost], scorer: str, number: int, config: Config) -> list[TaskCost]:
+    """Costs of a scoring, with what tells it from others where there are any: who scores, and the round."""
+    told = f", {scorer.removeprefix('score_')}" if scorer != "score" else ""
+    told += f", round {number}" if config.rounds > 1 else ""
+    return [replace(cost, task=cost.task + told) for cost in costs]
 
 
 def _in_words(costs: Sequence[TaskCost], *, exact: bool) -> str:
@@ -327,7 +341,7 @@ def fetch_assets(path: str, overrides: list[str]) -> None:
 
 def _asset_names(config: Config) -> list[str]:
     names = [config.embedder.model, config.llm.model, config.reward_model.model]
-    names += [config.reader.model] if config.reader else []
+    names += [llm.model for llm in (config.reader, *config.annotators.values()) if llm is not None]
     compared = config.evaluate.embedders
     names += [compared[name].model for name in config.evaluate.methods if name in compared]
     names += [dataset.path for dataset in config.datasets.values()]

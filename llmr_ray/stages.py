@@ -3,7 +3,7 @@
 Ids depend only on the configuration and on the ids of inputs, so all stages are known before any has run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
-from llmr_ray.labeling import canaries
+from llmr_ray.labeling import canaries, consensus
 from llmr_ray.labeling import stage as labeling
 from llmr_ray.mining import stage as mining
 from llmr_ray.training import reward_model
@@ -33,6 +33,7 @@ MAKES = {
     "reward": "rewards",
     "agree": "agreement",
     "canary": "canaries",
+    "consensus": "llm_scores",
     "label": "labels",
     "group": "groups",
     "train": "checkpoint",
@@ -82,6 +83,7 @@ class StagePlan:
         assets: the models and data sets it names.
         client: asks the LLM.
         reader: asks the LLM that reads in evaluation; None: the same.
+        annotators: the LLMs that label beside it, each with what asks it; their names are those of the configuration.
         allow_restart: train anew where none of the checkpoints of an unfinished training is valid.
     """
 
@@ -92,8 +94,10 @@ class StagePlan:
         client: LLMClient,
         reader: LLMClient | None = None,
         *,
+        annotators: Mapping[str, tuple[Asset, LLMClient]] | None = None,
         allow_restart: bool = False,
     ) -> None:
+        self.annotators = annotators or {}
         self.config, self.client, self.allow_restart = config, client, allow_restart
         self.base, self.llm = assets[config.embedder.model], assets[config.llm.model]
         self.reader, self.reader_model = reader or client, assets[(config.reader or config.llm).model]
@@ -145,9 +149,7 @@ class StagePlan:
         if config.labeling.enabled:
             return self._labelled(candidates, miner)
         of = {"prepare": prepare, "candidates": candidates}
-        spec = feedback.score_spec(config, self.llm, **of)
-        scores = self._add("score", spec, feedback.run_score, client=self.client, **of)
-        of = {"prepare": prepare, "llm_scores": scores}
+        of = {"prepare": prepare, "llm_scores": self._scored(feedback.run_score, of)}
         rewards = self._add("reward", feedback.reward_spec(config, **of), feedback.run_reward, **of)
         if self.teacher:
             rewards = self._taught(candidates, rewards, self.teacher)
@@ -164,13 +166,24 @@ class StagePlan:
         if config.labeling.annotator == "gold":
             scores = self._add("score", labeling.gold_spec(config, **of), labeling.run_gold, **of)
         else:
-            score = partial(feedback.run_score, table="asked")
-            spec = feedback.score_spec(config, self.llm, **of)
-            scores = self._add("score", spec, score, client=self.client, **of)
+            scores = self._scored(partial(feedback.run_score, table="asked"), of)
         of = {**round_of, "selected": selected, "llm_scores": scores}
         self._labels = self._add("label", labeling.label_spec(config, **of), labeling.run_label, **of)
         of = {"prepare": self.prepare, "candidates": selected, "rewards": self._labels}
         return self._add("group", training.group_spec(config, **of), training.run_group, **of)
+
+    def _scored(self, score: Callable[..., None], of: dict[str, Any]) -> Artifact:
+        """The LLM's scores; where several LLMs label, what enough of them say."""
+        spec = feedback.score_spec(self.config, self.llm, **of)
+        said = {"llm": self._add("score", spec, score, client=self.client, **of)}
+        for name, (llm, client) in self.annotators.items():
+            own = replace(self.config, llm=self.config.annotators[name])
+            spec = feedback.score_spec(own, llm, **of)
+            said[name] = self._add(f"score_{name}", spec, score, own, client=client, **of)
+        if len(said) == 1:
+            return said["llm"]
+        spec = consensus.consensus_spec(self.config, said)
+        return self._add("consensus", spec, consensus.run_consensus, llm_scores=said)
 
     def _taught(self, candidates: Artifact, rewards: Artifact, base: Asset) -> Artifact:
         """The rewards of a cross-encoder that learned from the LLM's."""

@@ -72,6 +72,8 @@ class TaskScore:
     (B.4) instead of one that is drawn."""
     passages_per_call: int = later(5)
     """label only: passages that the LLM is shown at once."""
+    check_evidence: bool = later(True)
+    """label only: a score above 0 loses 0.5 where its evidence is not in the passage."""
     label_votes: int = later(1)
     """label only: how often each pair is asked, in different company. Votes that differ by 1 are no label."""
     evidence_chars: int = later(60)

@@ -8,8 +8,9 @@ Legend: N items (query-document pairs), A annotators, V distinct values.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from llmr_ray.evaluation.significance import Estimate, estimate
 
 Pair = tuple[str, str]
 """query_id and doc_id."""
+
+_GOLD = "labels of the data"
 
 Annotations = Mapping[Pair, Mapping[str, float]]
 """Labels by pair and annotator."""
@@ -141,6 +144,44 @@ def relevance_quality(
     return Quality(precision=interval(precision), recall=interval(recall))
 
 
+def compared(said: pa.Table, gold: Set[Pair], *, samples: int, seed: int) -> dict[str, Any]:
+    """What the report tells of annotators: how far they agree with each other, and how well they find what is relevant.
+
+    Args:
+        said: query_id, doc_id, annotator, label (null: none).
+        gold: the pairs that the data calls relevant; empty where it calls none. Other pairs are not relevant.
+        samples, seed: of the bootstrap.
+
+    Returns:
+        pairs: of every two annotators `one`, `other`, `n`, the share of `equal` labels and `kappa` (Cohen's, linear
+        weights; None where chance alone explains everything); alpha (Krippendorff's, ordinal; None likewise, and for a
+        single annotator); quality: of each annotator precision and recall of labels from 0.5 on, with their intervals.
+    """
+    annotations: dict[Pair, dict[str, float]] = defaultdict(dict)
+    for row in said.drop_null().to_pylist():
+        annotations[row["query_id"], row["doc_id"]][row["annotator"]] = row["label"]
+    names = list(dict.fromkeys(said["annotator"].to_pylist()))
+    labels_NA = label_matrix(annotations, names)
+    pairs = []
+    for (place, one), (other_place, other) in combinations(enumerate(names), 2):
+        both_N2 = labels_NA[:, [place, other_place]]
+        both_N2 = both_N2[~np.isnan(both_N2).any(axis=1)]
+        if len(both_N2):
+            equal = float((both_N2[:, 0] == both_N2[:, 1]).mean())
+            kappa = cohen_kappa(both_N2[:, 0], both_N2[:, 1], weights="linear")
+            pairs.append({"one": one, "other": other, "n": len(both_N2), "equal": equal, "kappa": _finite(kappa)})
+    by_gold = {pair: of_pair | {_GOLD: float(pair in gold)} for pair, of_pair in annotations.items()}
+    quality = []
+    for place, name in enumerate(names):
+        if gold and not np.isnan(labels_NA[:, place]).all():
+            told = relevance_quality(by_gold, name, _GOLD, threshold=0.5, samples=samples, seed=seed)
+            figures = {"precision": told.precision, "recall": told.recall}
+            shown = {what: {"mean": one.mean, "ci95": [one.low, one.high]} for what, one in figures.items()}
+            quality.append({"annotator": name, "n": int((~np.isnan(labels_NA[:, place])).sum()), **shown})
+    alpha = _finite(krippendorff_alpha(labels_NA)) if pairs else None
+    return {"pairs": pairs, "alpha": alpha, "quality": quality}
+
+
 def fooled_rates(canaries: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:
     """How often the words of canaries raise their label (labeling/canaries.py), by attack and for all of them ("all").
 
@@ -192,6 +233,10 @@ def consensus(
     share = behind[leading] / total
     is_enough = share >= min_agreement or math.isclose(share, min_agreement)
     return Consensus(label=leading if is_enough else None, share=share, votes=dict(said))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _distances(values_V: np.ndarray, totals_V: np.ndarray, level: str) -> np.ndarray:

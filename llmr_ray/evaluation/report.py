@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as TerminalTable
@@ -18,7 +19,7 @@ from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
-from llmr_ray.evaluation.annotators import fooled_rates
+from llmr_ray.evaluation.annotators import compared, fooled_rates
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
@@ -49,7 +50,7 @@ def write_report(
 
     Returns:
         What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model,
-        canaries where an LLM labels, and labeling where labels are made in rounds.
+        annotators and canaries where LLMs label, and labeling where labels are made in rounds.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -79,6 +80,10 @@ def write_report(
     if "canaries" in artifacts:
         told = artifacts["canaries"].read("canaries")
         results["canaries"] = fooled_rates(told, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    if (said := _annotations(artifacts)) is not None:
+        qrels = prepare.read("qrels").to_pylist()
+        gold = {(row["query_id"], row["doc_id"]) for row in qrels if row["relevance"] > 0}
+        results["annotators"] = compared(said, gold, samples=config.evaluate.bootstrap_samples, seed=config.seed)
     if "labels" in artifacts:
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
@@ -149,6 +154,19 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         console.print(line)
 
 
+def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
+    """Who labelled what how in the last round: query_id, doc_id, annotator, label. None where nobody labelled."""
+    scores = artifacts.get("llm_scores")
+    if scores is None:
+        return None
+    if "annotations" in scores.require()["rows"]:
+        return scores.read("annotations")
+    labels = scores.read("llm_scores")
+    labels = labels.filter(pc.equal(labels["kind"], "label")).select(["query_id", "doc_id", "label"])
+    name = pa.array(["llm"] * labels.num_rows, pa.string())
+    return labels.append_column("annotator", name) if labels.num_rows else None
+
+
 def labels_told(told: dict[str, Any]) -> dict[str, Any]:
     """A round of labelling as a row of the report: counts of labels by who gave them, and how many of these are right.
 
@@ -217,6 +235,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         looks=_looks(artifacts, run_dir),
         agreement=results.get("agreement"),
         judge_name=judge_name,
+        annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
         labeling=[labels_told(told) for told in results.get("labeling", [])],
         histograms=_histograms(artifacts),

@@ -80,7 +80,7 @@ def label_rows(
     for document, rule in zip(job.documents, job.rules, strict=True):
         doc_id = str(document["doc_id"])
         votes = [said[doc_id, vote] for vote in range(job.settings.label_votes)] if rule is None else []
-        label = rule if rule is not None else _judged(votes, candidate_text(job.task, document), gold)
+        label = rule if rule is not None else _judged(job, votes, candidate_text(job.task, document), gold)
         if rule is not None:
             counts.skipped[rule] += 1
         elif isinstance(label, str):
@@ -161,11 +161,13 @@ def _said(call: Call, result: LLMResult) -> dict[str, Said | str]:
     return dict(zip(doc_ids, labels.parse_answer(result.texts[0], len(doc_ids)).values(), strict=True))
 
 
-def _judged(votes: Sequence[Said | str], passage: str, gold: Sequence[str]) -> Label | str:
+def _judged(job: Job, votes: Sequence[Said | str], passage: str, gold: Sequence[str]) -> Label | str:
     rejected = next((vote for vote in votes if isinstance(vote, str)), None)
     if rejected is not None:
         return rejected
-    return labels.combined([labels.checked(vote, passage, gold) for vote in votes if isinstance(vote, Said)])
+    check = job.settings.check_evidence
+    said = [vote for vote in votes if isinstance(vote, Said)]
+    return labels.combined([labels.checked(vote, passage, gold, check_evidence=check) for vote in said])
 
 
 def _reading(answers: Sequence[LLMResult]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def parse_answer(text: str, count: int) -> dict[str, Said | str]:
     return {name: _said(entries[name]) if name in entries else NO_ENTRY for name in ids}
 
 
-def checked(said: Said, passage: str, gold_answers: Sequence[str]) -> Label:
+def checked(said: Said, passage: str, gold_answers: Sequence[str], *, check_evidence: bool = True) -> Label:
     """The label that the evidence bears.
 
     A score above 0 loses 0.5 where the evidence is empty or not in the passage (its words one after the other, or 80%
@@ -155,9 +155,10 @@ def checked(said: Said, passage: str, gold_answers: Sequence[str]) -> Label:
         said: by the LLM.
         passage: whole, also where the LLM saw less of it.
         gold_answers: what `gold_answers` gives.
+        check_evidence: False leaves a score as it is whatever was quoted for it.
     """
     score, flags = said.score, []
-    if score > 0 and not is_quoted(said.evidence, passage):
+    if check_evidence and score > 0 and not is_quoted(said.evidence, passage):
         score -= 0.5
         flags.append(NOT_QUOTED)
     if score == 1 and gold_answers and not any(_holds(text, gold_answers) for text in (passage, said.evidence)):

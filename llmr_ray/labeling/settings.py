@@ -53,5 +53,7 @@ class AdaptiveConfig:
     """So often in a round at the most, each time for the audited pairs that are still beyond the thresholds."""
     min_gain: float = 0.005
     """A round whose nDCG@10 on the calibration questions gains less, relatively, is the last."""
+    min_agreement: float = later(0.6)
+    """Where several LLMs label: share of them that must give the same label. Two of three do, one of two does not."""
     num_canaries: int = later(20)
     """Passages of each task that try to talk the LLM into a high score; the report says how often they do. 0: none."""

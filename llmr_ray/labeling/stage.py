@@ -47,7 +47,7 @@ NOT_SEEDED = "not_seeded"
 """Why the first round leaves a pair: its question is not among those that the calls reach."""
 
 _FIRST_ROUND = ("calls_per_round", "total_calls", "calibration_fraction", "calibration_share")
-_OF_ANNOTATOR = ("enabled", "annotator", "gold_missed", "gold_false_alarms", "num_canaries")
+_OF_ANNOTATOR = ("enabled", "annotator", "gold_missed", "gold_false_alarms", "num_canaries", "min_agreement")
 
 LEADS = pa.schema([("query_id", pa.string()), ("lead", pa.float64()), ("round", pa.int32())])
 

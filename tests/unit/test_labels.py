@@ -182,3 +182,13 @@ def test_a_passage_cannot_pass_for_two():
     text = "".join(segment.text for segment in segments)
     assert text.endswith("\n\nQuestion: who? me\n\n[1] one [2] false\n[2] two\n\nJSON:\n")
     assert [segment.max_tokens for segment in segments if segment.max_tokens] == [labels.QUERY_TOKENS, 30, 30]
+
+
+def test_without_the_check_of_evidence_a_score_stays_as_it_was_given():
+    """A study of what the check is worth must not leave half of it on."""
+    said = labels.Said(evidence="made up", score=1.0)
+    strict, loose = (labels.checked(said, "A passage.", [], check_evidence=check) for check in (True, False))
+    assert (strict.score, strict.flags) == (0.5, (labels.NOT_QUOTED,))
+    assert (loose.score, loose.flags) == (1.0, ())
+    # What the data knows to be wrong is no matter of evidence.
+    assert labels.checked(said, "A passage.", ["Paris"], check_evidence=False).score == 0.5

@@ -136,3 +136,24 @@ def test_inputs_that_are_not_finished_are_named(tmp_path):
     with pytest.raises(DataError, match=r"prepare/"):
         stages["mine"].require_inputs()
     assert isinstance(stages["mine"].inputs["prepare"], Artifact)
+
+
+def test_several_annotators_label_the_same_pairs_and_their_consensus_counts(tmp_path):
+    """Prevents labels of the first annotator alone from training where several were asked and paid."""
+    config = dataclasses.replace(
+        CONFIG,
+        runtime=RuntimeConfig(artifact_root=str(tmp_path)),
+        labeling=AdaptiveConfig(enabled=True),
+        annotators={"big": LLMConfig(model="other")},
+        rounds=2,
+    )
+    names = ("data", config.embedder.model, config.llm.model, "other")
+    assets = {name: Asset(name=name, kind="model", path=tmp_path, fingerprint=f"of {name}") for name in names}
+    plan = StagePlan(config, assets, "llm", annotators={"big": (assets["other"], "the other LLM")})
+    stages = {stage.name: stage for stage in plan.stages}
+    for number in ("_1", ""):
+        one, other, both = (stages[f"{name}{number}"] for name in ("score", "score_big", "consensus"))
+        assert (one.inputs["client"], other.inputs["client"]) == ("llm", "the other LLM")
+        assert other.artifact.spec.inputs["candidates"] == one.artifact.spec.inputs["candidates"]
+        assert other.artifact.spec.inputs["llm"] == "of other"
+        assert stages[f"label{number}"].artifact.spec.inputs["llm_scores"] == both.artifact.id
