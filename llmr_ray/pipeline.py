@@ -55,7 +55,8 @@ class Pipeline:
         if config.reader is not None:
             read = replace(config, llm=config.reader)
             self.reader = RayClient(read, resolved[config.reader.model], self.client.budget)
-        self.stages = StagePlan(config, resolved, self.client, self.reader, allow_restart=allow_restart).stages
+        plan = StagePlan(config, resolved, self.client, self.reader, allow_restart=allow_restart)
+        self.stages, self.prepared = plan.stages, plan.prepare
         self.by_name = {stage.name: stage for stage in self.stages}
 
     # --- looking ahead -----------------------------------------------------------------------------------------------
@@ -83,9 +84,9 @@ class Pipeline:
 
     def _work(self, number: int) -> ScoreJobs | None:
         """The pairs that the LLM judges in a round, once they are known."""
-        pairs, prepare = self._pairs(number), self.by_name["prepare"].artifact
+        pairs = self._pairs(number)
         table = "asked" if self.config.labeling.enabled else "candidates"
-        return feedback.score_jobs(self.config, prepare, pairs, table) if pairs.is_done else None
+        return feedback.score_jobs(self.config, self.prepared, pairs, table) if pairs.is_done else None
 
     def _of_round(self, name: str, number: int) -> Artifact:
         return self.by_name[in_round(name, number, self.config.rounds)].artifact
@@ -190,6 +191,7 @@ class Pipeline:
         done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
         if "evaluate" not in done:
             raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
+        done["prepare"] = self.prepared
         if "labels" in done:
             done |= {"rewards": done["labels"], "candidates": done["select"]}
         stages = [
