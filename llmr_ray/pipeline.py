@@ -67,8 +67,9 @@ class Pipeline:
         return [{"stage": name, "artifact": at.artifact.id, "state": _state(at.artifact)} for name, at in stages]
 
     def costs(self) -> list[TaskCost]:
-        """The LLM work of scoring by task and round: exact once candidates are mined, else an upper bound."""
-        result = list[TaskCost]()
+        """The LLM work of writing questions, and of scoring by task and round: exact once candidates are mined, else an
+        upper bound."""
+        result = [] if self.prepared.is_done else planning.question_costs(self.config)
         for number in range(1, self.config.rounds + 1):
             if self._of_round("score", number).is_done:
                 continue
@@ -265,7 +266,8 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        costs = [cost for number in range(1, config.rounds + 1) for cost in _upper_costs(number, config)]
+        costs = planning.question_costs(config)
+        costs += [cost for number in range(1, config.rounds + 1) for cost in _upper_costs(number, config)]
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return

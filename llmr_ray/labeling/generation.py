@@ -25,9 +25,11 @@ from llmr_ray.feedback.prompts import candidate_text
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.labeling.patterns import choose_demonstrations, cluster, draw_demonstrations, mask
 from llmr_ray.labeling.questions import (
+    ANSWER_TOKENS,
     LLM_FAILED,
     NO_ROUND_TRIP,
     NOT_WRITTEN,
+    QUESTION_TOKENS,
     QUESTIONS_VERSION,
     answer_segments,
     counted,
@@ -40,9 +42,6 @@ from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 
 GENERATE_VERSION = 1
-
-QUESTION_TOKENS, ANSWER_TOKENS = 48, 16
-"""LLM tokens of a question and of an answer at the most."""
 
 GENERATED = pa.schema(
     [(name, pa.string()) for name in ("question_id", "dataset", "doc_id", "question", "answer", "reason", "error")]

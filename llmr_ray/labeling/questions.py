@@ -17,6 +17,12 @@ from llmr_ray.feedback.requests import Segment
 QUESTIONS_VERSION = 1
 """Raised whenever a prompt, or what is read of its output, changes; part of what determines generated questions."""
 
+QUESTION_TOKENS, ANSWER_TOKENS = 48, 16
+"""LLM tokens of a question and of an answer at the most."""
+
+FRAME_TOKENS = 48
+"""About the tokens of a prompt's own words."""
+
 NOT_WRITTEN, LLM_FAILED = "not_written", "llm_failed"
 NO_QUESTION_MARK, TOO_SHORT, TOO_LONG, NEEDS_PASSAGE = "no_question_mark", "too_short", "too_long", "needs_passage"
 SAME_TEXT, NEAR_TEXT, NEAR_VECTOR, NO_ROUND_TRIP = "same_text", "near_text", "near_vector", "no_round_trip"

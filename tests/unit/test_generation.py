@@ -9,9 +9,11 @@ import pytest
 
 from llmr_ray.artifacts import Artifact, seed_of
 from llmr_ray.assets import Asset
-from llmr_ray.config import BM25Config, Config, DatasetConfig, LLMConfig, RuntimeConfig, TaskConfig, TaskMine
+from llmr_ray.config import BM25Config, Config, DatasetConfig, LLMConfig, RuntimeConfig, TaskConfig, TaskMine, TaskScore
+from llmr_ray.evaluation.report import questions_told
 from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
+from llmr_ray.feedback.planning import question_costs, upper_costs
 from llmr_ray.feedback.requests import LLMResult
 from llmr_ray.feedback.store import LLMStore
 from llmr_ray.index.stage import IndexWorker, index_spec
@@ -134,6 +136,10 @@ def generated(config, prepare, client, seed=42):
     return artifact
 
 
+def reasons_of_silence(dropped):
+    return dropped["not_written"] + dropped["llm_failed"]
+
+
 def files(artifact):
     return {path.name: path.read_bytes() for path in sorted((artifact.path / "parts").glob("*"))}
 
@@ -166,6 +172,10 @@ def test_every_question_asked_for_is_kept_or_dropped_for_a_reason(tmp_path, prep
     assert (counts["rows_in"], counts["ok"]) == (2 * len(TOWNS), 3)
     assert counts["llm_tokens"] == 10 * (len(client.asked) - 1)
     assert rows["generated:main:3:0"]["error"] == "too long"
+    [shown] = questions_told(artifact.read("generated"))
+    assert (shown["documents"], shown["asked"], shown["kept"]) == (len(TOWNS), 2 * len(TOWNS), 3)
+    assert shown["dropped"] == counts["skipped"] | counts["quarantined"]
+    assert shown["asked"] - shown["written"] == reasons_of_silence(shown["dropped"])
 
     queries = {row["query_id"]: row for row in artifact.read("queries").to_pylist()}
     before = {row["query_id"]: row for row in prepare.read("queries").to_pylist()}
@@ -221,6 +231,30 @@ def test_documents_are_drawn_by_seed_and_id(tmp_path, prepare):
         generated(config_of(tmp_path), prepare, client, seed)
         seeds += [request.seed for request in client.asked if request.temperature]
     assert len(set(seeds)) == 2 * len(TOWNS)
+
+
+def test_a_plan_bounds_what_is_asked(tmp_path, prepare):
+    """Prevents calls that no plan has told of: those that write, those that answer, and labels of what is kept."""
+    config = config_of(tmp_path, per_document=3)
+    # Of other numbers, so that none repeats another.
+    says = {
+        town: [f"Who owned the mill in {1000 + 10 * n + place}?" for place in range(3)] for n, town in enumerate(TOWNS)
+    }
+    client = ScriptedClient({town: "\n".join(questions) for town, questions in says.items()})
+    generated(config, prepare, client)
+    [cost] = question_costs(config)
+    most = len(TOWNS) * (1 + 3)
+    assert len(client.asked) == most - 3, "about one document the LLM fails"
+    assert cost.pairs == most
+    assert cost.tokens > sum(request.estimated_prompt_tokens for request in client.asked)
+    sized = {"main": dataclasses.replace(config.datasets["main"], num_documents=4)}
+    [fewer] = question_costs(dataclasses.replace(config, datasets=sized))
+    assert fewer.pairs == 4 * (1 + 3)
+    labelled = dataclasses.replace(config.tasks["qa"], score=TaskScore(feedback="label"))
+    [more] = upper_costs(dataclasses.replace(config, datasets=sized, tasks={"qa": labelled}))
+    mine = labelled.mine
+    assert more.pairs == 4 * 3 * (mine.num_bm25 + mine.num_dense + 1)
+    assert question_costs(config_of(tmp_path, num_documents=0)) == []
 
 
 def test_without_training_questions_the_llm_is_asked_without_demonstrations(tmp_path, prepare):
