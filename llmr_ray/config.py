@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmr_ray.labeling.settings import AdaptiveConfig
+from llmr_ray.labeling.settings import TaskQuestions as TaskQuestions
 from llmr_ray.runtime_config import BudgetConfig as BudgetConfig
 from llmr_ray.runtime_config import RuntimeConfig as RuntimeConfig
 from llmr_ray.task_config import TaskConfig as TaskConfig
@@ -271,6 +272,12 @@ class Config:
     """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def question_tasks(config: Config) -> dict[str, TaskQuestions]:
+    """Settings of the tasks that a run's data sets use and about whose documents the LLM writes questions."""
+    used = sorted({dataset.task for dataset in config.datasets.values()})
+    return {task: config.tasks[task].questions for task in used if config.tasks[task].questions.num_documents}
 
 
 def identity(value: Any) -> Any:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskScore, TaskTrain, TrainConfig
+from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskQuestions, TaskScore, TaskTrain, TrainConfig
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -39,11 +39,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "policy": ("adaptive", "uncertainty", "random"),
     "annotator": ("llm", "gold"),
     "calibrator": ("platt", "isotonic"),
+    "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
 }
 
 LABEL_TASKS = ("qa", "convsearch", "tool")
 """Tasks whose candidates an LLM can label (score.feedback: label)."""
+
+QUESTION_TASKS = ("qa", "convsearch")
+"""Tasks about whose documents an LLM can write questions (questions.num_documents)."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -151,6 +155,7 @@ def _check_run(config: Config) -> None:
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
         _check_labels(name, task.score)
+        _check_questions(name, task.questions)
         if (task.score.same_task or task.score.same_label) and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
     if config.rounds < 1:
@@ -178,6 +183,19 @@ def _check_labels(task: str, score: TaskScore) -> None:
     if not (score.passages_per_call and score.label_votes and score.evidence_chars):
         raise ConfigError(
             f"tasks.{task}.score.passages_per_call, label_votes and evidence_chars must be at least 1 each."
+        )
+
+
+def _check_questions(task: str, questions: TaskQuestions) -> None:
+    if questions.num_documents and task not in QUESTION_TASKS:
+        raise ConfigError(
+            f"tasks.{task}.questions.num_documents is set, but only documents of {', '.join(QUESTION_TASKS)} are "
+            "passages that answer questions. Set it to 0."
+        )
+    if not (questions.per_document and questions.num_nearest and questions.num_clusters):
+        raise ConfigError(
+            f"tasks.{task}.questions.per_document, num_nearest and num_clusters must be at least 1. Without "
+            "demonstrations: num_demonstrations: 0; without questions: num_documents: 0."
         )
 
 

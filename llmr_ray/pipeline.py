@@ -60,9 +60,8 @@ class Pipeline:
             for name, llm in config.annotators.items()
         }
         self.scorers = {"score": self.client} | {f"score_{name}": client for name, (_, client) in annotators.items()}
-        self.stages = StagePlan(
-            config, resolved, self.client, self.reader, annotators=annotators, allow_restart=allow_restart
-        ).stages
+        plan = StagePlan(config, resolved, self.client, self.reader, annotators=annotators, allow_restart=allow_restart)
+        self.stages, self.prepared = plan.stages, plan.prepare
         self.by_name = {stage.name: stage for stage in self.stages}
 
     # --- looking ahead -----------------------------------------------------------------------------------------------
@@ -73,8 +72,9 @@ class Pipeline:
         return [{"stage": name, "artifact": at.artifact.id, "state": _state(at.artifact)} for name, at in stages]
 
     def costs(self) -> list[TaskCost]:
-        """The LLM work of scoring by task and round: exact once candidates are mined, else an upper bound."""
-        result = list[TaskCost]()
+        """The LLM work of writing questions, and of scoring by task and round: exact once candidates are mined, else an
+        upper bound."""
+        result = [] if self.prepared.is_done else planning.question_costs(self.config)
         for number in range(1, self.config.rounds + 1):
             for name, client in self.scorers.items():
                 if self._of_round(name, number).is_done:
@@ -91,9 +91,9 @@ class Pipeline:
 
     def _work(self, number: int) -> ScoreJobs | None:
         """The pairs that the LLM judges in a round, once they are known."""
-        pairs, prepare = self._pairs(number), self.by_name["prepare"].artifact
+        pairs = self._pairs(number)
         table = "asked" if self.config.labeling.enabled else "candidates"
-        return feedback.score_jobs(self.config, prepare, pairs, table) if pairs.is_done else None
+        return feedback.score_jobs(self.config, self.prepared, pairs, table) if pairs.is_done else None
 
     def _of_round(self, name: str, number: int) -> Artifact:
         return self.by_name[in_round(name, number, self.config.rounds)].artifact
@@ -202,6 +202,7 @@ class Pipeline:
         done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
         if "evaluate" not in done:
             raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
+        done["prepare"] = self.prepared
         if "labels" in done:
             done |= {"rewards": done["labels"], "candidates": done["select"]}
         stages = [
@@ -277,7 +278,8 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
         scorers = ["score", *(f"score_{name}" for name in config.annotators)]
         rounds = range(1, config.rounds + 1)
-        costs = [cost for number in rounds for name in scorers for cost in _upper_costs(name, number, config)]
+        costs = planning.question_costs(config)
+        costs += [cost for number in rounds for name in scorers for cost in _upper_costs(name, number, config)]
         _print_costs(console, config, costs, exact=False)
         _print_hours(console, config, costs, tokens_per_second)
         return

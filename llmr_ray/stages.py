@@ -3,7 +3,7 @@
 Ids depend only on the configuration and on the ids of inputs, so all stages are known before any has run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,19 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
-from llmr_ray.config import ComparedEmbedder, Config
+from llmr_ray.config import ComparedEmbedder, Config, question_tasks
 from llmr_ray.data import stage as data
 from llmr_ray.evaluation import agreement, look
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
-from llmr_ray.labeling import canaries, consensus
+from llmr_ray.labeling import canaries, consensus, generation
 from llmr_ray.labeling import stage as labeling
 from llmr_ray.mining import stage as mining
+from llmr_ray.modeling.encoding import encode_each
 from llmr_ray.training import reward_model
 from llmr_ray.training import stage as training
 
@@ -106,6 +109,8 @@ class StagePlan:
         self._round = 0
         self._labels: Artifact | None = None
         self.prepare = self._add("prepare", data.prepare_spec(config, assets), data.run_prepare, assets=assets)
+        if question_tasks(config):
+            self.prepare = self._generated()
         miner = self._embed_and_index("base", self.base)
         self.retrievers = {"base": miner}
         self.compared = {
@@ -130,6 +135,12 @@ class StagePlan:
         made = partial(run, config or self.config, **inputs)
         self.stages.append(Stage(name=full_name, base_name=name, artifact=artifact, inputs=inputs, run=made))
         return artifact
+
+    def _generated(self) -> Artifact:
+        """What was prepared and the questions that the LLM writes: in place of `prepare` for all that follows."""
+        spec = generation.generate_spec(self.config, llm=self.llm, base=self.base, prepare=self.prepare)
+        generate = partial(generation.run_generate, vectors=partial(_vectors, self.config, self.base))
+        return self._add("generate", spec, generate, client=self.client, prepare=self.prepare)
 
     def _embed_and_index(self, which: str, embedder: Asset, config: Config | None = None) -> _Retriever:
         """The texts' vectors by an embedder, as a configuration says (without one, as the run's does)."""
@@ -241,6 +252,15 @@ def _embedding_by(config: Config, other: ComparedEmbedder) -> Config:
         for name, task in config.tasks.items()
     }
     return replace(config, embedder=other, tasks=tasks)
+
+
+def _vectors(config: Config, base: Asset, task: str, asked: Sequence[tuple[str, list[str]]]) -> list[np.ndarray]:
+    """What `encode_each` gives, made in another process."""
+    made = cluster.background(
+        encode_each, str(base.path.resolve()), config, task, asked, num_gpus=config.runtime.encode_gpus
+    )
+    vectors: list[np.ndarray] = made.result()
+    return vectors
 
 
 def _early_look(

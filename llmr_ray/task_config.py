@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from llmr_ray.labeling.settings import TaskQuestions
+
 _Value = TypeVar("_Value")
 
 
@@ -166,6 +168,7 @@ class TaskConfig:
     """Put before a query (methods.md A.2.1)."""
     document_instruction: str = ""
     """Put before a document."""
+    questions: TaskQuestions = field(default_factory=TaskQuestions)
     mine: TaskMine = field(default_factory=TaskMine)
     mine_again: TaskMine | None = None
     """Candidates of the rounds after the first, whose miner is the last round's embedder; without it as `mine`. LLM-R

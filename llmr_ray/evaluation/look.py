@@ -26,7 +26,7 @@ from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.data.text import document_text
 from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation.metrics import retrieval_values
-from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.modeling.encoding import Encode, text_encoder
 from llmr_ray.ticking import ticking
 from llmr_ray.training import checkpoint
 
@@ -113,30 +113,10 @@ def _look_set(dataset: str, queries: pa.Table, corpus: pa.Table, relevant: dict[
 
 def measure_model(model: str, sets: Sequence[LookSet], config: Config) -> Measured:
     """`measure` with the embedder in a folder: what another process is given to do."""
-    import torch
-
-    torch.set_num_threads(config.runtime.encode_threads)
-    limits = {"query": config.embedder.max_query_tokens, "document": config.embedder.max_document_tokens}
-    embedder = Embedder(
-        model,
-        pooling=config.embedder.pooling,
-        max_query_tokens=limits["query"],
-        max_document_tokens=limits["document"],
-        precision=config.embedder.precision,
-    )
-
-    def encode(texts: list[str], task: str, side: str) -> np.ndarray:
-        return embedder.encode(
-            texts,
-            instruction=config.tasks[task].instruction(side),
-            max_tokens=limits[side],
-            batch_tokens=config.runtime.encode_batch_tokens,
-        )
-
-    return measure(sets, encode)
+    return measure(sets, text_encoder(model, config))
 
 
-def measure(sets: Sequence[LookSet], encode: Callable[[list[str], str, str], np.ndarray]) -> Measured:
+def measure(sets: Sequence[LookSet], encode: Encode) -> Measured:
     """The mean nDCG@10 of each set.
 
     Args:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,15 @@ def write_report(
         run_dir: the run's folder.
         config: of the run.
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
-            "agreement", "canaries", "labels" and "checkpoint" are shown where they exist.
+            "agreement", "canaries", "labels", "generate" and "checkpoint" are shown where they exist.
         stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
         command: repeats the run.
         commit: of the code.
 
     Returns:
         What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model,
-        annotators and canaries where LLMs label, and labeling where labels are made in rounds.
+        annotators and canaries where LLMs label, labeling where labels are made in rounds, and questions where the LLM
+        wrote some.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -86,6 +87,8 @@ def write_report(
         results["annotators"] = compared(said, gold, samples=config.evaluate.bootstrap_samples, seed=config.seed)
     if "labels" in artifacts:
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
+    if "generate" in artifacts:
+        results["questions"] = questions_told(artifacts["generate"].read("generated"))
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     queries = prepare.read("queries")
     evaluated = set(evaluate.read("metrics")["query_id"].to_pylist())
@@ -152,6 +155,10 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
+    for row in results.get("questions", []):
+        dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
+        line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "
+        console.print(f"{line}{row['written']} written, {row['kept']} kept; not kept: {dropped or 'none'}")
 
 
 def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
@@ -192,6 +199,24 @@ def labels_told(told: dict[str, Any]) -> dict[str, Any]:
         "ece": calibration.get("ece"),
         "notes": calibration.get("notes", []),
     }
+
+
+def questions_told(generated: pa.Table) -> list[dict[str, Any]]:
+    """What became of the questions about each data set's documents: counts, and of those not kept by reason."""
+    told = []
+    for dataset in sorted(set(generated["dataset"].to_pylist())):
+        rows = generated.filter(pc.equal(generated["dataset"], dataset)).to_pylist()
+        told.append(
+            {
+                "dataset": dataset,
+                "documents": len({row["doc_id"] for row in rows}),
+                "asked": len(rows),
+                "written": sum(row["question"] is not None for row in rows),
+                "kept": sum(row["reason"] is None for row in rows),
+                "dropped": dict(Counter(row["reason"] for row in rows if row["reason"] is not None).most_common()),
+            }
+        )
+    return told
 
 
 def held_out_tasks(config: Config) -> set[str]:
@@ -238,6 +263,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
         labeling=[labels_told(told) for told in results.get("labeling", [])],
+        questions=results.get("questions"),
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
         test_examples=test_examples(artifacts, result_of(config.evaluate.methods)),

@@ -3,11 +3,12 @@
 import time
 from dataclasses import dataclass, replace
 
-from llmr_ray.config import Config, TaskScore
+from llmr_ray.config import Config, TaskScore, question_tasks
 from llmr_ray.feedback import labels
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
 from llmr_ray.feedback.scoring import ask_jobs, to_pay
+from llmr_ray.labeling.questions import ANSWER_TOKENS, FRAME_TOKENS, QUESTION_TOKENS
 from llmr_ray.labeling.settings import AdaptiveConfig
 
 PROBE_PAIRS = 200
@@ -61,6 +62,7 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
     for task, settings in feedback_tasks(config).items():
         mine = config.tasks[task].mine_in(again=again)
         sizes = [dataset.num_train for dataset in config.datasets.values() if dataset.task == task]
+        sizes.append(_question_documents(config, task) * config.tasks[task].questions.per_document)
         share = equal_share(sizes, settings.max_queries)
         queries = sum(min(size, share) for size in sizes)
         # One more than mined: the gold document.
@@ -74,6 +76,30 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
             tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
     return _within_calls(result, config.labeling) if config.labeling.enabled else result
+
+
+def question_costs(config: Config) -> list[TaskCost]:
+    """Of generated questions by task, an upper bound: all are written at full length, and the LLM answers each.
+
+    A pair is a call here: one for a document, and one for each of its questions.
+    """
+    result = []
+    for task, settings in question_tasks(config).items():
+        documents = _question_documents(config, task)
+        questions = documents * settings.per_document
+        passage = config.llm.max_candidate_tokens + FRAME_TOKENS
+        shown = settings.num_demonstrations * (settings.demonstration_tokens + _QUERY_TOKENS)
+        tokens = documents * (passage + shown) + questions * (2 * QUESTION_TOKENS + passage + ANSWER_TOKENS)
+        calls = documents + questions
+        result.append(TaskCost(task=task, feedback="questions", pairs=calls, missing=calls, tokens=tokens))
+    return result
+
+
+def _question_documents(config: Config, task: str) -> int:
+    """Documents about which questions are written, if all data sets have so many."""
+    number = config.tasks[task].questions.num_documents
+    of_task = [dataset for dataset in config.datasets.values() if dataset.task == task]
+    return sum(min(number, dataset.num_documents or number) for dataset in of_task)
 
 
 def _within_calls(found: list[TaskCost], labeling: AdaptiveConfig) -> list[TaskCost]:

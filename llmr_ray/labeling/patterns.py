@@ -8,7 +8,8 @@ Legend: N questions, M documents, D dimensions, K clusters.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,7 @@ def choose_demonstrations(
     question_ids: Sequence[str],
     question_ND: np.ndarray,
     cluster_N: np.ndarray,
-    passages: Sequence[str | None],
+    passages: Sequence[Collection[str]],
     *,
     seed: int,
     nearest: int = 50,
@@ -109,22 +110,47 @@ def choose_demonstrations(
         question_ids: N ids.
         question_ND: unit vectors of the questions (not of their patterns), by the same embedder.
         cluster_N: of `cluster`.
-        passages: the id of the document that each question is about, where it is known.
+        passages: the ids of the documents that each question is about, as far as they are known.
         seed: of the run.
         nearest, number: see above.
     """
-    rows, used, num_own = [], Counter[int](), Counter(passages)
+    chosen, used, num_own = {}, Counter[int](), Counter(chain.from_iterable(passages))
     for document in sorted(range(len(doc_ids)), key=lambda place: doc_ids[place]):
         doc_id = doc_ids[document]
         similarity_N = question_ND @ document_MD[document]
         order = np.argsort(-similarity_N, kind="stable")[: nearest + num_own[doc_id]]
         best: dict[int, int] = {}
-        for row in [row for row in order if passages[row] != doc_id][:nearest]:
+        for row in [row for row in order if doc_id not in passages[row]][:nearest]:
             best.setdefault(int(cluster_N[row]), int(row))
         clusters = sorted(best, key=lambda name: (used[name], name))[:number]
         used.update(clusters)
         shuffled = np.random.default_rng(seed_of(seed, "demonstrations", doc_id)).permutation(clusters)
-        for place, name in enumerate(shuffled):
-            rows.append({"doc_id": doc_id, "question_id": question_ids[best[int(name)]], "place": place})
+        chosen[doc_id] = [question_ids[best[int(name)]] for name in shuffled]
+    return _demonstrations(chosen)
+
+
+def draw_demonstrations(
+    doc_ids: Sequence[str],
+    question_ids: Sequence[str],
+    passages: Sequence[Collection[str]],
+    *,
+    seed: int,
+    number: int = 5,
+) -> pa.Table:
+    """As `choose_demonstrations`, but drawn for each document by its id: what choosing is compared with."""
+    chosen, num_own = {}, Counter(chain.from_iterable(passages))
+    for doc_id in sorted(doc_ids):
+        order = np.random.default_rng(seed_of(seed, "drawn_demonstrations", doc_id)).permutation(len(question_ids))
+        others = [row for row in order[: number + num_own[doc_id]] if doc_id not in passages[row]]
+        chosen[doc_id] = [question_ids[row] for row in others[:number]]
+    return _demonstrations(chosen)
+
+
+def _demonstrations(chosen: Mapping[str, Sequence[str]]) -> pa.Table:
+    rows = [
+        {"doc_id": doc_id, "question_id": question_id, "place": place}
+        for doc_id, question_ids in chosen.items()
+        for place, question_id in enumerate(question_ids)
+    ]
     schema = pa.schema([("doc_id", pa.string()), ("question_id", pa.string()), ("place", pa.int32())])
     return pa.Table.from_pylist(rows, schema=schema)

@@ -12,12 +12,18 @@ from scipy import sparse
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from llmr_ray.evaluation.answers import normalize
+from llmr_ray.feedback.requests import Segment
 
 QUESTIONS_VERSION = 1
 """Raised whenever a prompt, or what is read of its output, changes; part of what determines generated questions."""
 
-TEMPERATURE = 0.7
+QUESTION_TOKENS, ANSWER_TOKENS = 48, 16
+"""LLM tokens of a question and of an answer at the most."""
 
+FRAME_TOKENS = 48
+"""About the tokens of a prompt's own words."""
+
+NOT_WRITTEN, LLM_FAILED = "not_written", "llm_failed"
 NO_QUESTION_MARK, TOO_SHORT, TOO_LONG, NEEDS_PASSAGE = "no_question_mark", "too_short", "too_long", "needs_passage"
 SAME_TEXT, NEAR_TEXT, NEAR_VECTOR, NO_ROUND_TRIP = "same_text", "near_text", "near_vector", "no_round_trip"
 """Why a question is not kept."""
@@ -34,22 +40,41 @@ _BLOCK = 256
 """Questions whose similarities to all others are in memory at a time."""
 
 
-def generation_prompt(passage: str, demonstrations: Sequence[tuple[str, str]], *, number: int = 2) -> str:
+def generation_segments(
+    passage: str,
+    demonstrations: Sequence[tuple[str, str]],
+    *,
+    number: int = 2,
+    passage_tokens: int = 0,
+    demonstration_tokens: int = 0,
+) -> tuple[Segment, ...]:
     """The prompt by which an LLM writes questions about a passage; it goes on from "Question:".
 
-    Demonstrations and the passage have the same form, which a small model copies more surely than it obeys.
+    Demonstrations and the passage have the same form, which a small model copies more surely than it obeys. Passages of
+    demonstrations are cut before the passage itself.
 
     Args:
         passage: as the LLM is to read it.
         demonstrations: (passage, question), of `patterns.choose_demonstrations`.
         number: of questions.
+        passage_tokens: the passage is cut to so many LLM tokens. 0: no limit.
+        demonstration_tokens: the same for the passage of each demonstration.
     """
     asked = (
         f"Write {number} factual questions that can be answered using only the passage. Each must be understandable "
         "without seeing the passage and have a short answer in it. One per line."
     )
-    shown = [f"Passage: {text.strip()}\nQuestion: {question.strip()}" for text, question in demonstrations]
-    return "\n\n".join([asked, *shown, f"Passage: {passage.strip()}\nQuestion:"])
+    segments = [Segment(text=asked)]
+    for text, question in demonstrations:
+        segments.append(Segment(text="\n\nPassage: "))
+        segments.append(Segment(text=text.strip(), trim_order=1, max_tokens=demonstration_tokens))
+        segments.append(Segment(text=f"\nQuestion: {question.strip()}"))
+    return (
+        *segments,
+        Segment(text="\n\nPassage: "),
+        Segment(text=passage.strip(), trim_order=2, max_tokens=passage_tokens),
+        Segment(text="\nQuestion:"),
+    )
 
 
 def read_questions(output: str, *, number: int = 2) -> list[str]:
@@ -58,9 +83,13 @@ def read_questions(output: str, *, number: int = 2) -> list[str]:
     return [line for line in lines if line][:number]
 
 
-def answer_prompt(passage: str, question: str) -> str:
+def answer_segments(passage: str, question: str, *, passage_tokens: int = 0) -> tuple[Segment, ...]:
     """The prompt by which the LLM answers from the passage alone, for `is_answered`."""
-    return f"Passage: {passage.strip()}\n\nAnswer with a few words of the passage.\nQuestion: {question}\nAnswer:"
+    return (
+        Segment(text="Passage: "),
+        Segment(text=passage.strip(), trim_order=1, max_tokens=passage_tokens),
+        Segment(text=f"\n\nAnswer with a few words of the passage.\nQuestion: {question}\nAnswer:"),
+    )
 
 
 def form_reason(question: str, *, fewest_words: int = 4, most_words: int = 40) -> str | None:

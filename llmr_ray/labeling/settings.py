@@ -1,8 +1,34 @@
-"""Settings of adaptive self-training (methods.md C.4). Plain values: importing them imports nothing else."""
+"""Settings of ARL2: generated questions and adaptive self-training (methods.md C.1, C.4).
+
+Plain values: importing them imports nothing else.
+"""
 
 from dataclasses import dataclass
 
 from llmr_ray.task_config import later
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskQuestions:
+    """Training questions that the LLM writes about passages of one task (methods.md C.1.1 to C.1.3)."""
+
+    num_documents: int = 0
+    """Documents of each data set of the task about which questions are written, the lowest by a hash of seed and id.
+    0: no questions are written. Of pools that belong to one dialogue or text none is taken."""
+    per_document: int = 2
+    """Questions that are asked for about each."""
+    temperature: float = 0.7
+    """At which they are written; each document has a seed of its own."""
+    demonstrations: str = "clustered"
+    """clustered (training questions near to the document, each of another cluster of question patterns), or drawn."""
+    num_demonstrations: int = 5
+    """Training questions with their passage that the LLM is shown at the most."""
+    num_nearest: int = 50
+    """clustered: they are chosen from so many questions nearest to the document."""
+    num_clusters: int = 10
+    """clustered: of question patterns."""
+    demonstration_tokens: int = 96
+    """The passage of a demonstration is cut to so many LLM tokens; the one asked about to llm.max_candidate_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,11 +157,11 @@ class MineWorker:
         candidates, exclusions = [], []
         for query, offered, (start, end) in zip(queries, found, self.scopes_Q2[first:].tolist(), strict=False):
             query_id = query["query_id"]
-            gold = self.gold_rows.get(query_id, []) if self.tasks[query["task"]].with_gold else []
+            gold = self.gold_rows.get(query_id, []) if self._takes_gold(query) else []
             in_range = [row for row in gold if start <= row < end]
             chosen, excluded = union(
                 gold_rows=in_range,
-                self_row=self._self_row(query),
+                self_row=self.row_of.get(_meta(query).get("self_doc_id")),
                 query=query["query"],
                 found=offered,
                 key_of=self.text_key,
@@ -235,10 +235,15 @@ class MineWorker:
                 found[member].append(draw_random(start, end, settings.num_random, self.seed, query_id))
         return found
 
-    def _self_row(self, query: dict[str, Any]) -> int | None:
-        """The row of the document made from the query's own example (meta key "self_doc_id"), if it has one."""
-        doc_id = json.loads(query["meta"]).get("self_doc_id") if query["meta"] else None
-        return None if doc_id is None else self.row_of.get(doc_id)
+    def _takes_gold(self, query: dict[str, Any]) -> bool:
+        """Whether relevant documents are candidates though not found: as the task says, and for generated questions,
+        whose only one is the passage that they were written about (ARL2, methods.md C.1.4)."""
+        return self.tasks[query["task"]].with_gold or "source_doc_id" in _meta(query)
+
+
+def _meta(query: dict[str, Any]) -> dict[str, Any]:
+    """What else is known of a query; "self_doc_id" is the document made from its own example, if it has one."""
+    return json.loads(query["meta"]) if query["meta"] else {}
 
 
 def _given_rows(given: pa.Table, row_of: dict[str, int]) -> dict[str, tuple[list[int], list[float]]]:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, TaskConfig, identity
+from llmr_ray.config import Config, TaskConfig, identity, question_tasks
 from llmr_ray.errors import ConfigError
 from llmr_ray.precision import resolve_precision
 from llmr_ray.training import running
@@ -30,12 +30,13 @@ STEPS_SCHEMA = pa.schema([*running.STEP_FIELDS, ("num_false_negatives", pa.int64
 
 
 def training_tasks(config: Config) -> dict[str, TaskConfig]:
-    """The tasks of the data sets that train.
+    """The tasks of the data sets that have training queries, given or generated.
 
     Raises:
         ConfigError: a task has no loss, or asks for rewards without feedback that would make them.
     """
-    names = sorted({dataset.task for dataset in config.datasets.values() if dataset.num_train})
+    given = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
+    names = sorted(given | question_tasks(config).keys())
     for name in names:
         task = config.tasks[name]
         if not task.train.has_loss:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llmr_ray.labeling.patterns import choose_demonstrations, cluster, mask
+from llmr_ray.labeling.patterns import choose_demonstrations, cluster, draw_demonstrations, mask
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def unit(rng, *shape):
 def world(num_documents=40, num_questions=120, seed=0):
     rng = np.random.default_rng(seed)
     doc_ids = [f"d{n:02d}" for n in rng.permutation(num_documents)]
-    passages = [doc_ids[n] if n < num_documents else None for n in rng.integers(0, 2 * num_documents, num_questions)]
+    about = rng.integers(0, 2 * num_documents, (num_questions, 2))
     return {
         "doc_ids": doc_ids,
         "document_MD": unit(rng, num_documents, 6),
         "question_ids": [f"q{n}" for n in range(num_questions)],
         "question_ND": unit(rng, num_questions, 6),
         "cluster_N": rng.integers(0, 9, num_questions),
-        "passages": passages,
+        "passages": [{doc_ids[n] for n in pair if n < num_documents} for pair in about],
     }
 
 
@@ -78,7 +78,7 @@ def naive(doc_ids, document_MD, question_ids, question_ND, cluster_N, passages, 
     used, chosen = Counter(), {}
     for doc_id in sorted(doc_ids):
         vector = document_MD[doc_ids.index(doc_id)]
-        others = [n for n in range(len(question_ids)) if passages[n] != doc_id]
+        others = [n for n in range(len(question_ids)) if doc_id not in passages[n]]
         near = sorted(others, key=lambda n: -float(question_ND[n] @ vector))[:nearest]
         best = {}
         for n in near:
@@ -125,3 +125,21 @@ def test_demonstrations_are_shuffled_for_each_document():
     clusters = dict(zip(given["question_ids"], given["cluster_N"], strict=True))
     first = Counter(int(clusters[row["question_id"]]) for row in tables[0] if row["place"] == 0)
     assert len(first) > 3
+
+
+def test_drawn_demonstrations_are_never_the_document_s_own():
+    """Prevents a comparison with choosing that is spoiled by copies; each document is drawn for by itself."""
+    given = {name: value for name, value in world().items() if name in ("doc_ids", "question_ids", "passages")}
+    about = dict(zip(given["question_ids"], given["passages"], strict=True))
+    rows = draw_demonstrations(**given, seed=1).to_pylist()
+    drawn = {}
+    for row in rows:
+        assert row["doc_id"] not in about[row["question_id"]]
+        drawn.setdefault(row["doc_id"], []).append(row["question_id"])
+    assert {len(set(ids)) for ids in drawn.values()} == {5}
+    assert len({tuple(ids) for ids in drawn.values()}) == len(given["doc_ids"])
+    some = draw_demonstrations(**given | {"doc_ids": given["doc_ids"][:9]}, seed=1).to_pylist()
+    assert some == [row for row in rows if row["doc_id"] in given["doc_ids"][:9]]
+    assert draw_demonstrations(**given, seed=2).to_pylist() != rows
+    few = given | {"question_ids": ["q0"], "passages": [{given["doc_ids"][0]}]}
+    assert {row["doc_id"] for row in draw_demonstrations(**few, seed=1).to_pylist()} == set(given["doc_ids"][1:])

@@ -7,25 +7,42 @@ import numpy as np
 import pytest
 
 from llmr_ray.labeling.questions import (
-    answer_prompt,
+    answer_segments,
     counted,
     form_reason,
-    generation_prompt,
+    generation_segments,
     is_answered,
     read_questions,
     reject_reasons,
 )
 
 
+def text_of(segments):
+    return "".join(segment.text for segment in segments)
+
+
 def test_the_prompt_is_one_form_repeated():
     """Prevents a small model from having to guess where a question begins; the passage comes last."""
-    prompt = generation_prompt(" Dune is a novel. ", [("Emma is a novel.", "Who wrote Emma?")])
-    assert prompt.endswith(
+    segments = generation_segments(" Dune is a novel. ", [("Emma is a novel.", "Who wrote Emma?")])
+    assert text_of(segments).endswith(
         "\n\nPassage: Emma is a novel.\nQuestion: Who wrote Emma?\n\nPassage: Dune is a novel.\nQuestion:"
     )
-    assert prompt.startswith("Write 2 factual questions that can be answered using only the passage.")
-    assert "Write 3 factual" in generation_prompt("x", [], number=3)
-    assert answer_prompt("Dune is a novel.", "What is Dune?").endswith("Question: What is Dune?\nAnswer:")
+    assert text_of(segments).startswith("Write 2 factual questions that can be answered using only the passage.")
+    assert "Write 3 factual" in text_of(generation_segments("x", [], number=3))
+    answer = text_of(answer_segments("Dune is a novel.", "What is Dune?"))
+    assert answer.endswith("Question: What is Dune?\nAnswer:")
+
+
+def test_demonstrations_are_cut_before_the_passage():
+    """Prevents a long prompt from losing what it asks about, or a question."""
+    shown = [("first passage", "First question?"), ("second passage", "Second question?")]
+    segments = generation_segments("the passage", shown, passage_tokens=9, demonstration_tokens=4)
+    cut = [
+        (part.text, part.max_tokens) for part in sorted(segments, key=lambda part: part.trim_order) if part.trim_order
+    ]
+    assert cut == [("first passage", 4), ("second passage", 4), ("the passage", 9)]
+    [passage] = [part for part in answer_segments("the passage", "Which?", passage_tokens=9) if part.trim_order]
+    assert (passage.text, passage.max_tokens) == ("the passage", 9)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import evaluation_world as world
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -16,7 +17,9 @@ from llmr_ray.errors import DataError
 from llmr_ray.evaluation.report import print_table, write_report
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.tables import effect, in_order, p_text, result_of, tables
+from llmr_ray.labeling.generation import GENERATED
 from llmr_ray.schemas import table_of
+from tests.feedback_world import make_artifact
 
 
 def metrics_of(values, dataset="d", measure="nDCG@5", scenario="tools"):
@@ -259,6 +262,26 @@ def test_report_of_training_rounds_compares_the_last_one(run, tmp_path, monkeypa
 def test_rounds_are_in_the_order_of_their_numbers(methods, order, result):
     """As words, round 10 comes before round 2, and the last round would be the ninth."""
     assert (in_order(methods), result_of(methods)) == (order, result)
+
+
+def test_the_page_tells_what_became_of_generated_questions(run, tmp_path):
+    """Questions that are dropped without a word make a generator look better than it is."""
+    config, artifacts, stages, _ = run
+    fates = [("d1", "who?", None), ("d1", None, "not_written"), ("d2", "what", "no_question_mark"), ("d2", "a", None)]
+    rows = [{"dataset": "hotpot", "doc_id": doc, "question": text, "reason": reason} for doc, text, reason in fates]
+    table = pa.Table.from_pylist(rows, schema=GENERATED)
+    folder = tmp_path / "run"
+    made = {"generate": make_artifact(tmp_path, "generate", {"generated": table})}
+    results = write((config, artifacts | made, stages, folder))
+    dropped = {"not_written": 1, "no_question_mark": 1}
+    told = {"dataset": "hotpot", "documents": 2, "asked": 4, "written": 3, "kept": 2, "dropped": dropped}
+    assert results["questions"] == [told]
+    text = (folder / "report.html").read_text()
+    assert "Questions that the language model wrote" in text
+    assert "no_question_mark: 1" in text
+    console = Console(file=io.StringIO(), width=200)
+    print_table(results, console)
+    assert "3 written, 2 kept; not kept: 1 not_written, 1 no_question_mark" in console.file.getvalue()
 
 
 def test_unfinished_evaluation_is_no_report(run):

@@ -1,6 +1,7 @@
 """Which stages a configuration has: rounds that build on each other, and what each stage is given."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -20,7 +21,7 @@ from llmr_ray.config import (
     TaskTrain,
 )
 from llmr_ray.errors import DataError
-from llmr_ray.labeling.settings import AdaptiveConfig
+from llmr_ray.labeling.settings import AdaptiveConfig, TaskQuestions
 from llmr_ray.stages import StagePlan
 
 CONFIG = Config(
@@ -157,3 +158,42 @@ def test_several_annotators_label_the_same_pairs_and_their_consensus_counts(tmp_
         assert other.artifact.spec.inputs["candidates"] == one.artifact.spec.inputs["candidates"]
         assert other.artifact.spec.inputs["llm"] == "of other"
         assert stages[f"label{number}"].artifact.spec.inputs["llm_scores"] == both.artifact.id
+
+
+QA = {
+    "datasets": {"hotpotqa": DatasetConfig(task="qa", source="hotpotqa", path="data", num_train=4)},
+    "labeling": AdaptiveConfig(enabled=True),
+    "rounds": 2,
+}
+
+
+def asking(**questions):
+    task = TaskConfig(score=TaskScore(feedback="label"), train=TaskTrain(positive="teacher", listwise_weight=1.0))
+    return {"tasks": {"qa": dataclasses.replace(task, questions=TaskQuestions(**questions))}}
+
+
+def test_without_generated_questions_every_artifact_is_what_it_was(tmp_path):
+    """Prevents paid labels from being asked for again because questions can be generated now."""
+    without, off = plan(tmp_path, **QA, **asking()), plan(tmp_path, **QA, **asking(temperature=0.1, num_clusters=3))
+    assert "generate" not in without
+    assert {name: stage.artifact.id for name, stage in off.items()} == {
+        name: stage.artifact.id for name, stage in without.items()
+    }
+    assert without["mine_1"].artifact.spec.inputs["prepare"] == without["prepare"].artifact.id
+    for name, stage in without.items():
+        assert "questions" not in json.dumps(stage.artifact.spec.identity), name
+
+
+def test_generated_questions_take_the_place_of_what_was_prepared(tmp_path):
+    """Prevents a stage that reads only the given questions, and data that is prepared again for other questions."""
+    stages = plan(tmp_path, **QA, **asking(num_documents=5))
+    assert list(stages)[:3] == ["prepare", "generate", "embed_base"]
+    assert stages["generate"].inputs["client"] == "llm"
+    generate = stages["generate"].artifact
+    read = {name: stage.artifact.spec.inputs.get("prepare") for name, stage in stages.items()}
+    assert read.pop("generate") == stages["prepare"].artifact.id
+    assert set(read.values()) == {generate.id, None}
+    assert {name for name, read_by in read.items() if read_by is None} >= {"prepare", "index_base", "train"}
+    assert read["mine"] == read["label"] == read["embed_trained"] == read["evaluate"] == generate.id
+    other = plan(tmp_path, **QA, **asking(num_documents=5, demonstrations="drawn"))
+    assert [name for name in stages if stages[name].artifact.id == other[name].artifact.id] == ["prepare"]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,8 @@ FORBIDDEN = (
 def test_nothing_runs_code_from_data(path: Path) -> None:
     """Pickle, remote code, eval and shells built from data turn a data file into a program."""
     assert not re.search(FORBIDDEN, path.read_text())
+
+
+def test_no_job_hides_a_standard_module() -> None:
+    """A script's folder comes first on the path: beside jobs/select.py, `import select` loads that."""
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} & sys.stdlib_module_names == set()

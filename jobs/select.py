@@ -1,6 +1,0 @@
-"""Which pairs a round of labelling asks the LLM about: python jobs/select.py CONFIG [key=value ...]."""
-
-from llmr_ray.cli import run_stage
-
-if __name__ == "__main__":
-    run_stage("select")
