@@ -10,6 +10,7 @@ from typing import Any
 
 from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.labeling.settings import TaskQuestions as TaskQuestions
+from llmr_ray.later import later
 from llmr_ray.runtime_config import BudgetConfig as BudgetConfig
 from llmr_ray.runtime_config import RuntimeConfig as RuntimeConfig
 from llmr_ray.task_config import TaskConfig as TaskConfig
@@ -17,7 +18,6 @@ from llmr_ray.task_config import TaskGroup as TaskGroup
 from llmr_ray.task_config import TaskMine as TaskMine
 from llmr_ray.task_config import TaskScore as TaskScore
 from llmr_ray.task_config import TaskTrain as TaskTrain
-from llmr_ray.task_config import later as later
 
 
 @dataclass(frozen=True, kw_only=True)

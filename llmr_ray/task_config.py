@@ -1,16 +1,9 @@
 """What each stage does with a task: settings of which every task has its own."""
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from llmr_ray.labeling.settings import TaskQuestions
-
-_Value = TypeVar("_Value")
-
-
-def later(default: _Value) -> _Value:
-    """A field that came after artifacts had been made: at its default it is no part of an id, which stays as it was."""
-    return field(default=default, metadata={"later": True})
+from llmr_ray.later import later
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Plain values: importing them imports nothing else.
 
 from dataclasses import dataclass
 
-from llmr_ray.task_config import later
+from llmr_ray.later import later
 
 
 @dataclass(frozen=True, kw_only=True)
