@@ -16,7 +16,7 @@ from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
 from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
-from llmr_ray.evaluation import plots
+from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.results import result_rows
@@ -47,8 +47,8 @@ def write_report(
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model, and
-        labeling where labels are made in rounds.
+        What results.json holds: rows, stages, command, commit, seed, reading where the LLM does not simply read all
+        passages, agreement where there is a reward model, and labeling where labels are made in rounds.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -63,6 +63,7 @@ def write_report(
         seed=config.seed,
         artifacts={method: _rests_on(evaluate, method) for method in config.evaluate.methods},
         held_out=held_out_tasks(config),
+        reading=config.evaluate.reading,
     )
     results = {
         "name": config.name,
@@ -72,6 +73,9 @@ def write_report(
         "rows": rows,
         "stages": stages,
     }
+    if config.evaluate.reading != "passages":
+        passages = reading.summary(evaluate.read("reading"))
+        results["reading"] = {"how": config.evaluate.reading, "passages": passages}
     if "agreement" in artifacts:
         judged = artifacts["agreement"].read("agreement")
         results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
@@ -136,6 +140,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     # Job logs and narrow terminals would cut figures off; a line that the terminal wraps loses none.
     view.width = console.measure(view, options=console.options.update(max_width=TABLE_WIDTH)).maximum
     console.print(view, crop=False)
+    if told := results.get("reading"):
+        retrieved, dropped = (sum(row[what] for row in told["passages"]) for what in ("passages", "dropped"))
+        console.print(f"questions were answered by reading: {told['how']}; {dropped} of {retrieved} passages not read")
     for row in results.get("agreement", []):
         low, high = row["ci95"]
         line = f"{judge_name(row['judge'])}: agrees with the LLM on held-out queries, tau {row['mean']:.3f} "
@@ -213,6 +220,8 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         looks=_looks(artifacts, run_dir),
         agreement=results.get("agreement"),
         judge_name=judge_name,
+        reading=results.get("reading"),
+        score_floor=config.evaluate.score_floor,
         labeling=[labels_told(told) for told in results.get("labeling", [])],
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
