@@ -224,6 +224,12 @@ class EvaluateConfig:
     qa_passage_tokens: int = 96
     """A passage is cut to this many LLM tokens in the reader's prompt."""
     qa_max_new_tokens: int = 16
+    reading: str = later("passages")
+    """qa, how the LLM reads what is retrieved: passages (all before the question, best first), evidence (it labels them
+    first; those below score_floor go, the rest stand under its quotes, best last), or vote (one by one; the answers
+    are voted by retrieval score) (methods.md C.5)."""
+    score_floor: float = later(0.5)
+    """evidence only: passages that the LLM labels lower are not read, except the first where all would go."""
     icl_demonstrations: int = 4
     """Published: 8."""
     icl_demonstration_tokens: int = 96

@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrator": ("platt", "isotonic"),
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
+    "reading": ("passages", "evidence", "vote"),
 }
 
 LABEL_TASKS = ("qa", "convsearch", "tool")
@@ -170,6 +171,7 @@ def _check_run(config: Config) -> None:
             )
     if config.labeling.enabled or config.annotators:
         _check_labeling(config)
+    _check_reading(config)
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
 
@@ -219,6 +221,22 @@ def _check_labeling(config: Config) -> None:
         )
     if config.labeling.enabled and config.reward_model.model:
         raise ConfigError("labeling.enabled leaves no place for reward_model.model: the labels are the rewards.")
+
+
+def _check_reading(config: Config) -> None:
+    evaluate = config.evaluate
+    if evaluate.score_floor > 1:
+        raise ConfigError(f"evaluate.score_floor is {evaluate.score_floor}, but no passage is labelled above 1.")
+    answered = {name for name, count in evaluate.num_llm_queries.items() if count and name in config.datasets}
+    if evaluate.reading != "passages" and "qa" not in {config.datasets[name].task for name in answered}:
+        raise ConfigError(
+            f"evaluate.reading is '{evaluate.reading}', but there is no question whose answer would change: the LLM "
+            "answers none of the task qa. Set evaluate.num_llm_queries for one of its data sets."
+        )
+    if evaluate.reading == "vote" and not config.train.temperature:
+        raise ConfigError(
+            "evaluate.reading is 'vote', which divides retrieval scores by train.temperature, but it is 0."
+        )
 
 
 def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None:

@@ -35,16 +35,44 @@ def request(
         passage_tokens: a passage is cut to this many tokens in any case.
         max_new_tokens: of the answer.
     """
-    shown = "".join(f"Question: {question}\n\nAnswer: {answer}\n\n" for question, answer in DEMONSTRATIONS)
-    segments = [Segment(text=shown)]
+    known = []
     for rank, passage in enumerate(passages):
-        segments += [
+        known += [
             Segment(text="\n" if rank else "Knowledge: "),
             Segment(text=candidate_text("qa", passage), trim_order=len(passages) - rank, max_tokens=passage_tokens),
         ]
-    if passages:
+    return _request(request_id, query, known, max_new_tokens)
+
+
+def request_with_evidence(
+    request_id: str, query: Row, passages: Sequence[tuple[Row, str]], *, passage_tokens: int, max_new_tokens: int
+) -> LLMRequest:
+    """As `request`, but the best passage stands last, and each below what is quoted from it (methods.md C.5):
+    ``Knowledge: Evidence: e2⏎p2⏎Evidence: e1⏎p1``.
+
+    Args:
+        request_id, query, passage_tokens, max_new_tokens: as in `request`.
+        passages: with their evidence, best first; one without evidence stands alone. Passages are cut before evidence.
+    """
+    known: list[Segment] = []
+    for rank, (passage, evidence) in reversed([*enumerate(passages)]):
+        known.append(Segment(text="\n" if known else "Knowledge: "))
+        if evidence:
+            quote = Segment(text=" ".join(evidence.split()), trim_order=2 * len(passages) - rank)
+            known += [Segment(text="Evidence: "), quote, Segment(text="\n")]
+        known.append(
+            Segment(text=candidate_text("qa", passage), trim_order=len(passages) - rank, max_tokens=passage_tokens)
+        )
+    return _request(request_id, query, known, max_new_tokens)
+
+
+def _request(request_id: str, query: Row, known: Sequence[Segment], max_new_tokens: int) -> LLMRequest:
+    """Demonstrations, knowledge, question; the question is cut last."""
+    shown = "".join(f"Question: {question}\n\nAnswer: {answer}\n\n" for question, answer in DEMONSTRATIONS)
+    segments = [Segment(text=shown), *known]
+    if known:
         segments.append(Segment(text="\n\n"))
-    segments += behind(len(passages), feedback_segments("qa", query, None))
+    segments += behind(max(part.trim_order for part in segments), feedback_segments("qa", query, None))
     return LLMRequest(
         request_id=request_id,
         unit=query["query_id"],

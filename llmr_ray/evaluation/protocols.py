@@ -74,12 +74,18 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One question to the LLM: a query under a retrieval method."""
+    """One question to the LLM: a query under a retrieval method.
+
+    documents, scores: retrieved for it, best first, and how the retrieval scored them.
+    requests: one, or one for each document where their answers are put to the vote. weights: of these answers.
+    """
 
     method: str
     query: Row
-    doc_ids: tuple[str, ...]
-    request: LLMRequest
+    documents: tuple[Row, ...]
+    scores: tuple[float, ...]
+    requests: tuple[LLMRequest, ...]
+    weights: tuple[float, ...] = ()
 
 
 def applies(method: str, task: str) -> bool:
@@ -109,11 +115,11 @@ def asks(
         for method in methods:
             if not applies(method, query["task"]):
                 continue
-            ranking = [] if method == "none" else rankings[method][query["query_id"]]
-            doc_ids = tuple(doc_id for doc_id, _ in ranking[: protocol.num_documents])
-            request_id = f"evaluate/{method}/{query['query_id']}"
-            request = protocol.request(request_id, query, [documents[doc_id] for doc_id in doc_ids])
-            result.append(Ask(method=method, query=query, doc_ids=doc_ids, request=request))
+            ranking = [] if method == "none" else rankings[method][query["query_id"]][: protocol.num_documents]
+            shown = tuple(documents[doc_id] for doc_id, _ in ranking)
+            scores = tuple(score for _, score in ranking)
+            request = protocol.request(f"evaluate/{method}/{query['query_id']}", query, shown)
+            result.append(Ask(method=method, query=query, documents=shown, scores=scores, requests=(request,)))
     return result
 
 

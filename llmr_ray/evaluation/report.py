@@ -17,7 +17,7 @@ from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
 from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
-from llmr_ray.evaluation import plots
+from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.annotators import compared, fooled_rates
 from llmr_ray.evaluation.look import MEASURE, read_looks
@@ -49,9 +49,9 @@ def write_report(
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed, agreement where there is a reward model,
-        annotators and canaries where LLMs label, labeling where labels are made in rounds, and questions where the LLM
-        wrote some.
+        What results.json holds: rows, stages, command, commit, seed, reading where the LLM does not simply read all
+        passages, agreement where there is a reward model, annotators and canaries where LLMs label, labeling where labels
+        are made in rounds, and questions where the LLM wrote some.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -66,6 +66,7 @@ def write_report(
         seed=config.seed,
         artifacts={method: _rests_on(evaluate, method) for method in config.evaluate.methods},
         held_out=held_out_tasks(config),
+        reading=config.evaluate.reading,
     )
     results = {
         "name": config.name,
@@ -75,6 +76,9 @@ def write_report(
         "rows": rows,
         "stages": stages,
     }
+    if config.evaluate.reading != "passages":
+        passages = reading.summary(evaluate.read("reading"))
+        results["reading"] = {"how": config.evaluate.reading, "passages": passages}
     if "agreement" in artifacts:
         judged = artifacts["agreement"].read("agreement")
         results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
@@ -148,6 +152,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     # Job logs and narrow terminals would cut figures off; a line that the terminal wraps loses none.
     view.width = console.measure(view, options=console.options.update(max_width=TABLE_WIDTH)).maximum
     console.print(view, crop=False)
+    if told := results.get("reading"):
+        retrieved, dropped = (sum(row[what] for row in told["passages"]) for what in ("passages", "dropped"))
+        console.print(f"questions were answered by reading: {told['how']}; {dropped} of {retrieved} passages not read")
     for row in results.get("agreement", []):
         low, high = row["ci95"]
         line = f"{judge_name(row['judge'])}: agrees with the LLM on held-out queries, tau {row['mean']:.3f} "
@@ -262,6 +269,8 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         judge_name=judge_name,
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
+        reading=results.get("reading"),
+        score_floor=config.evaluate.score_floor,
         labeling=[labels_told(told) for told in results.get("labeling", [])],
         questions=results.get("questions"),
         histograms=_histograms(artifacts),

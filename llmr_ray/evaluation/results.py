@@ -37,6 +37,7 @@ def result_rows(
     seed: int,
     artifacts: Mapping[str, dict[str, str]],
     held_out: Collection[str] = (),
+    reading: str = "passages",
 ) -> list[dict[str, Any]]:
     """Every figure of the tables, by scenario, data set, measure and method.
 
@@ -51,11 +52,12 @@ def result_rows(
         seed: of the run.
         artifacts: method -> the ids of the artifacts its figures rest on.
         held_out: data sets that nothing was trained on.
+        reading: how the LLM read the passages of questions (evaluate.reading).
 
     Returns:
         dictionaries with scenario, dataset, task, method, measure, mean, ci95, n, delta_vs_base (None where there is
-        nothing to compare), lower_is_better, is_main and artifacts. A difference is method minus base, so for
-        perplexity a negative one is better.
+        nothing to compare), lower_is_better, is_main and artifacts; and reading, where the LLM answered questions from
+        passages. A difference is method minus base, so for perplexity a negative one is better.
     """
     values: dict[tuple[str, str], _Values] = {}
     for row in metrics.to_pylist():
@@ -76,6 +78,9 @@ def result_rows(
     for name, members in _averages(list(mains), held_out).items():
         strata = [mains[dataset] for dataset in members]
         rows += _rows_of(name, "icl", AVERAGE_MEASURE, strata, methods, samples, seed, artifacts)
+    for row in rows:
+        if row["task"] == "qa" and row["method"] != "none" and row["measure"] not in RETRIEVAL_MEASURES["qa"]:
+            row["reading"] = reading
     return rows
 
 

@@ -1,8 +1,9 @@
 """The stage `evaluate`: rankings of every method, measures against labels, and what the LLM makes of the documents.
 
 All questions of all data sets and methods go to the LLM in one call, so the engine is started once and prompts of one
-query share their prefixes. Tables: ``run`` (rankings), ``metrics`` (a value per query), ``answers`` (what was asked
-and said). Means, intervals and tests are made from ``metrics`` by the report.
+query share their prefixes; only evaluate.reading may ask about the documents before. Tables: ``run`` (rankings),
+``metrics`` (a value per query), ``answers`` (what was asked and said), ``reading`` (passages, where these are labelled
+or voted on). Means, intervals and tests are made from ``metrics`` by the report.
 """
 
 import logging
@@ -22,7 +23,7 @@ from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
-from llmr_ray.evaluation import examples, knowledge, memory
+from llmr_ray.evaluation import examples, knowledge, memory, reading
 from llmr_ray.evaluation.baselines import eligible, kmeans_topk, random_topk, recency_topk
 from llmr_ray.evaluation.protocols import (
     SCENARIOS,
@@ -34,7 +35,7 @@ from llmr_ray.evaluation.protocols import (
     asks,
     measured_rankings,
 )
-from llmr_ray.evaluation.tables import METHOD_NAMES, is_reserved, is_trained
+from llmr_ray.evaluation.tables import METHOD_NAMES, is_embedder, is_reserved
 from llmr_ray.feedback.engine import scorer_id
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMResult
@@ -70,8 +71,8 @@ def evaluate_spec(
 
     Raises:
         ConfigError: evaluate.methods names an unknown method or one without an index, another embedder has the name of
-            a method, `num_llm_queries` a data set
-            that is unknown or whose task has no LLM half, or demotion looks deeper than the search.
+            a method, `num_llm_queries` a data set that is unknown or whose task has no LLM half, demotion looks deeper
+            than the search, or passages that are to be labelled do not fit.
     """
     others = set(config.evaluate.embedders)
     if clashes := sorted(filter(is_reserved, others)):
@@ -97,7 +98,7 @@ def evaluate_spec(
         )
     # The clusters of k-means are those of the base embedder.
     needed = {"base" if method == "kmeans" else method for method in config.evaluate.methods}
-    embedders = {method for method in needed if method == "base" or is_trained(method) or method in others}
+    embedders = set(filter(is_embedder, needed))
     lacking = sorted(embedders - set(indexes))
     if lacking:
         raise ConfigError(f"evaluate.methods: there is no index for {lacking}; leave them out, or train first.")
@@ -107,8 +108,10 @@ def evaluate_spec(
             f"evaluate.icl_demotion chooses among the {head} best examples, but evaluate.search_depth is "
             f"{config.evaluate.search_depth}. Raise it to {head}."
         )
+    reading.check_room(config)
     # Intervals are made by the report; their number of samples changes no table.
-    evaluate = {key: value for key, value in identity(config.evaluate).items() if key != "bootstrap_samples"}
+    idle = {"bootstrap_samples"} | (set() if config.evaluate.reading == "evidence" else {"score_floor"})
+    evaluate = {key: value for key, value in identity(config.evaluate).items() if key not in idle}
     inputs = {"prepare": prepare.id, "llm": llm.fingerprint}
     for name in sorted(set(embeddings) & needed):
         inputs |= {f"embeddings_{name}": embeddings[name].id, f"index_{name}": indexes[name].id}
@@ -122,6 +125,7 @@ def evaluate_spec(
             "scorer": scorer_id(llm.fingerprint, config.llm),
             "prompts": PROMPTS_VERSION,
             "seed": config.seed,
+            **reading.identity_of(config),
         },
         inputs=inputs,
     )
@@ -148,14 +152,19 @@ def run_evaluate(
         rankings = _found(config, queries, corpus, embeddings, indexes)
         run, values = measured_rankings(queries.to_pylist(), qrels, rankings)
         questions = _questions(config, queries.to_pylist(), llm_ids, corpus, rankings)
-        results = client.answer([question.request for question in questions], label="evaluate")
-        judged = _judge(config, questions, results)
-        counts = _count(len(values), judged)
+        questions, passages, labelled = reading.arranged(config, client, questions)
+        results = client.answer([asked for question in questions for asked in question.requests], label="evaluate")
+        answers = reading.by_question(questions, results)
+        judged = _judge(config, answers)
+        counts = _count(len(values), judged) + labelled
         tables = {
             "run": table_of("run", run),
             "metrics": table_of("metrics", [row for rows in values for row in rows] + _metric_rows(judged)),
             "answers": pa.Table.from_pylist([_answer_row(*item) for item in judged], schema=_ANSWERS),
         }
+        if config.evaluate.reading != "passages":
+            passages += reading.vote_rows(answers)
+            tables["reading"] = pa.Table.from_pylist(passages, schema=reading.SCHEMA)
         artifact.write_shard(0, tables, counts)
     artifact.commit(1, seconds=time.monotonic() - started)
 
@@ -339,20 +348,19 @@ def _documents_read(
 _Judged = tuple[Ask, LLMResult, Judgement | None]
 
 
-def _judge(config: Config, questions: Sequence[Ask], results: Sequence[LLMResult]) -> list[_Judged]:
+def _judge(config: Config, answers: Sequence[tuple[Ask, Sequence[LLMResult]]]) -> list[_Judged]:
     """Each question with its result and its judgement, None where the LLM failed (the client bounds how many may)."""
     protocols = _protocols(config)
-    by_id = {result.request_id: result for result in results}
     judged: list[_Judged] = []
-    for question in questions:
-        result = by_id[question.request.request_id]
+    for question, of_question in answers:
+        result = reading.voted(question, of_question)
         judge = protocols[question.query["task"]].judge
         judged.append((question, result, judge(question.query, result) if result.error is None else None))
     return judged
 
 
 def _count(num_judged_rankings: int, judged: Sequence[_Judged]) -> Counts:
-    """One row is a (query, method) measured against labels, or one answered by the LLM."""
+    """One row is a (query, method) measured against labels, or answered by the LLM; labels are counted apart."""
     failed = Counter(f"llm: {result.error[:120]}" for _, result, _ in judged if result.error is not None)
     cached = sum(result.cached for _, result, _ in judged if result.error is None)
     return Counts(
@@ -380,8 +388,8 @@ def _answer_row(question: Ask, result: LLMResult, judgement: Judgement | None) -
         "query_id": question.query["query_id"],
         "dataset": question.query["dataset"],
         "method": question.method,
-        "doc_ids": list(question.doc_ids),
-        "prompt": "".join(segment.text for segment in question.request.segments),
+        "doc_ids": [document["doc_id"] for document in question.documents],
+        "prompt": "\n\n".join("".join(segment.text for segment in asked.segments) for asked in question.requests),
         "output": judgement.output if judgement is not None else None,
         "num_prompt_tokens": result.num_prompt_tokens,
         "truncated": result.truncated,

@@ -40,6 +40,11 @@ def is_trained(method: str) -> bool:
     return method == "trained" or _round(method) > 0
 
 
+def is_embedder(method: str) -> bool:
+    """Whether a method ranks by the cosines of an embedder: the base, a trained one, or one that is only compared."""
+    return method == "base" or is_trained(method) or not is_reserved(method)
+
+
 def method_name(method: str) -> str:
     """What a table calls a method; an embedder that is only compared has the name that the configuration gives it."""
     return METHOD_NAMES.get(method) or (f"Round {_round(method)}" if _round(method) else method)
