@@ -50,8 +50,8 @@ def write_report(
 
     Returns:
         What results.json holds: rows, stages, command, commit, seed, reading where the LLM does not simply read all
-        passages, agreement where there is a reward model, annotators and canaries where LLMs label, labeling where labels
-        are made in rounds, and questions where the LLM wrote some.
+        passages, agreement where there is a reward model, annotators and canaries where LLMs label, labeling where
+        labels are made in rounds, and questions where the LLM wrote some.
 
     Raises:
         DataError: an artifact that is needed is not finished.

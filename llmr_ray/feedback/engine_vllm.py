@@ -64,6 +64,11 @@ class VllmEngine:
         self._params, self._prompt, self._structured = SamplingParams, TokensPrompt, StructuredOutputsParams
         # The CPU engine is up in seconds only without compilation, and shares prefixes finely only with small blocks.
         dependent: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK} if on_cpu else {}
+        longest_batch = max(settings.max_batched_tokens, settings.max_sequences)
+        if on_cpu:
+            # vLLM rewinds the generator of an output whose prompt is cut to fill a batch; a CPU's cannot be rewound.
+            dependent["enable_chunked_prefill"] = False
+            longest_batch = max(longest_batch, settings.max_model_tokens + 1)
         dependent["dtype"] = settings.dtype
         # The ranks of a model that is spread over GPUs are processes of the actor, which owns all of these GPUs.
         spread = settings.num_gpus > 1
@@ -72,7 +77,7 @@ class VllmEngine:
             model=settings.path,
             max_model_len=settings.max_model_tokens + 1,
             max_num_seqs=settings.max_sequences,
-            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_sequences),
+            max_num_batched_tokens=longest_batch,
             enable_prefix_caching=True,
             distributed_executor_backend="mp" if spread else "uni",
             disable_log_stats=True,

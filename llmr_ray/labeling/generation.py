@@ -270,6 +270,7 @@ def _answering(question_id: str, text: str, question: str, passage_tokens: int) 
         temperature=0.0,
         max_new_tokens=ANSWER_TOKENS,
         stop=("\n",),
+        says_something=True,
     )
 
 

@@ -40,6 +40,12 @@ _BLOCK = 256
 """Questions whose similarities to all others are in memory at a time."""
 
 
+_ANSWERED = (
+    "Passage: Emma is a novel by Jane Austen. It was published in London in 1815.\n"
+    "Question: Who wrote the novel Emma?\nAnswer: Jane Austen"
+)
+
+
 def generation_segments(
     passage: str,
     demonstrations: Sequence[tuple[str, str]],
@@ -84,11 +90,12 @@ def read_questions(output: str, *, number: int = 2) -> list[str]:
 
 
 def answer_segments(passage: str, question: str, *, passage_tokens: int = 0) -> tuple[Segment, ...]:
-    """The prompt by which the LLM answers from the passage alone, for `is_answered`."""
+    """The prompt by which the LLM answers from the passage alone, for `is_answered`. A made-up example shows the form,
+    without which a small LLM answers in sentences of its own."""
     return (
-        Segment(text="Passage: "),
+        Segment(text=f"Answer with a few words of the passage.\n\n{_ANSWERED}\n\nPassage: "),
         Segment(text=passage.strip(), trim_order=1, max_tokens=passage_tokens),
-        Segment(text=f"\n\nAnswer with a few words of the passage.\nQuestion: {question}\nAnswer:"),
+        Segment(text=f"\nQuestion: {question}\nAnswer:"),
     )
 
 
