@@ -27,14 +27,13 @@ from llmr_ray.labeling.patterns import choose_demonstrations, cluster, draw_demo
 from llmr_ray.labeling.questions import (
     ANSWER_TOKENS,
     LLM_FAILED,
-    NO_ROUND_TRIP,
     NOT_WRITTEN,
     QUESTION_TOKENS,
     QUESTIONS_VERSION,
+    answer_reason,
     answer_segments,
     counted,
     generation_segments,
-    is_answered,
     read_questions,
     reject_reasons,
 )
@@ -166,7 +165,7 @@ def _of_task(
             row |= {"reason": LLM_FAILED, "error": result.error}
             continue
         row["answer"] = result.texts[0].strip()
-        row["reason"] = None if is_answered(row["answer"], texts[row["doc_id"]]) else NO_ROUND_TRIP
+        row["reason"] = answer_reason(row["question"], row["answer"], texts[row["doc_id"]])
     reasons = counted([row["reason"] for row in rows])
     failed = reasons.pop(LLM_FAILED, 0)
     counts = Counts(

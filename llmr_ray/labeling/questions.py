@@ -25,7 +25,8 @@ FRAME_TOKENS = 48
 
 NOT_WRITTEN, LLM_FAILED = "not_written", "llm_failed"
 NO_QUESTION_MARK, TOO_SHORT, TOO_LONG, NEEDS_PASSAGE = "no_question_mark", "too_short", "too_long", "needs_passage"
-SAME_TEXT, NEAR_TEXT, NEAR_VECTOR, NO_ROUND_TRIP = "same_text", "near_text", "near_vector", "no_round_trip"
+SAME_TEXT, NEAR_TEXT, NEAR_VECTOR = "same_text", "near_text", "near_vector"
+NO_ROUND_TRIP, GIVES_ANSWER = "no_round_trip", "gives_answer"
 """Why a question is not kept."""
 
 _MARKER = re.compile(r"^\s*(?:[-*•]\s*|\(?\d+[.):]\s*|(?:question|q)\s*\d*\s*[:.]\s*)+", re.IGNORECASE)
@@ -153,6 +154,14 @@ def reject_reasons(
 def counted(reasons: Sequence[str | None]) -> Counter[str]:
     """How many questions were not kept, by reason."""
     return Counter(reason for reason in reasons if reason is not None)
+
+
+def answer_reason(question: str, answer: str, passage: str) -> str | None:
+    """Why a question cannot be kept for the LLM's answer to it, or None."""
+    if not is_answered(answer, passage):
+        return NO_ROUND_TRIP
+    gives = f" {normalize(answer)} " in f" {normalize(question)} "
+    return GIVES_ANSWER if gives else None
 
 
 def is_answered(answer: str, passage: str, *, overlap: float = 0.8) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmr_ray.labeling.questions import (
+    answer_reason,
     answer_segments,
     counted,
     form_reason,
@@ -194,6 +195,20 @@ PASSAGE = "Dune is a 1965 novel by Frank Herbert. It was published by Chilton Bo
 def test_round_trips(answer, found):
     """Prevents parts of words, scattered words and an empty answer from passing for what the passage says."""
     assert is_answered(answer, PASSAGE) == found
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reason"),
+    [
+        ("What is the name of the city of Yingkou?", "Yingkou", "gives_answer"),
+        ("Which sea does Yingkou lie on?", "Bohai Sea", None),
+        ("Is the Bohai Seaside in Yingkou?", "Bohai Sea", None),  # part of a word gives nothing away
+        ("Who rules Yingkou?", "a king", "no_round_trip"),
+    ],
+)
+def test_a_question_that_holds_its_answer_teaches_nothing(question, answer, reason):
+    """Prevents questions that any passage with the same name would answer (a small LLM asks them)."""
+    assert answer_reason(question, answer, "Yingkou is a city on the Bohai Sea.") == reason
 
 
 def test_round_trips_against_a_brute_force_search():
