@@ -246,6 +246,8 @@ def _rests_on(evaluate: Artifact, method: str) -> dict[str, str]:
 
 def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any], run_dir: Path) -> str:
     arranged = tables(results["rows"])
+    result = result_of(config.evaluate.methods)
+    others = [method for method in config.evaluate.methods if method != result]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmr_ray.evaluation"),
         autoescape=True,
@@ -256,10 +258,12 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         **{key: results[key] for key in ("name", "command", "commit", "seed", "stages")},
         embedder=config.embedder.model,
         llm=config.llm.model,
+        # The difference to the base embedder alone stands in the first table.
+        leads=others if set(others) - {"base"} else [],
         headline=[column for table in arranged for column in table.columns if column.is_main],
         tables=arranged,
         method_names={method: method_name(method) for method in config.evaluate.methods},
-        result=result_of(config.evaluate.methods),
+        result=result,
         effect=effect,
         p_text=p_text,
         curves=_curves(artifacts),
@@ -275,7 +279,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         questions=results.get("questions"),
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
-        test_examples=test_examples(artifacts, result_of(config.evaluate.methods)),
+        test_examples=test_examples(artifacts, result),
         configuration=to_yaml(config),
     )
 

@@ -61,6 +61,17 @@ def test_difference_is_taken_over_the_queries_that_both_have():
     assert trained["is_main"]
 
 
+def test_what_training_led_to_is_compared_with_every_method_on_shared_queries():
+    """Against the base embedder alone a report cannot say whether training beats what costs nothing."""
+    values = {"none": {"a": 1.0, "b": 0.0, "c": 1.0}, "base": {"a": 0.0, "b": 1.0}, "trained": {"a": 1.0, "b": 1.0}}
+    none, base, trained = rows_of(metrics_of(values), {"d": "tool"})
+    assert (none["delta_of_result"]["mean"], none["delta_of_result"]["n"]) == (0.5, 2)
+    assert base["delta_of_result"]["mean"] == trained["delta_vs_base"]["mean"] == 0.5
+    assert trained["delta_of_result"] is None
+    beside = rows_of(metrics_of(values, measure="nDCG@1"), {"d": "tool"})
+    assert all(row["delta_of_result"] is None for row in beside)  # not the main measure
+
+
 def test_perplexity_is_exponentiated_and_lower_is_better():
     """The sign of an improvement in perplexity is the other way round."""
     ids = "abcdefgh"
