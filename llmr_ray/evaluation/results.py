@@ -14,6 +14,7 @@ from llmr_ray.data.example_tasks import TASKS
 from llmr_ray.evaluation.examples import main_measure
 from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, POSITIVE_F1, RETRIEVAL_MEASURES, SCENARIOS
 from llmr_ray.evaluation.significance import estimate, paired_difference
+from llmr_ray.evaluation.tables import result_of
 
 AVERAGE = "average"
 """The data set name of the macro average over data sets (examples)."""
@@ -55,9 +56,10 @@ def result_rows(
         reading: how the LLM read the passages of questions (evaluate.reading).
 
     Returns:
-        dictionaries with scenario, dataset, task, method, measure, mean, ci95, n, delta_vs_base (None where there is
-        nothing to compare), lower_is_better, is_main and artifacts; and reading, where the LLM answered questions from
-        passages. A difference is method minus base, so for perplexity a negative one is better.
+        dictionaries with scenario, dataset, task, method, measure, mean, ci95, n, delta_vs_base (method minus base, or
+        None), delta_of_result (what training led to minus the method, of main figures), lower_is_better, is_main and
+        artifacts; and reading, where the LLM answered questions from passages. For perplexity a negative difference is
+        better.
     """
     values: dict[tuple[str, str], _Values] = {}
     for row in metrics.to_pylist():
@@ -112,7 +114,7 @@ def _rows_of(
 
     A stratum is the values of a measure.
     """
-    exponential = measure == "perplexity"
+    exponential, is_main, result = measure == "perplexity", _is_main(dataset, task, measure), result_of(methods)
     column_seed = seed_of(seed, "bootstrap", dataset, measure)
     rows = []
     for method in methods:
@@ -124,17 +126,7 @@ def _rows_of(
             samples=samples,
             seed=column_seed,
         )
-        delta = None
-        pairs = [_paired(values[method], values.get("base", {})) for _, values in strata]
-        if method != "base" and all(len(pair) for pair in pairs):
-            difference = paired_difference(
-                [_parts(name, pair[:, 0]) for (name, _), pair in zip(strata, pairs, strict=True)],
-                [_parts(name, pair[:, 1]) for (name, _), pair in zip(strata, pairs, strict=True)],
-                exponential=exponential,
-                samples=samples,
-                seed=column_seed,
-            )
-            delta = difference.record()
+        compared: dict[str, Any] = {"exponential": exponential, "samples": samples, "seed": column_seed}
         rows.append(
             {
                 "scenario": SCENARIOS[task],
@@ -145,13 +137,27 @@ def _rows_of(
                 "mean": figure.mean,
                 "ci95": [figure.low, figure.high],
                 "n": figure.n,
-                "delta_vs_base": delta,
+                "delta_vs_base": _difference(strata, method, "base", **compared) if method != "base" else None,
+                "delta_of_result": (
+                    _difference(strata, result, method, **compared) if is_main and method != result else None
+                ),
                 "lower_is_better": measure in LOWER_IS_BETTER,
-                "is_main": _is_main(dataset, task, measure),
+                "is_main": is_main,
                 "artifacts": artifacts[method],
             }
         )
     return rows
+
+
+def _difference(
+    strata: Sequence[tuple[str, _Values]], one: str, other: str, *, exponential: bool, samples: int, seed: int
+) -> dict[str, Any] | None:
+    """One method minus another over the queries that both have; None where a stratum has none."""
+    pairs = [_paired(values.get(one, {}), values.get(other, {})) for _, values in strata]
+    if not all(len(pair) for pair in pairs):
+        return None
+    sides = [[_parts(name, pair[:, side]) for (name, _), pair in zip(strata, pairs, strict=True)] for side in (0, 1)]
+    return paired_difference(*sides, exponential=exponential, samples=samples, seed=seed).record()
 
 
 def _parts(measure: str, values: np.ndarray) -> np.ndarray:

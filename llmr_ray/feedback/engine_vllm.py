@@ -91,7 +91,11 @@ class VllmEngine:
         self._silent = cache(partial(silent_ids, tokenizer))
 
     def begin(self) -> None:
-        """Empties the prefix cache."""
+        """Empties the prefix cache. What a failed call has left unanswered is given up: it would be computed beside the
+        next call's requests, and its answers come with theirs."""
+        engine = self._llm.llm_engine
+        if left := list(engine.output_processor.request_states):
+            engine.abort_request(left, internal=True)
         if not self._llm.reset_prefix_cache():
             raise DataError("vLLM did not empty its prefix cache: a request is still running. This is a defect.")
 

@@ -223,7 +223,13 @@ def _demonstrations(
         document_MD, question_ND, pattern_ND = vectors(
             task, [("document", texts), ("query", questions), ("query", [mask(question) for question in questions])]
         )
-        cluster_N = cluster(pattern_ND, num_clusters=settings.num_clusters, seed=config.seed)
+        cluster_N = cluster(
+            pattern_ND,
+            num_clusters=settings.num_clusters,
+            split_above=settings.split_above,
+            merge_below=settings.merge_below,
+            seed=config.seed,
+        )
         chosen = choose_demonstrations(
             document_MD=document_MD,
             question_ND=question_ND,

@@ -34,6 +34,10 @@ _OPENING = re.compile(
 """Words that are no names though they may begin a sentence, and "I"."""
 
 
+_PASSES = 10
+"""Of splitting and merging, which could otherwise go on for ever."""
+
+
 def mask(question: str) -> str:
     """The question's pattern: quoted strings, numbers, and runs of capitalised words as placeholders.
 
@@ -70,19 +74,65 @@ def _entities(text: str) -> Iterator[tuple[int, int]]:
         yield begin, begin + len(_POSSESSIVE.sub("", text[begin : words[last].end()]))
 
 
-def cluster(vector_ND: np.ndarray, *, num_clusters: int = 10, seed: int) -> np.ndarray:
+def cluster(
+    vector_ND: np.ndarray, *, num_clusters: int = 10, split_above: float = 0.0, merge_below: float = 0.0, seed: int
+) -> np.ndarray:
     """Clusters of patterns by k-means on unit vectors: int64 [N], numbered in the order in which they occur.
+
+    With limits of width and distance the number of clusters follows the patterns (ISODATA, Ball and Hall 1965): wide
+    clusters are split in two, and of near ones the nearest are merged, until none is left or _PASSES are over.
 
     Args:
         vector_ND: vectors of the patterns, of any length but 0.
-        num_clusters: at the most; equal patterns are never parted.
+        num_clusters: at the most, or to begin with where there are limits; equal patterns are never parted.
+        split_above: mean squared distance of a cluster's vectors to their mean above which it is split; 0: never.
+        merge_below: distance of two means below which the clusters are merged; 0: never.
         seed: of the run.
     """
     unit_ND = vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)
     num_clusters = min(num_clusters, len(np.unique(unit_ND, axis=0)))
+    number_N = _means(unit_ND, num_clusters, seed)
+    for _ in range(_PASSES if split_above or merge_below else 0):
+        changed_N = _merged(unit_ND, _split(unit_ND, number_N, split_above, seed), merge_below)
+        if _numbered(changed_N).tolist() == _numbered(number_N).tolist():
+            break
+        number_N = changed_N
+    return _numbered(number_N)
+
+
+def _means(unit_ND: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     means = KMeans(num_clusters, n_init=1, random_state=seed_of(seed, "patterns") % 2**32)
-    _, first, number_N = np.unique(means.fit_predict(unit_ND), return_index=True, return_inverse=True)
+    return np.asarray(means.fit_predict(unit_ND), np.int64)
+
+
+def _numbered(number_N: np.ndarray) -> np.ndarray:
+    """The same clusters, numbered in the order in which they occur."""
+    _, first, number_N = np.unique(number_N, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number_N]
+
+
+def _split(unit_ND: np.ndarray, number_N: np.ndarray, above: float, seed: int) -> np.ndarray:
+    """Every cluster that is wider than `above` in two."""
+    number_N = number_N.copy()
+    for name in np.unique(number_N) if above else ():
+        rows = np.flatnonzero(number_N == name)
+        own_ND = unit_ND[rows]
+        if ((own_ND - own_ND.mean(axis=0)) ** 2).sum(axis=1).mean() > above:
+            number_N[rows] = np.where(_means(own_ND, 2, seed) == 1, number_N.max() + 1, name)
+    return number_N
+
+
+def _merged(unit_ND: np.ndarray, number_N: np.ndarray, below: float) -> np.ndarray:
+    """Clusters whose means are nearer than `below` as one, the nearest two first."""
+    while below and len(names := np.unique(number_N)) > 1:
+        mean_KD = np.stack([unit_ND[number_N == name].mean(axis=0) for name in names])
+        distance_KK = np.linalg.norm(mean_KD[:, None] - mean_KD, axis=2)
+        np.fill_diagonal(distance_KK, np.inf)
+        one, other = np.unravel_index(np.argmin(distance_KK), distance_KK.shape)
+        if distance_KK[one, other] >= below:
+            break
+        number_N = np.where(number_N == names[other], names[one], number_N)
+    return number_N
 
 
 def choose_demonstrations(

@@ -26,7 +26,11 @@ class TaskQuestions:
     num_nearest: int = 50
     """clustered: they are chosen from so many questions nearest to the document."""
     num_clusters: int = 10
-    """clustered: of question patterns."""
+    """clustered: of question patterns, or as many to begin with where the two limits below are set."""
+    split_above: float = later(0.0)
+    """clustered: a cluster whose mean squared distance to its mean is larger is split (ISODATA). 0: none is."""
+    merge_below: float = later(0.0)
+    """clustered: clusters whose means are nearer are merged (ISODATA). 0: none are."""
     demonstration_tokens: int = 96
     """The passage of a demonstration is cut to so many LLM tokens; the one asked about to llm.max_candidate_tokens."""
 

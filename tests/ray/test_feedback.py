@@ -234,6 +234,18 @@ def test_vllm_gives_the_reference_s_log_probabilities(engines):
     assert computed < 0.9 * sum(result.num_computed_tokens for result in expected)
 
 
+def test_vllm_goes_on_after_a_call_that_fails(engines):
+    """A poison row must cost itself alone: its neighbours are asked again, one by one, by the same engine."""
+    vllm, _ = engines
+    sound = some_pairs(vllm.tokenizer)[8]
+    vllm.begin()
+    expected = vllm.likelihood([sound])
+    with pytest.raises(ray.exceptions.RayTaskError):
+        vllm.likelihood([sound, ((5, 6, 10**7), (8, 9))])  # no such token
+    vllm.begin()
+    assert vllm.likelihood([sound]) == expected
+
+
 def test_vllm_samples_by_seed_and_agrees_when_greedy(engines):
     """A draw that cannot be repeated makes a rank reward that cannot be checked."""
     vllm, reference = engines

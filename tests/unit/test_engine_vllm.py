@@ -31,10 +31,17 @@ class StandIn:
     def __init__(self, scores_tokens=True, wrong=0.0):
         self.cached, self.asked = set(), []
         self.scores_tokens, self.wrong = scores_tokens, wrong
+        self.left = {}
+        states = SimpleNamespace(request_states=self.left)
+        self.llm_engine = SimpleNamespace(output_processor=states, abort_request=self._abort)
+
+    def _abort(self, names, internal):
+        for name in names:
+            del self.left[name]
 
     def reset_prefix_cache(self):
         self.cached.clear()
-        return True
+        return not self.left
 
     def generate(self, prompts, params, use_tqdm):
         return [
@@ -110,6 +117,15 @@ def test_outputs_of_a_prompt_of_whole_blocks_are_not_asked_twice(on_gpu):
         assert result.logprobs == pytest.approx([logprob(ids, place) for place in range(len(stem), len(ids))])
     # The prompt; (3,) and what follows it, 4 or 5; nothing for 9 alone; (9, 1) and (3, 4) and what follows them.
     assert [result.num_computed_tokens for result in scored] == [8 + 1, 0, 2, 0, 2]
+
+
+def test_what_a_failed_call_left_is_given_up():
+    """Else one poison row ends the engine: vLLM keeps the other requests of its call and never empties its cache."""
+    stand_in = StandIn()
+    asked = engine(stand_in, on_gpu=False)
+    stand_in.left["a request"] = object()
+    asked.begin()
+    assert not stand_in.left
 
 
 def test_options_of_one_token_are_one_request():

@@ -47,6 +47,25 @@ def test_clusters_of_well_parted_vectors_are_found():
     assert (cluster(vector_ND, num_clusters=6, seed=4) == truth).all()
 
 
+@pytest.mark.parametrize("begin", [1, 3, 8])
+def test_limits_of_width_and_distance_find_how_many_clusters_there_are(begin):
+    """Prevents patterns that are forced into a number of clusters that nobody could know before."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(3), 12)
+    vector_ND = np.eye(8)[truth] + rng.normal(0, 0.05, (36, 8))
+    found = cluster(vector_ND, num_clusters=begin, split_above=0.1, merge_below=0.5, seed=0)
+    assert found.tolist() == truth.tolist()
+    assert len(set(cluster(vector_ND, num_clusters=8, merge_below=0.5, seed=0).tolist())) == 3
+    assert len(set(cluster(vector_ND, num_clusters=8, split_above=0.1, seed=0).tolist())) == 8
+
+
+def test_limits_that_contradict_each_other_come_to_an_end():
+    """What is split for its width and merged for its nearness must not go round for ever."""
+    vector_ND = np.random.default_rng(1).normal(size=(40, 4))
+    found = cluster(vector_ND, num_clusters=4, split_above=0.01, merge_below=1.5, seed=0)
+    assert len(found) == 40
+
+
 def test_equal_patterns_share_a_cluster_and_few_patterns_have_few():
     """Prevents a failure on small data, and demonstrations of one pattern from counting as different ones."""
     vector_ND = np.random.default_rng(0).normal(size=(4, 5))[[0, 1, 0, 2, 3, 1, 0]]
