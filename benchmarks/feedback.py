@@ -165,13 +165,12 @@ def _scored(results: list[Any]) -> tuple[list[Any], int]:
 
 def _default_logprobs(engine: Any, pairs: list[Any]) -> tuple[list[Any], int]:
     """Log-probabilities of whole prompts, as vLLM's users ask for them."""
+    from llmr_ray.feedback.engine_vllm import _rows
+
     whole = [(*prompt, *target) for prompt, target in pairs]
     params = engine._params(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
     outputs = engine._generate(whole, [params] * len(whole))
-    logprobs = [
-        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[-len(target) :], target, strict=True)]
-        for output, (_, target) in zip(outputs, pairs, strict=True)
-    ]
+    logprobs = [_rows(output, target) for output, (_, target) in zip(outputs, pairs, strict=True)]
     return logprobs, sum(map(len, whole))
 
 

@@ -30,7 +30,7 @@ from llmr_ray.feedback.jobs import ScoreJobs
 from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.memory import metered_memory
-from llmr_ray.stages import MAKES, Stage, StagePlan, in_round
+from llmr_ray.stages import LLM, MAKES, Stage, StagePlan, in_round, scoring_stage
 
 
 class Pipeline:
@@ -59,7 +59,7 @@ class Pipeline:
             name: (resolved[llm.model], RayClient(replace(config, llm=llm), resolved[llm.model], self.client.budget))
             for name, llm in config.annotators.items()
         }
-        self.scorers = {"score": self.client} | {f"score_{name}": client for name, (_, client) in annotators.items()}
+        self.scorers = {LLM: self.client} | {name: client for name, (_, client) in annotators.items()}
         plan = StagePlan(config, resolved, self.client, self.reader, annotators=annotators, allow_restart=allow_restart)
         self.stages, self.prepared = plan.stages, plan.prepare
         self.by_name = {stage.name: stage for stage in self.stages}
@@ -77,7 +77,7 @@ class Pipeline:
         result = [] if self.prepared.is_done else planning.question_costs(self.config)
         for number in range(1, self.config.rounds + 1):
             for name, client in self.scorers.items():
-                if self._of_round(name, number).is_done:
+                if self._of_round(scoring_stage(name), number).is_done:
                     continue
                 if (work := self._work(number)) is not None:
                     result += _named(planning.costs(work, client), name, number, self.config)
@@ -276,7 +276,7 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        scorers = ["score", *(f"score_{name}" for name in config.annotators)]
+        scorers = [LLM, *config.annotators]
         rounds = range(1, config.rounds + 1)
         costs = planning.question_costs(config)
         costs += [cost for number in rounds for name in scorers for cost in _upper_costs(name, number, config)]
@@ -291,13 +291,13 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
             pipeline.client.close()
 
 
-def _upper_costs(scorer: str, number: int, config: Config) -> list[TaskCost]:
-    return _named(planning.upper_costs(config, again=number > 1), scorer, number, config)
+def _upper_costs(annotator: str, number: int, config: Config) -> list[TaskCost]:
+    return _named(planning.upper_costs(config, again=number > 1), annotator, number, config)
 
 
-def _named(costs: Sequence[TaskCost], scorer: str, number: int, config: Config) -> list[TaskCost]:
+def _named(costs: Sequence[TaskCost], annotator: str, number: int, config: Config) -> list[TaskCost]:
     """Costs of a scoring, with what tells it from others where there are any: who scores, and the round."""
-    told = f", {scorer.removeprefix('score_')}" if scorer != "score" else ""
+    told = f", {annotator}" if annotator != LLM else ""
     told += f", round {number}" if config.rounds > 1 else ""
     return [replace(cost, task=cost.task + told) for cost in costs]
 

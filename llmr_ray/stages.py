@@ -65,6 +65,15 @@ class Stage:
                     item.require()
 
 
+LLM = "llm"
+"""The annotator that every run with feedback has; those beside it have names of their own."""
+
+
+def scoring_stage(annotator: str) -> str:
+    """The stage in which an annotator scores."""
+    return "score" if annotator == LLM else f"score_{annotator}"
+
+
 def in_round(name: str, number: int, rounds: int) -> str:
     """A stage's name in a round: those of the last, often the only one, have the plain names."""
     return name if number == rounds else f"{name}_{number}"
@@ -186,13 +195,13 @@ class StagePlan:
     def _scored(self, score: Callable[..., None], of: dict[str, Any]) -> Artifact:
         """The LLM's scores; where several LLMs label, what enough of them say."""
         spec = feedback.score_spec(self.config, self.llm, **of)
-        said = {"llm": self._add("score", spec, score, client=self.client, **of)}
+        said = {LLM: self._add(scoring_stage(LLM), spec, score, client=self.client, **of)}
         for name, (llm, client) in self.annotators.items():
             own = replace(self.config, llm=self.config.annotators[name])
             spec = feedback.score_spec(own, llm, **of)
-            said[name] = self._add(f"score_{name}", spec, score, own, client=client, **of)
+            said[name] = self._add(scoring_stage(name), spec, score, own, client=client, **of)
         if len(said) == 1:
-            return said["llm"]
+            return said[LLM]
         spec = consensus.consensus_spec(self.config, said)
         return self._add("consensus", spec, consensus.run_consensus, llm_scores=said)
 

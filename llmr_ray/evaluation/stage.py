@@ -36,7 +36,7 @@ from llmr_ray.evaluation.protocols import (
     measured_rankings,
 )
 from llmr_ray.evaluation.tables import METHOD_NAMES, is_embedder, is_reserved
-from llmr_ray.feedback.engine import scorer_id
+from llmr_ray.feedback.engine import asked_identity
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient, LLMResult
 from llmr_ray.index.searcher import search
@@ -121,8 +121,7 @@ def evaluate_spec(
         config={
             "evaluate": evaluate,
             "bm25": identity(config.bm25),
-            "max_candidate_tokens": config.llm.max_candidate_tokens,
-            "scorer": scorer_id(llm.fingerprint, config.llm),
+            **asked_identity(llm.fingerprint, config.llm),
             "prompts": PROMPTS_VERSION,
             "seed": config.seed,
             **reading.identity_of(config),

@@ -130,6 +130,11 @@ def silent_ids(tokenizer: Any, stop: Sequence[str]) -> list[int]:
     return [token for token, text in enumerate(texts) if text.lstrip(" ").startswith(tuple(stop))] if stop else []
 
 
+def asked_identity(fingerprint: str, llm: LLMConfig) -> dict[str, Any]:
+    """What of an LLM and its settings is part of the id of every artifact that holds its answers."""
+    return {"scorer": scorer_id(fingerprint, llm), "max_candidate_tokens": llm.max_candidate_tokens}
+
+
 def scorer_id(fingerprint: str, llm: LLMConfig) -> str:
     """Names what answers: two scorers of one id give the same answers, up to the rounding of floats.
 

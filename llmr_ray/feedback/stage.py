@@ -6,7 +6,7 @@ from collections import Counter
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
-from llmr_ray.feedback.engine import scorer_id
+from llmr_ray.feedback.engine import asked_identity
 from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
 from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
@@ -29,8 +29,7 @@ def score_spec(config: Config, llm: Asset, prepare: Artifact, candidates: Artifa
         stage="score",
         version=SCORE_VERSION,
         config={
-            "scorer": scorer_id(llm.fingerprint, config.llm),
-            "max_candidate_tokens": config.llm.max_candidate_tokens,
+            **asked_identity(llm.fingerprint, config.llm),
             "tasks": {task: identity(settings) for task, settings in tasks.items()},
             "prompts_version": PROMPTS_VERSION,
             "seed": config.seed,

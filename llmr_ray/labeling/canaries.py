@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskScore, identity
+from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.engine import scorer_id
+from llmr_ray.feedback.engine import asked_identity
 from llmr_ray.feedback.jobs import Job, feedback_tasks, make_job
 from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.requests import LLMClient
@@ -63,8 +64,7 @@ def canary_spec(config: Config, llm: Asset, prepare: Artifact) -> ArtifactSpec:
         stage="canary",
         version=CANARY_VERSION,
         config={
-            "scorer": scorer_id(llm.fingerprint, config.llm),
-            "max_candidate_tokens": config.llm.max_candidate_tokens,
+            **asked_identity(llm.fingerprint, config.llm),
             "labels_version": LABELS_VERSION,
             "tasks": {task: identity(settings) for task, settings in label_tasks(config).items()},
             "num_canaries": config.labeling.num_canaries,
@@ -82,14 +82,14 @@ def run_canary(config: Config, artifact: Artifact, client: LLMClient, prepare: A
         jobs = canary_jobs(config, *(prepare.read(name) for name in ("queries", "corpus", "qrels")))
         samples, scores = ask_jobs(client, list(jobs.values()), "canaries")
         rows, counts = [], Counts()
-        for attack_of, job in jobs.items():
+        for (_, attack), job in jobs.items():
             (plain, canary), fate = score_rows(job, client.scorer_id, samples[job.query_id], scores[job.query_id])
             counts += fate
             rows.append(
                 {
                     "query_id": job.query_id,
                     "doc_id": plain["doc_id"],
-                    "attack": attack_of[1],
+                    "attack": attack,
                     "plain_label": plain.get("label"),
                     "canary_label": canary.get("label"),
                 }
@@ -114,11 +114,13 @@ def canary_jobs(config: Config, queries: pa.Table, corpus: pa.Table, qrels: pa.T
     jobs = {}
     for task, settings in label_tasks(config).items():
         of_task = queries.filter(pc.and_(pc.equal(queries["task"], task), pc.equal(queries["split"], "train")))
-        rows = {row["query_id"]: row for row in of_task.to_pylist()}
-        for number, query_id in enumerate(sorted(lowest("canary", list(rows), config.labeling.num_canaries))):
-            attack = list(ATTACKS)[number % len(ATTACKS)]
-            query = rows[query_id] | {"targets": []}
-            passage = _drawn_passage(query, corpus, relevant[query_id], config.seed)
+        drawn = lowest("canary", of_task["query_id"].to_pylist(), config.labeling.num_canaries)
+        of_task = of_task.filter(pc.is_in(of_task["query_id"], value_set=pa.array(sorted(drawn)))).sort_by("query_id")
+        ranges = scopes(of_task, corpus).tolist()
+        for number, (row, (start, end)) in enumerate(zip(of_task.to_pylist(), ranges, strict=True)):
+            attack, query_id = list(ATTACKS)[number % len(ATTACKS)], row["query_id"]
+            query = row | {"targets": []}
+            passage = _drawn_passage(query_id, corpus.slice(start, end - start), relevant[query_id], config.seed)
             words = ATTACKS[attack].replace("{question}", query["query"])
             canary = passage | {"doc_id": f"{passage['doc_id']}+{attack}", "text": f"{words} {passage['text']}"}
             # Alone in a call: beside others a small LLM tells passages apart badly, which would hide what words do.
@@ -127,11 +129,10 @@ def canary_jobs(config: Config, queries: pa.Table, corpus: pa.Table, qrels: pa.T
     return jobs
 
 
-def _drawn_passage(query: _Row, corpus: pa.Table, relevant: set[str], seed: int) -> _Row:
-    """A document of the query's pool that no label calls relevant."""
-    rows = np.flatnonzero(np.asarray(pc.equal(corpus["pool"], query["pool"])))
-    for place in np.random.default_rng(seed_of(seed, "canary", query["query_id"])).permutation(len(rows)):
-        document: _Row = corpus.slice(int(rows[place]), 1).to_pylist()[0]
+def _drawn_passage(query_id: str, offered: pa.Table, relevant: set[str], seed: int) -> _Row:
+    """Of the documents that a query may retrieve one that no label calls relevant."""
+    for place in np.random.default_rng(seed_of(seed, "canary", query_id)).permutation(offered.num_rows):
+        document: _Row = offered.slice(int(place), 1).to_pylist()[0]
         if document["doc_id"] not in relevant:
             return document
-    raise DataError(f"query {query['query_id']} has only relevant documents, so none can be its canary.")
+    raise DataError(f"query {query_id} has only relevant documents, so none can be its canary.")

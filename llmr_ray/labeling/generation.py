@@ -20,7 +20,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskQuestions, identity, question_tasks
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.data.text import document_text
-from llmr_ray.feedback.engine import scorer_id
+from llmr_ray.feedback.engine import asked_identity
 from llmr_ray.feedback.prompts import candidate_text
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
 from llmr_ray.labeling.patterns import choose_demonstrations, cluster, draw_demonstrations, mask
@@ -71,8 +71,7 @@ def generate_spec(config: Config, *, llm: Asset, base: Asset, prepare: Artifact)
         stage="generate",
         version=GENERATE_VERSION,
         config={
-            "scorer": scorer_id(llm.fingerprint, config.llm),
-            "max_candidate_tokens": config.llm.max_candidate_tokens,
+            **asked_identity(llm.fingerprint, config.llm),
             "tasks": {task: identity(settings) for task, settings in tasks.items()},
             "instructions": {
                 task: [config.tasks[task].query_instruction, config.tasks[task].document_instruction] for task in tasks

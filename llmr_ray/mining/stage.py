@@ -157,11 +157,12 @@ class MineWorker:
         candidates, exclusions = [], []
         for query, offered, (start, end) in zip(queries, found, self.scopes_Q2[first:].tolist(), strict=False):
             query_id = query["query_id"]
-            gold = self.gold_rows.get(query_id, []) if self._takes_gold(query) else []
+            meta = _meta(query)
+            gold = self.gold_rows.get(query_id, []) if self._takes_gold(query["task"], meta) else []
             in_range = [row for row in gold if start <= row < end]
             chosen, excluded = union(
                 gold_rows=in_range,
-                self_row=self.row_of.get(_meta(query).get("self_doc_id")),
+                self_row=self.row_of.get(meta.get("self_doc_id")),
                 query=query["query"],
                 found=offered,
                 key_of=self.text_key,
@@ -235,10 +236,10 @@ class MineWorker:
                 found[member].append(draw_random(start, end, settings.num_random, self.seed, query_id))
         return found
 
-    def _takes_gold(self, query: dict[str, Any]) -> bool:
+    def _takes_gold(self, task: str, meta: dict[str, Any]) -> bool:
         """Whether relevant documents are candidates though not found: as the task says, and for generated questions,
         whose only one is the passage that they were written about (ARL2, methods.md C.1.4)."""
-        return self.tasks[query["task"]].with_gold or "source_doc_id" in _meta(query)
+        return self.tasks[task].with_gold or "source_doc_id" in meta
 
 
 def _meta(query: dict[str, Any]) -> dict[str, Any]:
