@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmr_ray.index.settings import IndexConfig as IndexConfig
 from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.labeling.settings import TaskQuestions as TaskQuestions
 from llmr_ray.later import later
@@ -272,6 +273,8 @@ class Config:
     """How often candidates are mined, scored and trained on, each round from the initial embedder's weights with the
     last round's embedder as miner (LLM-R: 2, methods.md B.1). LLM scores of earlier rounds are not paid for again."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """How documents are searched where a run is evaluated and served."""
     reader: LLMConfig | None = None
     """The LLM that reads what is retrieved in evaluation, where it is not the one that gave the feedback."""
     annotators: dict[str, LLMConfig] = field(default_factory=dict)

@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
     "reading": ("passages", "evidence", "vote"),
+    "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
 }
 
 LABEL_TASKS = ("qa", "convsearch", "tool")
@@ -159,6 +160,8 @@ def _check_run(config: Config) -> None:
         _check_questions(name, task.questions)
         if (task.score.same_task or task.score.same_label) and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
+    if config.index.least_recall > 1 or not config.index.num_links:
+        raise ConfigError("index.least_recall is a share of 1 at the most, and index.num_links at least 1.")
     if config.rounds < 1:
         raise ConfigError("rounds must be at least 1.")
     if config.reward_model.model:

@@ -36,6 +36,7 @@ from llmr_ray.errors import DataError
 from llmr_ray.index import collection
 from llmr_ray.index.collection import Change
 from llmr_ray.index.rows import read_rows
+from llmr_ray.index.shards import settings_of
 from llmr_ray.index.snapshot import current, folder_of, read_deleted, read_manifest
 from llmr_ray.index.stage import EMBED_VERSION, index_spec, run_embed, run_index
 from llmr_ray.runtime_config import RuntimeConfig
@@ -129,7 +130,8 @@ def _config(base: Artifact, manifest: dict[str, Any], runtime: RuntimeConfig) ->
         task: TaskConfig(query_instruction=query, document_instruction=document)
         for task, (query, document) in instructions.items()
     }
-    return Config(tasks=tasks, runtime=runtime)
+    index = settings_of(Artifact.found(runtime.artifact_root, manifest["segments"][0]["index"]))
+    return Config(tasks=tasks, index=index, runtime=runtime)
 
 
 def _embed_spec(base: Artifact, documents: Artifact) -> ArtifactSpec:

@@ -12,7 +12,7 @@ others are dropped from what a search of all fetched.
 Shape suffixes: Q queries of a call, M of one range, N documents of the shard, D embedding, K results, F fetched.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ import numpy as np
 from llmr_ray.artifacts import Artifact, sha256_file
 from llmr_ray.durable import staged
 from llmr_ray.errors import DataError
+from llmr_ray.index.approximate import EXACT_SHARE, Proposals
+from llmr_ray.index.settings import IndexConfig
 from llmr_ray.index.topk import (
     MISSING,
     block_topk,
@@ -86,25 +88,55 @@ def write_shard(vector_ND: np.ndarray, path: Path) -> None:
 
 
 def file_name(shard: int) -> str:
-    """The name of a shard's file in an index artifact."""
+    """The name of the file of a shard's vectors in an index artifact."""
     return f"shard-{shard:05d}.faiss"
 
 
-def open_shards(index: Artifact, numbers: Iterable[int], first_row: int = 0) -> list["Shard"]:
-    """Opens some shards of a finished index artifact, whose first document is row `first_row` of what is searched.
+def proposals_name(shard: int) -> str:
+    """The name of the file that proposes documents of a shard, where the kind has one."""
+    return f"proposals-{shard:05d}.faiss"
+
+
+def open_shards(index: Artifact, numbers: Iterable[int], first_row: int = 0, *, exact: bool = False) -> list["Shard"]:
+    """Opens some shards of a finished index artifact.
+
+    Args:
+        index: the artifact.
+        numbers: of the shards.
+        first_row: what is searched counts the index's first document as this row.
+        exact: search exactly whatever the kind.
 
     Raises:
         DataError: the index is not finished, or a file's bytes changed.
     """
     manifest = index.require()
+    files, extra = manifest["files"], manifest["extra"]
+    effort = None if exact or "recall" not in extra else int(extra["recall"]["effort"])
+    return [_opened(index, files, number, first_row + extra["cuts"][number], effort) for number in numbers]
+
+
+def open_built(index: Artifact, cuts: Sequence[int]) -> list["Shard"]:
+    """Opens all shards of an index that is built and not yet committed."""
+    ledger = index.ledger()
     return [
-        Shard(
-            index.file(file_name(number)),
-            first_row=first_row + manifest["extra"]["cuts"][number],
-            sha256=manifest["files"][f"files/{file_name(number)}"]["sha256"],
-        )
-        for number in numbers
+        _opened(index, record["files"], number, cuts[number], settings_of(index).effort)
+        for number, record in sorted(ledger.items())
     ]
+
+
+def _opened(index: Artifact, files: Mapping[str, Any], number: int, first_row: int, effort: int | None) -> "Shard":
+    """A shard whose files are listed with their checksums; without an effort, to be searched exactly."""
+    name = f"files/{file_name(number)}"
+    shard = Shard(index.path / name, first_row, files[name]["sha256"])
+    name = f"files/{proposals_name(number)}"
+    if effort is not None and name in files:
+        shard.proposals = Proposals(index.path / name, files[name]["sha256"], settings_of(index), effort)
+    return shard
+
+
+def settings_of(index: Artifact) -> IndexConfig:
+    """The settings that an index was made by."""
+    return IndexConfig(**{name: value for name, value in index.spec.config.items() if name != "seed"})
 
 
 class Shard:
@@ -129,6 +161,8 @@ class Shard:
         self.dimension = int(self._index.d)
         flat = faiss.rev_swig_ptr(index.get_xb(), self.num_rows * self.dimension)
         self.vector_ND = flat.reshape(self.num_rows, self.dimension)
+        self.proposals: Proposals | None = None
+        """What proposes documents where the index is approximate; the vectors here are its exact scores."""
         self._gpu: _GpuRange | None = _GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
 
     def search(
@@ -158,6 +192,39 @@ class Shard:
         self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Searches the shard's rows [start, end); rows are the shard's."""
+        if self.proposals is not None:
+            return self._search_proposed(self.proposals, query_MD, start, end, k, allowed_N)
+        return self._search_exact(query_MD, start, end, k, allowed_N)
+
+    def _search_proposed(
+        self, proposals: Proposals, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_search_range` among what is proposed; exactly where that is as fast, and where too little is proposed."""
+        if allowed_N is None and end - start < self.num_rows:
+            allowed_N = np.ones(self.num_rows, bool)
+        num_allowed = self.num_rows
+        if allowed_N is not None:
+            inside = np.zeros(self.num_rows, bool)
+            inside[start:end] = allowed_N[start:end]
+            num_allowed = int(np.count_nonzero(inside))
+            allowed_N = inside if num_allowed < self.num_rows else None
+        num = max(k + SPARE, k * proposals.refine)
+        if num_allowed <= max(num, EXACT_SHARE * self.num_rows):
+            return self._search_exact(query_MD, start, end, k, allowed_N)
+        found_MF = proposals.propose(query_MD, num, allowed_N)
+        exact_MF = np.stack(
+            [pair_scores(query_D, self.vector_ND[found_F]) for query_D, found_F in zip(query_MD, found_MF, strict=True)]
+        )
+        rows_MK, scores_MK = select_topk(found_MF, exact_MF, k)
+        short = rows_MK[:, -1] == MISSING
+        if short.any():
+            rows_MK[short], scores_MK[short] = self._search_exact(query_MD[short], start, end, k, allowed_N)
+        return rows_MK, scores_MK
+
+    def _search_exact(
+        self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_search_range` among all."""
         vector_RD, scan = self.vector_ND[start:end], partial(self._scan, start=start, end=end)
         if allowed_N is None or allowed_N[start:end].all():
             rows_MK, scores_MK = _settled(query_MD, vector_RD, k, scan)

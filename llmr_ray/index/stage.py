@@ -1,12 +1,14 @@
 """The stages embed and index.
 
 embed: shards of corpus rows, then shards of query rows, encoded by a pool of actors. index: contiguous blocks of the
-embeddings as FAISS files. How many index shards there are is runtime and recorded with the index; no search result
-depends on it (index/searcher.py).
+embeddings as FAISS files, and beside them what proposes documents where the index is approximate. How many index shards
+there are is runtime and recorded with the index; no result of an exact search depends on it (index/searcher.py).
 """
 
 import json
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,23 @@ import pyarrow as pa
 from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, TaskConfig
+from llmr_ray.config import Config, TaskConfig, identity
 from llmr_ray.data.text import document_text
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
-from llmr_ray.index import shards
+from llmr_ray.index import approximate, recall, shards
+from llmr_ray.index.approximate import is_approximate
 from llmr_ray.index.rows import read_rows
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
 from llmr_ray.precision import resolve_precision
 
 EMBED_VERSION = 2
 INDEX_VERSION = 1
+
+TRAINED = "trained.faiss"
+"""What the shards of an approximate index share, while it is built; each has a copy."""
+
+RECALL = "recall.json"
 
 # --- embed -----------------------------------------------------------------------------------------------------------
 
@@ -155,25 +163,49 @@ class EmbedWorker:
 
 
 def index_spec(config: Config, embeddings: Artifact) -> ArtifactSpec:
-    """What determines an index: the embeddings. It is exact, so there is nothing else to set."""
-    return ArtifactSpec(stage="index", version=INDEX_VERSION, config={}, inputs={"embeddings": embeddings.id})
+    """What determines an index: the embeddings, and where it is not exact, its settings and the seed of its samples."""
+    settings = {**identity(config.index), "seed": config.seed} if is_approximate(config.index) else {}
+    return ArtifactSpec(stage="index", version=INDEX_VERSION, config=settings, inputs={"embeddings": embeddings.id})
 
 
 def run_index(config: Config, artifact: Artifact, embeddings: Artifact) -> None:
-    """Writes the documents' embeddings as FAISS shards, and the table `ids` (row, doc_id)."""
+    """Writes the documents' embeddings as FAISS shards, and the table `ids` (row, doc_id).
+
+    Of an approximate index, what its shards share is trained first, and recall is measured last; both stay through a
+    kill, as shards do.
+
+    Raises:
+        DataError: its recall is below `index.least_recall`.
+    """
     started = time.monotonic()
     manifest = embeddings.require()
     cuts = _cuts(artifact, manifest["rows"]["document_embeddings"], config.runtime.index_shards)
     num_shards = len(cuts) - 1
-    cluster.map_shards(
-        artifact.pending(num_shards),
-        IndexWorker,
-        {"artifact": artifact, "embeddings": embeddings, "cuts": cuts},
-        num_actors=config.runtime.index_actors,
-        num_threads=config.runtime.index_threads,
-        purpose="index",
-    )
+    built = {"artifact": artifact, "embeddings": embeddings, "cuts": cuts}
+
+    def run(shards: Sequence[int], worker: type) -> None:
+        cluster.map_shards(
+            shards,
+            worker,
+            built,
+            num_actors=config.runtime.index_actors,
+            num_threads=config.runtime.index_threads,
+            num_gpus=config.runtime.index_gpus if config.index.kind == "cagra" else 0,
+            purpose="index",
+        )
+
     extra = {"encoder": manifest["extra"]["encoder"], "cuts": cuts}
+    pending = artifact.pending(num_shards)
+    if is_approximate(config.index):
+        largest = max(end - start for start, end in pairwise(cuts))
+        if pending and largest >= approximate.MIN_ROWS and not artifact.file(TRAINED).exists():
+            run([0], TrainWorker)
+        run(pending, IndexWorker)
+        if not (artifact.path / RECALL).exists():
+            run([0], RecallWorker)
+        extra["recall"] = json.loads((artifact.path / RECALL).read_text())
+    else:
+        run(pending, IndexWorker)
     artifact.commit(num_shards, seconds=time.monotonic() - started, extra=extra)
 
 
@@ -193,16 +225,53 @@ class IndexWorker:
 
     def __init__(self, artifact: Artifact, embeddings: Artifact, cuts: list[int]) -> None:
         self.artifact, self.embeddings, self.cuts = artifact, embeddings, cuts
+        self.settings = shards.settings_of(artifact)
 
     def run(self, shard: int) -> dict[str, Any]:
         """Builds one shard and commits it; returns its ledger record."""
         start, end = self.cuts[shard], self.cuts[shard + 1]
         table = read_rows(self.embeddings, "document_embeddings", start, end)
-        path = self.artifact.file(shards.file_name(shard))
-        shards.write_shard(to_matrix(table), path)
+        vector_ND = to_matrix(table)
+        files = [shards.file_name(shard)]
+        shards.write_shard(vector_ND, self.artifact.file(files[0]))
+        if is_approximate(self.settings):
+            path = self.artifact.file(shards.proposals_name(shard))
+            if approximate.write_proposals(vector_ND, self.artifact.file(TRAINED), self.settings, path):
+                files.append(path.name)
         ids = pa.table({"row": pa.array(range(start, end), pa.int64()), "doc_id": table["doc_id"]})
         counts = Counts(rows_in=end - start, ok=end - start)
-        return self.artifact.write_shard(shard, {"ids": ids}, counts, files=(f"files/{path.name}",))
+        return self.artifact.write_shard(shard, {"ids": ids}, counts, files=tuple(f"files/{name}" for name in files))
+
+
+class TrainWorker(IndexWorker):
+    """Trains what all shards of an approximate index share."""
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Writes it; returns a record without content."""
+        seed = self.artifact.spec.config["seed"]
+        [dimension] = {to_matrix(self.embeddings.read("document_embeddings", 0)).shape[1]}
+        approximate.write_trained(
+            lambda num_rows: recall.sample_documents(self.embeddings, num_rows, seed),
+            self.cuts[-1],
+            dimension,
+            self.settings,
+            seed,
+            self.artifact.file(TRAINED),
+        )
+        return {"shard": shard}
+
+
+class RecallWorker(IndexWorker):
+    """Measures an approximate index whose shards are built."""
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Writes the figures; returns a record without content."""
+        opened = shards.open_built(self.artifact, self.cuts)
+        prepare = Artifact.found(self.artifact.path.parents[1], self.embeddings.spec.inputs["prepare"])
+        queries, what = recall.sample_queries(self.embeddings, prepare, self.artifact.spec.config["seed"])
+        figures = {"queries": what, **recall.measure(opened, queries, self.settings)}
+        write_atomic(self.artifact.path / RECALL, canonical_json(figures).encode())
+        return {"shard": shard}
 
 
 def _num_shards(num_rows: int) -> int:

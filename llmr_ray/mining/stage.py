@@ -143,7 +143,7 @@ class MineWorker:
         takes_given = any(task.num_given for task in tasks.values())
         self.given = _given_rows(prepare.read("given"), self.row_of) if takes_given else {}
         shards.set_threads(num_threads)
-        self.shards = shards.open_shards(index, range(index.require()["num_shards"]))
+        self.shards = shards.open_shards(index, range(index.require()["num_shards"]), exact=True)
         if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
             raise DataError(f"{index.id} holds another number of documents than the corpus. Build the index again.")
         self.bm25 = BM25(self.texts, bm25.k1, bm25.b)

@@ -1,0 +1,201 @@
+"""Approximate indexes: what they propose is scored, filtered and merged exactly, and how much they miss is measured."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact
+from llmr_ray.config import Config, RuntimeConfig
+from llmr_ray.errors import ConfigError, DataError, ResourceError
+from llmr_ray.index import approximate, collection, recall, shards
+from llmr_ray.index.filters import Comparison
+from llmr_ray.index.settings import IndexConfig
+from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of
+from llmr_ray.index.stage import index_spec, run_index
+from llmr_ray.index.topk import MISSING, exact_topk, merge_topk, pair_scores
+from tests.collections_world import document, indexed, unit
+
+KINDS = ("ivf_sq8", "ivf_pq", "hnsw")
+ROWS, DIMENSION = 2400, 16
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards have structures too, and jobs run in this process."""
+    monkeypatch.setattr(approximate, "MIN_ROWS", 500)
+
+    def map_shards(shards, worker, worker_args, **options):
+        made = worker(**worker_args) if shards else None
+        return [made.run(shard) for shard in shards]
+
+    monkeypatch.setattr(cluster, "map_shards", map_shards)
+
+
+def corpus() -> np.ndarray:
+    """Clusters with many equal vectors."""
+    rng = np.random.default_rng(0)
+    docs = unit(rng, 40, DIMENSION)[rng.integers(0, 40, ROWS)] + 0.15 * rng.standard_normal((ROWS, DIMENSION))
+    docs[rng.integers(0, ROWS, 300)] = docs[rng.integers(0, ROWS, 300)]
+    return (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
+
+
+def built(root: Path, docs: np.ndarray, num_shards: int = 2, **settings: object) -> Artifact:
+    config = Config(index=IndexConfig(**settings), runtime=RuntimeConfig(index_shards=num_shards))
+    rows = [document(f"d{row}", row, meta=json.dumps({"n": row})) for row in range(len(docs))]
+    flat = indexed(root, docs, rows)
+    embeddings = Artifact.found(root, flat.spec.inputs["embeddings"])
+    index = Artifact(root, index_spec(config, embeddings))
+    index.begin()
+    run_index(config, index, embeddings)
+    return index
+
+
+def searched(index: Artifact, queries: np.ndarray, scopes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    opened = shards.open_shards(index, range(index.require()["num_shards"]))
+    assert all(shard.proposals is not None for shard in opened)
+    return merge_topk([shard.search(queries, scopes, k) for shard in opened], k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_found_has_its_exact_score_and_the_recall_is_true(tmp_path: Path, kind: str) -> None:
+    """Scores of codes compare with no other shard's; a recall that is not measured is a guess."""
+    docs = corpus()
+    index = built(tmp_path, docs, kind=kind)
+    figures = index.require()["extra"]["recall"]
+    assert figures["queries"] == "documents"
+    assert figures["recall@10"] >= 0.95
+    queries = docs[:50] + 0.02 * unit(np.random.default_rng(1), 50, DIMENSION)
+    scopes = np.tile([[0, ROWS]], (50, 1))
+    rows, scores = searched(index, queries, scopes, 10)
+    oracle = exact_topk(queries, docs, scopes, 10)[1]
+    for query, found, score in zip(queries, rows, scores, strict=True):
+        assert len(set(found.tolist())) == 10
+        np.testing.assert_array_equal(score, pair_scores(query, docs[found]))
+        assert (np.diff(score) <= 0).all()
+    assert (scores >= oracle[:, -1:]).mean() > 0.8
+    # Measured again by hand on the sample that the build drew.
+    embeddings = Artifact.found(tmp_path, index.spec.inputs["embeddings"])
+    sample = recall.sample_documents(embeddings, recall.NUM_QUERIES, 42)
+    scopes = np.tile([[0, ROWS]], (len(sample), 1))
+    mine, exact = searched(index, sample, scopes, 10)[1], exact_topk(sample, docs, scopes, 10)[1]
+    share = np.mean([[score >= best[-1] for score in found] for found, best in zip(mine, exact, strict=True)])
+    # The build looked 100 deep, so more was proposed.
+    assert abs(share - figures["recall@10"]) < 0.06
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_filters_and_fillers(tmp_path: Path, kind: str) -> None:
+    """FAISS pads with -1 where the lists it looked into run dry; a filter must not make that worse."""
+    docs = corpus()
+    index = built(tmp_path, docs, kind=kind, effort=1, least_recall=0.0)
+    queries = unit(np.random.default_rng(1), 8, DIMENSION)
+    scopes = np.asarray([[0, ROWS], [100, 130], [0, 0], [5, 6], [1100, 1300], [0, 2000], [1, ROWS], [3, 400]])
+    for k in (3, 150, 3000):
+        rows, scores = searched(index, queries, scopes, k)
+        for number, (start, end) in enumerate(scopes):
+            real = rows[number][rows[number] != MISSING]
+            assert len(real) == min(k, end - start) == len(set(real.tolist()))
+            assert ((real >= start) & (real < end)).all()
+            assert np.isneginf(scores[number, len(real) :]).all()
+        small = [1, 2, 3, 4]
+        oracle = exact_topk(queries[small], docs, scopes[small], k)
+        np.testing.assert_array_equal(rows[small], oracle[0])
+
+    collection.create(tmp_path, "c", index.id, model="model")
+    collection.delete(tmp_path, "c", [f"d{row}" for row in range(0, ROWS, 2)])
+    snapshot = OpenSnapshot(tmp_path, "c", current(folder_of(tmp_path, "c")))
+    assert snapshot.manifest["kind"] == kind
+    rows, _ = snapshot.search(
+        queries, 40, allowed=[None, Comparison("n", "lt", 1500), Comparison("n", "lt", 30)] * 2 + [None] * 2
+    )
+    assert (rows[[0, 1, 3, 4]] % 2 == 1).all()
+    assert (rows[[1, 4]] < 1500).all()
+    for number in (2, 5):
+        allowed = np.arange(1, 30, 2)
+        oracle = exact_topk(queries[number : number + 1], docs[allowed], np.asarray([[0, 15]]), 15)[0][0]
+        np.testing.assert_array_equal(rows[number], [*allowed[oracle], *[MISSING] * 25])
+
+
+def test_searching_everything_is_exact(tmp_path: Path) -> None:
+    """At full effort an ivf index leaves out nothing but what its codes misjudge by more than is refined."""
+    docs = corpus()
+    index = built(tmp_path, docs, kind="ivf_sq8", num_lists=9, effort=9)
+    queries = unit(np.random.default_rng(1), 30, DIMENSION)
+    scopes = np.tile([[0, ROWS]], (30, 1))
+    for mine, oracle in zip(searched(index, queries, scopes, 20), exact_topk(queries, docs, scopes, 20), strict=True):
+        np.testing.assert_array_equal(mine, oracle)
+    exact = shards.open_shards(index, range(2), exact=True)
+    assert all(shard.proposals is None for shard in exact)
+
+
+def test_a_recall_too_low_fails_the_build(tmp_path: Path) -> None:
+    """An index that loses a fifth of the documents looks like a bad embedder."""
+    docs = unit(np.random.default_rng(0), ROWS, DIMENSION)
+    with pytest.raises(DataError, match=r"index\.effort.*index\.refine"):
+        built(tmp_path, docs, kind="ivf_sq8", effort=1, least_recall=0.99)
+    with pytest.raises(DataError, match=r"pq_bytes"):
+        built(tmp_path, docs, kind="ivf_pq", num_lists=1, pq_bytes=1, refine=1, least_recall=1.0)
+    assert len(list(tmp_path.glob("index/*/manifest.json"))) == 1  # of the exact one beside
+
+
+def test_small_shards_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists over a handful of documents cost more than they save, and k-means needs points."""
+    monkeypatch.setattr(approximate, "MIN_ROWS", 4096)
+    docs = unit(np.random.default_rng(0), 30, DIMENSION)
+    for kind in KINDS:
+        index = built(tmp_path, docs, kind=kind)
+        assert index.require()["extra"]["recall"]["recall@10"] == 1.0
+        opened = shards.open_shards(index, [0, 1])
+        assert all(shard.proposals is None for shard in opened)
+
+
+def test_a_resumed_build_trains_and_measures_once(tmp_path: Path) -> None:
+    """Other lists after a kill would leave shards that do not fit together."""
+    docs = corpus()
+    index = built(tmp_path, docs, num_shards=3, kind="ivf_sq8")
+    before = index.require()
+    trained = (index.file("trained.faiss").stat().st_mtime_ns, index.file("trained.faiss").read_bytes())
+    (index.path / "manifest.json").unlink()
+    (index.path / "_ledger" / "00001.json").unlink()
+    index.file("proposals-00001.faiss").unlink()
+    (index.path / "recall.json").unlink()
+    again = built(tmp_path, docs, num_shards=3, kind="ivf_sq8")
+    assert (again.file("trained.faiss").stat().st_mtime_ns, again.file("trained.faiss").read_bytes()) == trained
+    assert again.require()["files"] == before["files"]
+    assert again.require()["extra"] == before["extra"]
+
+
+def test_damaged_proposals_are_noticed(tmp_path: Path) -> None:
+    """A flipped bit in a list's document number is a wrong document."""
+    index = built(tmp_path, corpus(), kind="hnsw")
+    path = index.file("proposals-00000.faiss")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="bytes changed"):
+        shards.open_shards(index, [0])
+
+
+def test_the_id_of_an_exact_index_is_that_of_its_embeddings_alone(tmp_path: Path) -> None:
+    """Indexes built before there were kinds must still be found, and settings of other kinds change nothing."""
+    flat = indexed(tmp_path, corpus())
+    embeddings = Artifact.found(tmp_path, flat.spec.inputs["embeddings"])
+    assert flat.spec.config == {}
+    assert index_spec(Config(index=IndexConfig(num_lists=3), seed=7), embeddings).id == flat.id
+    ids = {
+        index_spec(Config(index=IndexConfig(**settings), seed=seed), embeddings).id
+        for settings in ({"kind": "ivf_sq8"}, {"kind": "ivf_sq8", "refine": 3}, {"kind": "hnsw"})
+        for seed in (1, 2)
+    }
+    assert len(ids) == 6
+
+
+def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
+    """An odd code size fails inside FAISS with a C++ assertion; a GPU's graph has no GPU here."""
+    with pytest.raises(ConfigError, match="pq_bytes"):
+        built(tmp_path, corpus(), kind="ivf_pq", pq_bytes=5)
+    with pytest.raises(ResourceError, match="hnsw"):
+        built(tmp_path, corpus(), kind="cagra")
