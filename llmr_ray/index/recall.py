@@ -62,12 +62,12 @@ def measure(opened: Sequence[shards.Shard], query_QD: np.ndarray, settings: Inde
     scopes_Q2 = np.tile([[opened[0].first_row, opened[0].first_row + num_rows]], (len(query_QD), 1))
     proposals = [shard.proposals for shard in opened]
 
-    def found() -> np.ndarray:
-        return merge_topk([shard.search(query_QD, scopes_Q2, depths[-1]) for shard in opened], depths[-1])[1]
+    def found(depth: int) -> np.ndarray:
+        return merge_topk([shard.search(query_QD, scopes_Q2, depth) for shard in opened], depth)[1]
 
     for shard in opened:
         shard.proposals = None
-    exact_QK = found()
+    exact_QK = found(depths[-1])
     for shard, proposal in zip(opened, proposals, strict=True):
         shard.proposals = proposal
     recall: dict[str, float] = {}
@@ -76,9 +76,9 @@ def measure(opened: Sequence[shards.Shard], query_QD: np.ndarray, settings: Inde
         for proposal in proposals:
             if proposal is not None:
                 proposal.effort = effort
-        scores_QK = found()
+        # Each depth by a search of its own: a deeper one proposes more.
         recall = {
-            f"recall@{wanted}": float((scores_QK[:, :depth] >= exact_QK[:, depth - 1 : depth]).mean())
+            f"recall@{wanted}": float((found(depth) >= exact_QK[:, depth - 1 : depth]).mean())
             for wanted, depth in zip(DEPTHS, depths, strict=True)
         }
         if recall["recall@10"] >= settings.least_recall:
