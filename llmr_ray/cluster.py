@@ -142,6 +142,22 @@ def require(cpus: float, gpus: float, purpose: str) -> None:
         )
 
 
+def require_memory(needed: Sequence[int], purpose: str) -> None:
+    """Raises ResourceError when actors of so many bytes each cannot be placed on the nodes there are."""
+    rooms = sorted((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), reverse=True)
+    free = list(rooms)
+    for num_bytes in sorted(needed, reverse=True):
+        place = max(range(len(free)), key=lambda at: free[at], default=None)
+        if place is None or free[place] < num_bytes:
+            asked, had = ([f"{item / 2**30:.2f}" for item in items] for items in (sorted(needed), rooms))
+            raise ResourceError(
+                f"{purpose} needs actors of {', '.join(asked)} GiB of memory, but the nodes have {', '.join(had)} GiB; "
+                "it would wait for ever. Cut the index into more shards over more actors (runtime.index_shards, index_actors), or add "
+                "nodes."
+            )
+        free[place] -= num_bytes
+
+
 def map_shards(
     shards: Sequence[int],
     worker: type,

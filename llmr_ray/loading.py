@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
     "reading": ("passages", "evidence", "vote"),
+    "index_scan": ("auto", "float32", "int8"),
     "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
 }
 

@@ -60,6 +60,9 @@ class RuntimeConfig:
     index_actors: int = 2
     index_shards: int = 2
     index_threads: int = 1
+    index_scan: str = "auto"
+    """How exact searches compare: float32 (FAISS), int8 (bounds by 8-bit products, then exact scores; the same result,
+    and a file of a quarter of the vectors' bytes beside each shard), or auto: int8 where this CPU is faster at it."""
     index_gpus: float = 0
     """Of each actor that searches an index, mining ones included."""
     stall_timeout_s: float = 600.0

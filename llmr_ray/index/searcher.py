@@ -17,10 +17,14 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.config import Config
 from llmr_ray.errors import DataError, LlmrError
 from llmr_ray.index import shards
+from llmr_ray.index.shards import Opening
 from llmr_ray.index.topk import merge_topk
 
 SEARCH_QUERIES = 1024
 """Queries sent to an actor at once; two such batches are under way, so that actors never wait for the driver."""
+
+WORK_BYTES = 256 << 20
+"""Of an actor beside its shards: libraries, queries, candidates."""
 
 
 class Searcher:
@@ -47,14 +51,19 @@ class Searcher:
         num_shards = index.require()["num_shards"]
         num_actors = max(1, min(runtime.index_actors, num_shards))
         cluster.require(num_actors, num_actors * runtime.index_gpus, "search")
+        groups = [list(range(first, num_shards, num_actors)) for first in range(num_actors)]
+        needed = [_memory(index, numbers) for numbers in groups]
+        cluster.require_memory(needed, "search")
         self._actors: list[Any] = [
-            _ShardGroup.options(num_cpus=1, num_gpus=runtime.index_gpus).remote(  # type: ignore[attr-defined]
+            _ShardGroup.options(  # type: ignore[attr-defined]
+                num_cpus=1, num_gpus=runtime.index_gpus, memory=num_bytes
+            ).remote(
                 str(index.path.parents[1]),
                 index.spec,
-                list(range(first, num_shards, num_actors)),
-                runtime.index_threads,
+                numbers,
+                Opening(scan=runtime.index_scan, num_threads=runtime.index_threads),
             )
-            for first in range(num_actors)
+            for numbers, num_bytes in zip(groups, needed, strict=True)
         ]
 
     def search(self, query_QD: np.ndarray, scopes_Q2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,17 +109,24 @@ class Searcher:
 class _ShardGroup:
     """Some shards of an index. A killed one is started again and asked again: searching changes nothing."""
 
-    def __init__(self, root: str, spec: ArtifactSpec, numbers: Sequence[int], num_threads: int) -> None:
-        shards.set_threads(num_threads)
-        self._index, self._numbers = Artifact(root, spec), numbers
+    def __init__(self, root: str, spec: ArtifactSpec, numbers: Sequence[int], how: Opening) -> None:
+        shards.set_threads(how.num_threads)
+        self._index, self._numbers, self._how = Artifact(root, spec), numbers, how
         self._shards: list[shards.Shard] = []
 
     def search(self, batch: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best of this group's shards."""
         if not self._shards:
             # Not in the constructor: of an error there, the caller learns only that the actor died.
-            self._shards = shards.open_shards(self._index, self._numbers)
+            self._shards = shards.open_shards(self._index, self._numbers, how=self._how)
         return merge_topk([shard.search(*batch, k) for shard in self._shards], k)
+
+
+def _memory(index: Artifact, numbers: Sequence[int]) -> int:
+    """Bytes that a group of shards holds: its files, of which 8-bit codes are a quarter more, and room to work."""
+    files = index.require()["files"]
+    names = [f"files/{name(number)}" for number in numbers for name in (shards.file_name, shards.proposals_name)]
+    return WORK_BYTES + sum(files[name]["bytes"] * 5 // 4 for name in names if name in files)
 
 
 def _get(results: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -13,6 +13,7 @@ Shape suffixes: Q queries of a call, M of one range, N documents of the shard, D
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ import numpy as np
 from llmr_ray.artifacts import Artifact, sha256_file
 from llmr_ray.durable import staged
 from llmr_ray.errors import DataError
+from llmr_ray.index import int8
 from llmr_ray.index.approximate import EXACT_SHARE, Proposals
+from llmr_ray.index.int8 import Codes
 from llmr_ray.index.settings import IndexConfig
 from llmr_ray.index.topk import (
     MISSING,
@@ -97,22 +100,48 @@ def proposals_name(shard: int) -> str:
     return f"proposals-{shard:05d}.faiss"
 
 
-def open_shards(index: Artifact, numbers: Iterable[int], first_row: int = 0, *, exact: bool = False) -> list["Shard"]:
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How shards are opened; no exact result depends on it.
+
+    exact: search exactly whatever the kind. scan: of exact searches, float32, int8, or auto: int8 where the CPU is
+    faster at it. num_threads: of a search.
+    """
+
+    exact: bool = False
+    scan: str = "float32"
+    num_threads: int = 1
+
+
+def open_shards(
+    index: Artifact, numbers: Iterable[int], first_row: int = 0, how: Opening | None = None
+) -> list["Shard"]:
     """Opens some shards of a finished index artifact.
 
     Args:
         index: the artifact.
         numbers: of the shards.
         first_row: what is searched counts the index's first document as this row.
-        exact: search exactly whatever the kind.
+        how: see Opening.
 
     Raises:
         DataError: the index is not finished, or a file's bytes changed.
     """
-    manifest = index.require()
+    manifest, how = index.require(), how or Opening()
     files, extra = manifest["files"], manifest["extra"]
-    effort = None if exact or "recall" not in extra else int(extra["recall"]["effort"])
-    return [_opened(index, files, number, first_row + extra["cuts"][number], effort) for number in numbers]
+    effort = None if how.exact or "recall" not in extra else int(extra["recall"]["effort"])
+    opened = []
+    for number in numbers:
+        shard = _opened(index, files, number, first_row + extra["cuts"][number], effort)
+        if shard.num_rows >= int8.MIN_ROWS and _wants_codes(how.scan):
+            path = index.file(file_name(number))
+            shard.codes = int8.open_codes(path, files[f"files/{path.name}"]["sha256"], shard.vector_ND, how.num_threads)
+        opened.append(shard)
+    return opened
+
+
+def _wants_codes(scan: str) -> bool:
+    return scan == "int8" or (scan == "auto" and faiss.get_num_gpus() == 0 and int8.is_faster())
 
 
 def open_built(index: Artifact, cuts: Sequence[int]) -> list["Shard"]:
@@ -163,6 +192,8 @@ class Shard:
         self.vector_ND = flat.reshape(self.num_rows, self.dimension)
         self.proposals: Proposals | None = None
         """What proposes documents where the index is approximate; the vectors here are its exact scores."""
+        self.codes: Codes | None = None
+        """What bounds scores by 8-bit products; the result is the same without it."""
         self._gpu: _GpuRange | None = _GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
 
     def search(
@@ -225,21 +256,31 @@ class Shard:
         self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`_search_range` among all."""
-        vector_RD, scan = self.vector_ND[start:end], partial(self._scan, start=start, end=end)
-        if allowed_N is None or allowed_N[start:end].all():
-            rows_MK, scores_MK = _settled(query_MD, vector_RD, k, scan)
-            return _moved(rows_MK, start), scores_MK
-        allowed_R = allowed_N[start:end]
-        rows_MK, scores_MK = nothing(len(query_MD), k)
+        vector_RD, allowed_R = self.vector_ND[start:end], None
+        if allowed_N is not None and not allowed_N[start:end].all():
+            allowed_R = allowed_N[start:end]
+            chosen_C = np.flatnonzero(allowed_R)
+            if not len(chosen_C):
+                return nothing(len(query_MD), k)
+            if len(chosen_C) <= max(DIRECT_ROWS, DENSE_SHARE * len(vector_RD)):
+                rows_MK, scores_MK = self._search_copied(query_MD, vector_RD, chosen_C, k)
+                return _moved(rows_MK, start), scores_MK
         todo = np.ones(len(query_MD), bool)
-        num_allowed, fetch = int(np.count_nonzero(allowed_R)), 2 * (k + SPARE)
-        if num_allowed > max(DIRECT_ROWS, DENSE_SHARE * len(vector_RD)) and fetch < len(vector_RD):
-            rows_MK, scores_MK, todo = _attempt(query_MD, vector_RD, k, fetch, scan, allowed_R)
-        if num_allowed and todo.any():
-            rows_MK[todo], scores_MK[todo] = self._search_copied(
-                query_MD[todo], vector_RD, np.flatnonzero(allowed_R), k
-            )
-        return _moved(rows_MK, start), scores_MK
+        rows_MK, scores_MK = nothing(len(query_MD), k)
+        if self.codes is not None and len(vector_RD) >= int8.MIN_ROWS and k <= int8.MAX_RESULTS:
+            rows_MK, scores_MK, todo = self.codes.search(query_MD, start, end, k, allowed_R)
+        scan = partial(self._scan, start=start, end=end)
+        if allowed_R is not None and todo.any() and (fetch := 2 * (k + SPARE)) < len(vector_RD):
+            found_MK, scores_MK[todo], open_M = _attempt(query_MD[todo], vector_RD, k, fetch, scan, allowed_R)
+            rows_MK[todo] = _moved(found_MK, start)
+            todo[np.flatnonzero(todo)[~open_M]] = False
+        if todo.any():
+            if allowed_R is None:
+                found_MK, scores_MK[todo] = _settled(query_MD[todo], vector_RD, k, scan)
+            else:
+                found_MK, scores_MK[todo] = self._search_copied(query_MD[todo], vector_RD, chosen_C, k)
+            rows_MK[todo] = _moved(found_MK, start)
+        return rows_MK, scores_MK
 
     def _search_copied(
         self, query_MD: np.ndarray, vector_RD: np.ndarray, chosen_C: np.ndarray, k: int

@@ -119,6 +119,7 @@ class OpenSnapshot:
         shards: numbers of the shards to open; None: all. `documents` serves every row in any case.
         num_threads: of FAISS, in the whole process.
         encoder: what `vectors.encoder_of` says of the embeddings that queries will have; None: not compared.
+        scan: runtime.index_scan.
 
     Raises:
         DataError: there is no such snapshot, a file's bytes changed, or the encoder is another one.
@@ -133,6 +134,7 @@ class OpenSnapshot:
         shards: Sequence[int] | None = None,
         num_threads: int = 1,
         encoder: str | None = None,
+        scan: str = "auto",
     ) -> None:
         self._root, self._folder = Path(root), folder_of(root, collection)
         self.manifest = read_manifest(self._folder, snapshot_id)
@@ -148,6 +150,7 @@ class OpenSnapshot:
             )
         faiss_shards.set_threads(num_threads)
         self._first_rows = [0, *accumulate(segment["num_documents"] for segment in self.manifest["segments"])]
+        self._how = faiss_shards.Opening(scan=scan, num_threads=num_threads)
         self._shards = self._open(range(self.num_shards) if shards is None else shards)
         self._masks: _Cache = _Cache(MASK_BYTES)
         self._texts = [_Texts(self._artifact(segment["prepare"])) for segment in self.manifest["segments"]]
@@ -220,7 +223,7 @@ class OpenSnapshot:
             at = bisect_right(first_shards, number) - 1
             segment, first_row = self.manifest["segments"][at], self._first_rows[at]
             index = self._artifact(segment["index"])
-            [shard] = faiss_shards.open_shards(index, [number - first_shards[at]], first_row)
+            [shard] = faiss_shards.open_shards(index, [number - first_shards[at]], first_row, self._how)
             start = shard.first_row - first_row
             live_N = None
             if at in deleted:

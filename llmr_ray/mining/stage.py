@@ -101,7 +101,7 @@ def run_mine(
             "tasks": {name: task.mine_in(again=again) for name, task in config.tasks.items()},
             "bm25": config.bm25,
             "seed": config.seed,
-            "num_threads": config.runtime.index_threads,
+            "how": shards.Opening(exact=True, scan=config.runtime.index_scan, num_threads=config.runtime.index_threads),
         },
         num_actors=config.runtime.mine_actors,
         num_threads=config.runtime.index_threads,
@@ -123,7 +123,7 @@ class MineWorker:
         tasks: dict[str, TaskMine],
         bm25: BM25Config,
         seed: int,
-        num_threads: int,
+        how: shards.Opening,
     ) -> None:
         from llmr_ray.mining.bm25 import BM25
 
@@ -142,8 +142,8 @@ class MineWorker:
         self.gold_rows = _gold_rows(prepare.read("qrels"), self.row_of)
         takes_given = any(task.num_given for task in tasks.values())
         self.given = _given_rows(prepare.read("given"), self.row_of) if takes_given else {}
-        shards.set_threads(num_threads)
-        self.shards = shards.open_shards(index, range(index.require()["num_shards"]), exact=True)
+        shards.set_threads(how.num_threads)
+        self.shards = shards.open_shards(index, range(index.require()["num_shards"]), how=how)
         if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
             raise DataError(f"{index.id} holds another number of documents than the corpus. Build the index again.")
         self.bm25 = BM25(self.texts, bm25.k1, bm25.b)

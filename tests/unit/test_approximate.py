@@ -126,7 +126,7 @@ def test_searching_everything_is_exact(tmp_path: Path) -> None:
     scopes = np.tile([[0, ROWS]], (30, 1))
     for mine, oracle in zip(searched(index, queries, scopes, 20), exact_topk(queries, docs, scopes, 20), strict=True):
         np.testing.assert_array_equal(mine, oracle)
-    exact = shards.open_shards(index, range(2), exact=True)
+    exact = shards.open_shards(index, range(2), how=shards.Opening(exact=True))
     assert all(shard.proposals is None for shard in exact)
 
 

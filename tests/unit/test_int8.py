@@ -1,0 +1,111 @@
+"""The 8-bit scan against the NumPy oracle: every id and score, whatever the vectors, ranges, filters and threads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmr_ray.artifacts import sha256_file
+from llmr_ray.index import int8, shards
+from llmr_ray.index.topk import MISSING, exact_topk
+from tests.unit.test_shards import corpus, unit
+
+ROWS = 1500
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "MIN_ROWS", 300)
+
+
+def opened(folder: Path, docs: np.ndarray, num_threads: int = 1) -> shards.Shard:
+    path = folder / "x.faiss"
+    if not path.exists():
+        shards.write_shard(docs, path)
+    shard = shards.Shard(path, 0, sha256_file(path))
+    shard.codes = int8.open_codes(path, sha256_file(path), shard.vector_ND, num_threads)
+    return shard
+
+
+def outliers(rng: np.random.Generator) -> np.ndarray:
+    """A few large values, as language models have them: one scale for the row leaves the others few levels."""
+    docs = rng.standard_normal((ROWS, 48))
+    docs[:, 3] += 30
+    docs[::2, 7] *= 100
+    return (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("vectors", ["none", "some", "many", "near", "all", "outliers"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_scan_equals_the_oracle(tmp_path: Path, vectors: str, num_threads: int) -> None:
+    """A bound that is too narrow by a rounding loses a document once in a million searches."""
+    rng = np.random.default_rng(0)
+    docs = outliers(rng) if vectors == "outliers" else corpus(rng, vectors)
+    queries = np.concatenate([unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]])
+    edges = np.sort(rng.integers(0, ROWS + 1, (len(queries) - 270, 2)), axis=1)
+    scopes = np.concatenate([np.tile([[0, ROWS]], (265, 1)), [[0, 400]] * 5, edges])
+    shard = opened(tmp_path, docs, num_threads)
+    for k in (1, 10, 300, 1100):
+        for mine, oracle in zip(shard.search(queries, scopes, k), exact_topk(queries, docs, scopes, k), strict=True):
+            np.testing.assert_array_equal(mine, oracle)
+        allowed = rng.random(ROWS) < 0.7
+        chosen = np.flatnonzero(allowed)
+        rows, scores = shard.search(queries, scopes, k, allowed)
+        oracle_rows, oracle_scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
+        np.testing.assert_array_equal(rows, np.where(oracle_rows == MISSING, MISSING, chosen[oracle_rows]))
+        np.testing.assert_array_equal(scores, oracle_scores)
+
+
+def test_the_scan_is_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode that silently falls back to float32 is exact too, and no faster."""
+    docs = unit(np.random.default_rng(0), ROWS, 48)
+    shard = opened(tmp_path, docs)
+    queries, scopes = unit(np.random.default_rng(1), 30, 48), np.tile([[0, ROWS]], (30, 1))
+    expected = exact_topk(queries, docs, scopes, 10)
+    monkeypatch.setattr(shards, "_settled", None)
+    for mine, oracle in zip(shard.search(queries, scopes, 10), expected, strict=True):
+        np.testing.assert_array_equal(mine, oracle)
+
+
+def test_bounds_hold(tmp_path: Path) -> None:
+    """The inequality itself, in double precision, for vectors with and without outliers."""
+    rng = np.random.default_rng(0)
+    for docs in (unit(rng, 500, 48), outliers(rng)[:500]):
+        queries = unit(rng, 40, 48)
+        (code, scale, error), (query_code, query_scale, query_error) = int8.quantize(docs), int8.quantize(queries)
+        bounded = (query_code.astype(int) @ code.T.astype(int)) * query_scale[:, None].astype(float) * scale
+        norm = np.linalg.norm(queries, axis=1)
+        width = (norm + query_error)[:, None] * error + int8.NORM * query_error[:, None]
+        assert (np.abs(bounded - queries.astype(float) @ docs.T.astype(float)) <= width).all()
+        assert width.max() < 0.2
+
+
+def test_codes_are_made_once_and_anew_when_they_do_not_fit(tmp_path: Path) -> None:
+    """Codes of another shard, or with a flipped bit, lose documents without an error."""
+    docs = unit(np.random.default_rng(0), ROWS, 48)
+    opened(tmp_path, docs)
+    path, note = tmp_path / "x.int8", tmp_path / "x.int8.json"
+    whole, made = path.read_bytes(), path.stat().st_mtime_ns
+    opened(tmp_path, docs)
+    assert path.stat().st_mtime_ns == made
+    data = bytearray(whole)
+    data[100] ^= 64
+    path.write_bytes(bytes(data))
+    opened(tmp_path, docs)
+    assert path.read_bytes() == whole
+    for text in ("{", "{}", note.read_text().replace('"of":"', '"of":"0')):
+        note.write_text(text)
+        opened(tmp_path, docs)
+        assert path.read_bytes() == whole
+        assert sha256_file(path) in note.read_text()
+
+
+def test_codes_without_a_place_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index on read-only storage must be searched, not repaired."""
+    docs = unit(np.random.default_rng(0), ROWS, 48)
+    monkeypatch.setattr("os.access", lambda *given: False)
+    shard = opened(tmp_path, docs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.faiss"]
+    scopes = np.tile([[0, ROWS]], (5, 1))
+    for mine, oracle in zip(shard.search(docs[:5], scopes, 7), exact_topk(docs[:5], docs, scopes, 7), strict=True):
+        np.testing.assert_array_equal(mine, oracle)
