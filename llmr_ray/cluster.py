@@ -152,8 +152,8 @@ def require_memory(needed: Sequence[int], purpose: str) -> None:
             asked, had = ([f"{item / 2**30:.2f}" for item in items] for items in (sorted(needed), rooms))
             raise ResourceError(
                 f"{purpose} needs actors of {', '.join(asked)} GiB of memory, but the nodes have {', '.join(had)} GiB; "
-                "it would wait for ever. Cut the index into more shards over more actors (runtime.index_shards, index_actors), or add "
-                "nodes."
+                "it would wait for ever. Cut the index into more shards over more actors (runtime.index_shards, "
+                "index_actors), or add nodes."
             )
         free[place] -= num_bytes
 
