@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping, studies
-from llmr_ray.artifacts import Artifact, locked
+from llmr_ray.artifacts import Artifact, locked, opened
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
@@ -257,10 +257,13 @@ def run_study_file(path: str, overrides: list[str]) -> None:
     study = studies.read_study(Path(path))
     folder = Path(loading.load(study.config, overrides).runtime.run_root) / "studies" / study.name
 
-    def run(config: str, settings: list[str]) -> dict[str, Any]:
-        results = run_config(config, settings)
+    def run(path: str, settings: list[str]) -> studies.Finished:
+        results = run_config(path, settings)
         assert results is not None
-        return results
+        config = loading.load(path, settings)
+        (evaluate,) = (stage["artifact"] for stage in results["stages"] if stage["stage"] == "evaluate")
+        metrics = opened(config.runtime.artifact_root, evaluate).read("metrics")
+        return studies.Finished(config=config, results=results, metrics=metrics)
 
     rows = studies.run_study(study, overrides, run, folder)
     Console(highlight=False, soft_wrap=True).print(studies.table(study, rows), markup=False)
