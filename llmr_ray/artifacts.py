@@ -164,6 +164,26 @@ class Artifact:
         self.id = spec.id
         self.path = Path(root) / spec.id
 
+    @classmethod
+    def found(cls, root: Path | str, artifact_id: str) -> "Artifact":
+        """A finished artifact by its id alone; its manifest says what determined it.
+
+        Raises:
+            DataError: there is none, or its manifest is not of this id.
+        """
+        path = Path(root) / artifact_id / "manifest.json"
+        if not path.exists():
+            raise DataError(
+                f"there is no finished artifact {artifact_id} in {root}. Run what makes it, or correct the id."
+            )
+        try:
+            artifact = cls(root, ArtifactSpec(**json.loads(path.read_text())["identity"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged: {error}. Delete {path.parent} and run again.") from error
+        if artifact.id != artifact_id:
+            raise DataError(f"{path} is the manifest of {artifact.id}. The folder was renamed by hand; move it back.")
+        return artifact
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     @property
@@ -293,6 +313,17 @@ class Artifact:
             raise DataError(f"{self.id} holds no table '{table}'; it holds {sorted(manifest['rows'])}.")
         whole = pa.concat_tables(parts)
         return conform(whole, table) if table in SCHEMAS else whole
+
+    def checked_part(self, table: str, shard: int) -> Path:
+        """The file that holds a shard's part of a finished artifact's table; DataError where its bytes changed."""
+        name = _part(table, shard)
+        path, entry = self.path / name, self.require()["files"].get(name)
+        if entry is None or not path.exists() or sha256_file(path) != entry["sha256"]:
+            raise DataError(
+                f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run again: the "
+                "stage will be redone."
+            )
+        return path
 
     def part(self, table: str, shard: int) -> pa.Table:
         """What a shard holds of a table, once it is written; the artifact need not be finished."""
