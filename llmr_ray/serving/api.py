@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, what each needs, and what it answers. Any ASGI server can run it; app.py has Serve do so."""
+"""The HTTP interface: routes, what each needs, and what it answers. Any ASGI server runs it, app.py has Serve do so."""
 
 import base64
 import hashlib

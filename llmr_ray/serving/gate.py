@@ -185,7 +185,8 @@ class Gate:
     async def _body(self, request: Request) -> bytes:
         """The body, read no further than is allowed and no longer than it may take."""
         most = self.settings.max_body_bytes
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             raise RequestError(415, "the content type must be application/json.", code="unsupported_media_type")
         length = request.headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or int(length[:20]) > most:

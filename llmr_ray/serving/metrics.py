@@ -1,10 +1,18 @@
 """What a server counts, for Prometheus."""
 
+import calendar
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
+
+if TYPE_CHECKING:
+    from llmr_ray.serving.switching import Switcher
+
+if TYPE_CHECKING:
+    from llmr_ray.serving.switching import Switcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,13 +66,22 @@ class Metrics:
         """Counts the time of a stage."""
         self._stages[stage].observe(seconds)
 
-    def serves(self, snapshot_id: str, created: float | None, num_documents: int) -> None:
-        """Notes the snapshot that is served from now on; `created` in seconds since 1970."""
+    def watch(self, switcher: "Switcher") -> None:
+        """Notes what came of the latest look at the collection."""
+        served, refused = switcher.served, switcher.refused
+        self.refused_snapshot.set(refused is not None)
+        self.switches.labels("refused" if refused else "switched").inc()
+        if served is not None:
+            self._serves(served.snapshot_id, served.created, served.num_documents)
+            if served.canary_overlap is not None:
+                self.canary.set(served.canary_overlap)
+
+    def _serves(self, snapshot_id: str, created: str, num_documents: int) -> None:
         self._snapshot.clear()
         self._snapshot.labels(snapshot_id).set(1)
         self.documents.set(num_documents)
-        if created is not None:
-            self._age.set_function(lambda: time.time() - created)
+        made = calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
+        self._age.set_function(lambda: time.time() - made)
 
     def text(self) -> str:
         """All figures in Prometheus' text form."""

@@ -12,10 +12,15 @@ from llmr_ray.artifacts import sha256_file
 from llmr_ray.assets import resolve
 from llmr_ray.config import Config
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.modeling.embedder import fingerprint_of
 from llmr_ray.serving.settings import ServingSettings
 
 Prompted = tuple[str, str, int]
 """A text, the instruction before it, and the tokens it is cut to, instruction included."""
+
+SIDES = ("query", "document")
+
+_OF_EVERY_VECTOR = ("pooling", "precision", "max_query_tokens", "max_document_tokens")
 
 MODEL_FILES = "files/embedder"
 """Where a checkpoint has its embedder."""
@@ -40,15 +45,6 @@ class EncoderSpec:
         return (self.instructions[task][side] if task is not None else "", self.max_tokens[side])
 
 
-def snapshot_manifest(root: Path, collection: str, snapshot_id: str) -> dict[str, Any]:
-    """What a snapshot says of itself; DataError where there is none."""
-    path = root / "collections" / collection / "snapshots" / snapshot_id / "manifest.json"
-    if Path(snapshot_id).name != snapshot_id or not path.exists():
-        raise DataError(f"the collection '{collection}' has no snapshot of the id that it names as current.")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    return manifest
-
-
 def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
     """Reads how a snapshot's vectors were made; where the embedder lies is left open (`path` is empty).
 
@@ -61,17 +57,20 @@ def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
     """
     specs = [_identity(root, segment) for segment in manifest["segments"]]
     config = specs[0]["config"]
-    if any(spec["config"] != config or _made_by(spec) != _made_by(specs[0]) for spec in specs[1:]):
-        raise DataError("the segments of a snapshot were embedded in different ways; no query fits them all.")
+    instructions: dict[str, dict[str, str]] = {}
+    for spec in specs:
+        same = all(spec["config"][name] == config[name] for name in _OF_EVERY_VECTOR)
+        found = {task: dict(zip(SIDES, both, strict=True)) for task, both in spec["config"]["instructions"].items()}
+        if not same or any(instructions.get(task, both) != both for task, both in found.items()):
+            raise DataError("the segments of a snapshot were embedded in different ways; no query fits them all.")
+        instructions |= found
     return EncoderSpec(
         encoder=manifest["encoder"],
         path="",
         pooling=config["pooling"],
         precision=config["precision"],
-        max_tokens={"query": config["max_query_tokens"], "document": config["max_document_tokens"]},
-        instructions={
-            task: {"query": query, "document": document} for task, (query, document) in config["instructions"].items()
-        },
+        max_tokens={side: config[f"max_{side}_tokens"] for side in SIDES},
+        instructions=instructions,
     )
 
 
@@ -81,20 +80,16 @@ def encoder_spec(root: Path, manifest: dict[str, Any], embedder: str = "", cache
     Args:
         root: the artifact root.
         manifest: of the snapshot.
-        embedder: an asset's name or a folder; empty: the checkpoint that the vectors name.
+        embedder: an asset's name or a folder; empty: what the snapshot names.
         cache_root: where assets are kept.
 
     Raises:
         DataError: the segments disagree, or the weights are not those that made the vectors.
-        ConfigError: the vectors are not of a checkpoint, and no embedder is named.
+        ResourceError: there is no such embedder.
     """
-    made_by = _made_by(_identity(root, manifest["segments"][0]))
-    folder = _folder(root, made_by, embedder, cache_root)
+    made_by = str(_identity(root, manifest["segments"][0])["inputs"]["embedder"])
+    folder = _folder(root, made_by, embedder or manifest["model"], cache_root)
     return replace(vector_settings(root, manifest), path=str(folder))
-
-
-def _made_by(spec: dict[str, Any]) -> str:
-    return str(spec["inputs"]["embedder"])
 
 
 def _identity(root: Path, segment: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +101,10 @@ def _identity(root: Path, segment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder(root: Path, made_by: str, embedder: str, cache_root: str) -> Path:
+    """The folder of the embedder that made vectors, its weights checked."""
     checkpoint = root / made_by
-    if made_by.startswith("train/") and not embedder:
+    is_checkpoint = made_by.startswith("train/")
+    if is_checkpoint and embedder == made_by:
         if not (checkpoint / "manifest.json").exists():
             raise DataError(f"{checkpoint}, the checkpoint that the vectors name, is missing. Name serving.embedder.")
         files = json.loads((checkpoint / "manifest.json").read_text())["files"]
@@ -115,17 +112,13 @@ def _folder(root: Path, made_by: str, embedder: str, cache_root: str) -> Path:
             if name.startswith(MODEL_FILES) and sha256_file(checkpoint / name) != entry["sha256"]:
                 raise DataError(f"{checkpoint / name} changed since it was committed; its vectors would mean nothing.")
         return (checkpoint / MODEL_FILES).resolve()
-    if not embedder:
-        raise ConfigError("the vectors are of an embedder that is no checkpoint of a run. Name it: serving.embedder.")
     asset = resolve(embedder, cache_root)
-    if made_by.startswith("train/"):
-        from llmr_ray.modeling.embedder import fingerprint_of
-
-        same = (checkpoint / MODEL_FILES).is_dir() and fingerprint_of(asset.path) == fingerprint_of(
-            checkpoint / MODEL_FILES
-        )
-    else:
-        same = asset.fingerprint == made_by
+    made = checkpoint / MODEL_FILES
+    same = (
+        made.is_dir() and fingerprint_of(asset.path) == fingerprint_of(made)
+        if is_checkpoint
+        else (asset.fingerprint == made_by)
+    )
     if not same:
         raise DataError(f"serving.embedder is '{embedder}', but another embedder made the vectors of the collection.")
     return asset.path.resolve()

@@ -16,12 +16,16 @@ PREFIX = "LLMR_SERVE_"
 class ServingSettings:
     """How a collection is served: what, by how many processes, within which limits."""
 
+    artifact_root: str = ""
+    """Where collections and artifacts are; empty: runtime.artifact_root."""
+    cache_root: str = ""
+    """Where sample models are kept; empty: runtime.cache_root."""
     collection: str = ""
     """Name of the collection below the artifact root; empty: that of the run."""
     model: str = ""
     """The model's name in answers; empty: the collection's."""
     embedder: str = ""
-    """The embedder of queries: an asset's name or a folder. Empty: the checkpoint that the vectors name."""
+    """The embedder of queries: an asset's name or a folder. Empty: what the snapshot names."""
     reranker: str = ""
     """Folder of a cross-encoder for /v1/rerank, `reward_model` for the run's own, or empty: there is none."""
     reranker_max_tokens: int = 256

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from llmr_ray.errors import DataError
-from llmr_ray.index.snapshot import current
+from llmr_ray.index.snapshot import current, folder_of, read_manifest
 from llmr_ray.serving.engine import Engine
-from llmr_ray.serving.models import EncoderSpec, Prompted, snapshot_manifest, vector_settings
+from llmr_ray.serving.models import EncoderSpec, Prompted, vector_settings
 from llmr_ray.serving.settings import ServingSettings
 
 CANARY_DEPTH = 10
@@ -76,7 +76,7 @@ class Switcher:
         self._root, self._settings, self._engine, self._spec = root, settings, engine, spec
         self._canaries, self._changed = list(canaries), changed
         self._canary_QD: np.ndarray | None = None
-        self._collection = root / "collections" / settings.collection
+        self._collection = folder_of(root, settings.collection)
         self._one_at_a_time = asyncio.Lock()
         self.served: Served | None = None
         self.refused: Refused | None = None
@@ -155,11 +155,13 @@ class Switcher:
         await self._engine.keep([snapshot_id, *([old] if old else [])])
 
     async def _opened(self, snapshot_id: str) -> Served:
-        manifest = await asyncio.to_thread(snapshot_manifest, self._root, self._settings.collection, snapshot_id)
+        manifest = await asyncio.to_thread(read_manifest, self._collection, snapshot_id)
         if manifest["encoder"] != self._spec.encoder:
             raise DataError("it was embedded by another model than the server's. Start a server for it.")
         spec = vector_settings(self._root, manifest)
-        if spec.max_tokens != self._spec.max_tokens or spec.instructions != self._spec.instructions:
+        own = self._spec.instructions
+        other = any(own.get(task, it) != it for task, it in spec.instructions.items())
+        if other or spec.max_tokens != self._spec.max_tokens:
             raise DataError("its texts were cut or instructed otherwise than the server's. Start a server for it.")
         what = await self._engine.load(snapshot_id)
         if what["encoder"] != self._spec.encoder:
