@@ -22,7 +22,7 @@ from llmr_ray.serving.gate import Call, Gate, Work
 from llmr_ray.serving.metrics import CONTENT_TYPE
 from llmr_ray.serving.models import EncoderSpec, Prompted
 from llmr_ray.serving.protocol import RequestError, parse
-from llmr_ray.serving.switching import Served, Switcher
+from llmr_ray.serving.switching import Refused, Served, Switcher
 
 Scrape = Callable[[], Awaitable[str]]
 
@@ -168,9 +168,7 @@ class Service:
             "num_documents": served.num_documents if served else 0,
             "dimension": served.dimension if served else None,
             "canary_overlap": served.canary_overlap if served else None,
-            "refused_snapshot": {"id": refused.snapshot_id, "reason": refused.reason, "attempts": refused.attempts}
-            if refused
-            else None,
+            "refused_snapshot": _refusal(refused, call) if refused else None,
             "limits": {name: getattr(settings, name) for name in limits},
             "partial_answers": settings.allow_partial,
         }
@@ -248,6 +246,13 @@ class Service:
         except FilterError as error:
             raise RequestError(422, f"`filter`: {error}", code="invalid_filter", param="filter") from None
         return All(tuple(filters)) if len(filters) > 1 else (filters[0] if filters else None)
+
+
+def _refusal(refused: Refused, call: Call) -> dict[str, Any]:
+    """What is wrong with the current snapshot; the reason names files, which is the operators' business."""
+    told = {"id": refused.snapshot_id, "attempts": refused.attempts}
+    is_operator = call.key is None or "admin" in call.key.scopes
+    return told | ({"reason": refused.reason} if is_operator else {})
 
 
 def build_api(service: Service) -> FastAPI:
