@@ -38,6 +38,10 @@ SHARD_ROWS = 2048
 """Rows of corpus or queries in one shard. It decides file boundaries, hence bytes, so it is no runtime setting."""
 
 
+GROUP_ROWS = {"corpus": 256}
+"""Tables of which single rows are looked up: so many are read for one."""
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no whitespace, so that equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -60,10 +64,10 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a Parquet file atomically; equal tables give equal bytes."""
+def write_table(table: pa.Table, path: Path, *, group_rows: int | None = None) -> None:
+    """Writes a Parquet file atomically; equal tables give equal bytes. group_rows: rows that are read at once."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=group_rows)
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
@@ -248,7 +252,7 @@ class Artifact:
         for name, table in tables.items():
             checked = conform(table, name) if name in SCHEMAS else table
             relative = _part(name, shard)
-            write_table(checked, self.path / relative)
+            write_table(checked, self.path / relative, group_rows=GROUP_ROWS.get(name))
             names.append(relative)
             rows[name] = checked.num_rows
         record = {

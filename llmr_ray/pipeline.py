@@ -252,6 +252,24 @@ def run_config(
         return pipeline.run(command, only)
 
 
+def index_of(path: str, overrides: list[str], embedder: str) -> tuple[Artifact, str, str]:
+    """The index of one of a run's embedders, what embeds its queries (collection.create's `model`), the artifact root.
+
+    Raises:
+        ConfigError: the run has no such embedder.
+    """
+    config = loading.load(path, overrides)
+    pipeline = Pipeline(config, Console(quiet=True))
+    indexes = [name for name in pipeline.by_name if name.startswith("index_")]
+    if f"index_{embedder}" not in indexes:
+        known = ", ".join(name.removeprefix("index_") for name in indexes)
+        raise ConfigError(f"run {config.name} has no embedder '{embedder}'. Known: {known}.")
+    model: asset_catalogue.Asset = pipeline.by_name[f"embed_{embedder}"].inputs["embedder"]
+    # A checkpoint's id stands for its weights; it is what the store knows it by.
+    name = model.fingerprint if model.path.is_relative_to(config.runtime.artifact_root) else model.name
+    return pipeline.by_name[f"index_{embedder}"].artifact, name, config.runtime.artifact_root
+
+
 def run_study_file(path: str, overrides: list[str]) -> None:
     """Runs all variants of the study in a file."""
     study = studies.read_study(Path(path))

@@ -120,6 +120,29 @@ def add_segment(root: Path | str, name: str, index_id: str, *, num_quarantined: 
         )
 
 
+def replace_segments(root: Path | str, name: str, index_id: str, *, instead_of: str) -> Change:
+    """Makes one index, which holds the same documents, take the place of all segments of a snapshot.
+
+    Raises:
+        DataError: the collection went on meanwhile, or the index has another number of documents or encoder.
+    """
+    collection = folder_of(root, name)
+    segment = segment_of(root, index_id)
+    with locked(collection):
+        parent = read_manifest(collection, current(collection))
+        facts = _facts(root, segment)
+        if parent["segments"] == [segment] and not parent["deleted"]:
+            return Change(snapshot=parent["id"], num_documents=parent["num_documents"])
+        if parent["id"] != instead_of:
+            raise DataError(
+                f"collection {name} went on from {instead_of} to {parent['id']} meanwhile. Run the same command again."
+            )
+        if facts["encoder"] != parent["encoder"] or segment["num_documents"] != parent["num_documents"]:
+            raise DataError(f"{index_id} does not hold the documents of {instead_of}; this is a defect of llmr_ray.")
+        done = _write(Path(root), collection, parent, {**parent, **facts}, [segment], {})
+        return Change(snapshot=done["id"], num_documents=done["num_documents"])
+
+
 def delete(root: Path | str, name: str, doc_ids: Sequence[str]) -> Change:
     """Makes a snapshot without some documents; ids that the collection does not have are counted.
 

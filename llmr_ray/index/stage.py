@@ -50,18 +50,20 @@ def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSp
     )
 
 
-def run_embed(config: Config, artifact: Artifact, embedder: Asset, prepare: Artifact) -> None:
+def run_embed(
+    config: Config, artifact: Artifact, embedder: Asset, prepare: Artifact, *, with_queries: bool = True
+) -> None:
     """Embeds every document and every query: tables `document_embeddings` in corpus order and
-    `query_embeddings` in queries order.
+    `query_embeddings` in queries order (none where `with_queries` is off).
 
     Raises:
         DataError: there are no documents or no queries.
     """
     started = time.monotonic()
     rows = prepare.require()["rows"]
-    if not rows.get("corpus") or not rows.get("queries"):
+    if not rows.get("corpus") or (with_queries and not rows.get("queries")):
         raise DataError(f"{prepare.id} holds {rows}; embedding needs documents and queries. Look at its quarantine.")
-    num_document_shards, num_query_shards = _num_shards(rows["corpus"]), _num_shards(rows["queries"])
+    num_document_shards, num_query_shards = _num_shards(rows["corpus"]), _num_shards(rows.get("queries", 0))
     num_shards = num_document_shards + num_query_shards
     cluster.map_shards(
         artifact.pending(num_shards),
