@@ -14,7 +14,8 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from llmr_ray.errors import ConfigError, DataError, LlmrError
+from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.index.filters import Filter
 from llmr_ray.index.snapshot import current, folder_of, previous, read_manifest
 from llmr_ray.serving import engine
@@ -100,10 +101,30 @@ def _deployment(
         max_ongoing_requests=max_ongoing_requests,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,
+        max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         **replicas,
     )(of)
     return made
+
+
+@contextmanager
+def running(application: serve.Application, name: str, host: str, port: int) -> Iterator[None]:
+    """Runs an application of this module in the Ray that is started, for the block.
+
+    Raises:
+        ResourceError: it did not start; the last words of the part that failed are in the message.
+    """
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        try:
+            serve.run(application, name=name, route_prefix="/")
+        except RuntimeError as error:
+            said = [line for line in str(error).splitlines() if line.strip()]
+            raise ResourceError(f"the server did not start: {said[-1] if said else error}") from error
+        yield
+    finally:
+        serve.shutdown()
 
 
 def served_spec(settings: ServingSettings) -> EncoderSpec:

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from llmr_ray import cluster, stopping
-from llmr_ray.config import Config
+from llmr_ray.config import Config, RuntimeConfig
 from llmr_ray.errors import ResourceError
 from llmr_ray.index import collection
 from llmr_ray.index.snapshot import folder_of
@@ -50,46 +50,38 @@ def published(source: Path, overrides: list[str], config: Config, settings: Serv
 
 
 def run_server(
-    config: Config, settings: ServingSettings, host: str, port: int, command: str, *, open_to_all: bool
+    runtime: RuntimeConfig, settings: ServingSettings, host: str, port: int, command: str, *, is_local: bool
 ) -> None:
     """Serves until SIGTERM or Ctrl-C.
 
     Args:
-        config: the run's.
-        settings: how to serve it.
+        runtime: of the local Ray.
+        settings: what is served and how.
         host: the address to listen at.
-        port: the port.
+        port: the port, which is free.
         command: that repeats this.
-        open_to_all: others may come in without keys.
+        is_local: the address is this machine's alone.
 
     Raises:
-        ConfigError: others could come in without keys, or settings contradict each other.
         DataError: the collection has no snapshot that can be served.
-        ResourceError: the port is taken, or the server did not come up.
+        ResourceError: the server did not come up.
     """
-    is_local = launch.check_host(host, settings, open_to_all=open_to_all)
-    launch.check_port(host, port)
     if is_local:
         os.environ["LLMR_ONLY_LOCAL"] = "1"
     if settings.fast and not os.environ.get("RAY_ADDRESS"):
         launch.prepare_fast(host)
     # Serve reads the environment when it is first imported.
-    from ray import serve
-
-    from llmr_ray.serving.app import build
+    from llmr_ray.serving.app import build, running
 
     application = build(settings)
     with stopping.stoppable(command), cluster.or_lost(command):
-        cluster.start(config.runtime)
-        try:
-            serve.start(http_options={"host": host, "port": port})
-            serve.run(application, name=settings.collection, route_prefix="/", blocking=False)
-            url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        cluster.start(runtime)
+        with running(application, settings.collection, host, port):
+            reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+            url = f"http://{reachable}:{port}"
             ready = _await_ready(url)
             print(f"serving {settings.collection}, snapshot {ready['index_snapshot']}, at {url}", flush=True)
             threading.Event().wait()
-        finally:
-            serve.shutdown()
 
 
 def _await_ready(url: str) -> dict[str, str]:

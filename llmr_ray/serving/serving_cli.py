@@ -79,12 +79,14 @@ def serve(
     Where there is no collection of the run's name yet, one is made of its trained embedder's index.
     """
     with exit_on_user_error():
-        from llmr_ray.serving.launch import configured
+        from llmr_ray.serving import launch
 
         chosen = [*(overrides or []), *([f"serving.keys_file={keys_file}"] if keys_file else [])]
-        source, config, settings = configured(run, chosen)
+        source, config, settings = launch.configured(run, chosen)
+        is_local = launch.check_host(host, settings, open_to_all=open_to_all)
+        launch.check_port(host, port)
         from llmr_ray.serving.server import published, run_server
 
         command = " ".join(["llmr serve", run, *chosen, f"--host {host} --port {port}"])
         settings = published(source, chosen, config, settings)
-        run_server(config, settings, host, port, command, open_to_all=open_to_all)
+        run_server(config.runtime, settings, host, port, command, is_local=is_local)
