@@ -38,6 +38,10 @@ SHARD_ROWS = 2048
 """Rows of corpus or queries in one shard. It decides file boundaries, hence bytes, so it is no runtime setting."""
 
 
+GROUP_ROWS = {"corpus": 256}
+"""Tables of which single rows are looked up: so many are read for one."""
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no whitespace, so that equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -60,10 +64,10 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a Parquet file atomically; equal tables give equal bytes."""
+def write_table(table: pa.Table, path: Path, *, group_rows: int | None = None) -> None:
+    """Writes a Parquet file atomically; equal tables give equal bytes. group_rows: rows that are read at once."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=group_rows)
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
@@ -164,6 +168,26 @@ class Artifact:
         self.id = spec.id
         self.path = Path(root) / spec.id
 
+    @classmethod
+    def found(cls, root: Path | str, artifact_id: str) -> "Artifact":
+        """A finished artifact by its id alone; its manifest says what determined it.
+
+        Raises:
+            DataError: there is none, or its manifest is not of this id.
+        """
+        path = Path(root) / artifact_id / "manifest.json"
+        if not path.exists():
+            raise DataError(
+                f"there is no finished artifact {artifact_id} in {root}. Run what makes it, or correct the id."
+            )
+        try:
+            artifact = cls(root, ArtifactSpec(**json.loads(path.read_text())["identity"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged: {error}. Delete {path.parent} and run again.") from error
+        if artifact.id != artifact_id:
+            raise DataError(f"{path} is the manifest of {artifact.id}. The folder was renamed by hand; move it back.")
+        return artifact
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     @property
@@ -228,7 +252,7 @@ class Artifact:
         for name, table in tables.items():
             checked = conform(table, name) if name in SCHEMAS else table
             relative = _part(name, shard)
-            write_table(checked, self.path / relative)
+            write_table(checked, self.path / relative, group_rows=GROUP_ROWS.get(name))
             names.append(relative)
             rows[name] = checked.num_rows
         record = {
@@ -293,6 +317,17 @@ class Artifact:
             raise DataError(f"{self.id} holds no table '{table}'; it holds {sorted(manifest['rows'])}.")
         whole = pa.concat_tables(parts)
         return conform(whole, table) if table in SCHEMAS else whole
+
+    def checked_part(self, table: str, shard: int) -> Path:
+        """The file that holds a shard's part of a finished artifact's table; DataError where its bytes changed."""
+        name = _part(table, shard)
+        path, entry = self.path / name, self.require()["files"].get(name)
+        if entry is None or not path.exists() or sha256_file(path) != entry["sha256"]:
+            raise DataError(
+                f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run again: the "
+                "stage will be redone."
+            )
+        return path
 
     def part(self, table: str, shard: int) -> pa.Table:
         """What a shard holds of a table, once it is written; the artifact need not be finished."""

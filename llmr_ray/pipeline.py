@@ -23,7 +23,7 @@ from llmr_ray.artifacts import Artifact, locked, opened
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
-from llmr_ray.evaluation import report
+from llmr_ray.evaluation import endpoint, report
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.jobs import ScoreJobs
@@ -250,6 +250,56 @@ def run_config(
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
     with stopping.stoppable(command), cluster.or_lost(command):
         return pipeline.run(command, only)
+
+
+def index_of(path: str, overrides: list[str], embedder: str) -> tuple[Artifact, str, str]:
+    """The index of one of a run's embedders, what embeds its queries (collection.create's `model`), the artifact root.
+
+    Raises:
+        ConfigError: the run has no such embedder.
+    """
+    config = loading.load(path, overrides)
+    pipeline = Pipeline(config, Console(quiet=True))
+    indexes = [name for name in pipeline.by_name if name.startswith("index_")]
+    if f"index_{embedder}" not in indexes:
+        known = ", ".join(name.removeprefix("index_") for name in indexes)
+        raise ConfigError(f"run {config.name} has no embedder '{embedder}'. Known: {known}.")
+    model: asset_catalogue.Asset = pipeline.by_name[f"embed_{embedder}"].inputs["embedder"]
+    # A checkpoint's id stands for its weights; it is what the store knows it by.
+    name = model.fingerprint if model.path.is_relative_to(config.runtime.artifact_root) else model.name
+    return pipeline.by_name[f"index_{embedder}"].artifact, name, config.runtime.artifact_root
+
+
+def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, method: str) -> endpoint.Comparison:
+    """Measures a served collection as a finished run was measured; writes ``served.json`` into the run's folder.
+
+    Args:
+        path: the run's configuration.
+        overrides: settings that go with it.
+        url: of the server.
+        key: an API key of it; empty: it needs none.
+        method: whose rankings the server's are compared with.
+
+    Raises:
+        DataError: the run's evaluation is not finished, or the server refuses a query.
+        ResourceError: the server does not answer.
+    """
+    config = loading.load(path, overrides)
+    pipeline = Pipeline(config, Console(quiet=True))
+    evaluated = pipeline.by_name["evaluate"].artifact
+    qrels: dict[str, dict[str, int]] = {}
+    for row in pipeline.prepared.read("qrels").to_pylist():
+        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
+    found = endpoint.compare(
+        pipeline.prepared.read("queries").to_pylist(),
+        qrels,
+        evaluated.read("run"),
+        method,
+        endpoint.asker(url, key),
+        depth=config.evaluate.search_depth,
+    )
+    write_atomic(pipeline.run_dir / "served.json", (json.dumps(found.to_dict(), indent=1) + "\n").encode())
+    return found
 
 
 def run_study_file(path: str, overrides: list[str]) -> None:

@@ -182,7 +182,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if line.strip():
             row = f"{path.name}:{number}"
-            yield row, _parsed(row, line)
+            yield row, parse_json_line(row, line)
 
 
 def read_gzip_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -196,16 +196,17 @@ def read_gzip_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tup
             for number, line in enumerate(lines, 1):
                 if line.strip() and wanted(line):
                     row = f"{path.name}:{number}"
-                    yield row, _parsed(row, line)
+                    yield row, parse_json_line(row, line)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file: {error}. Check `path`, or fetch the file again.") from error
 
 
-def _parsed(row: str, line: bytes) -> dict[str, Any] | Bad:
+def parse_json_line(row: str, line: bytes) -> dict[str, Any] | Bad:
+    """The object in a line of a file, or why it is none; `row` names the line."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return Bad(row=row, reason="invalid_utf8", excerpt=line[:EXCERPT_CHARS].decode("utf-8", "replace"))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return Bad(row=row, reason="invalid_json", excerpt=excerpt_of(line.decode("utf-8")))
     return value if isinstance(value, dict) else Bad(row=row, reason="not_an_object", excerpt=excerpt_of(value))

@@ -5,12 +5,15 @@ are checked when built (finite, unit norm) and when opened (sha256), and a searc
 them again as `topk` defines, and widens until no document left out could belong to the result. The result is that of
 `topk.exact_topk`, whatever the number of shards, threads or duplicates.
 
-A range is a contiguous slice of the flat vectors, which FAISS searches in place: no selector, no copy.
+A range is a contiguous slice of the flat vectors, which FAISS searches in place: no selector, no copy. Where only some
+documents may be found (filters, deletions), few of them are copied out and searched alone, block by block; of many the
+others are dropped from what a search of all fetched.
 
 Shape suffixes: Q queries of a call, M of one range, N documents of the shard, D embedding, K results, F fetched.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from llmr_ray.index.topk import (
     by_range,
     check_finite,
     check_queries,
+    merge_topk,
+    nothing,
     pair_scores,
     select_topk,
 )
@@ -39,6 +44,12 @@ SPARE = 32
 DIRECT_ROWS = 256
 """Ranges up to this long are compared with NumPy. At thousands of ranges of 10 to 250 rows all ways cost under 0.1 ms
 each (benchmarks/search.py); this one needs no second look."""
+
+DENSE_SHARE = 0.5
+"""Share of a range's documents that must be allowed for all to be scanned. Copying fewer costs less than that."""
+
+GATHER_ROWS = 16_384
+"""Allowed documents copied out at once."""
 
 GPU_MIN_ROWS = 65_536
 """Shorter ranges are not worth the way to a GPU."""
@@ -79,8 +90,8 @@ def file_name(shard: int) -> str:
     return f"shard-{shard:05d}.faiss"
 
 
-def open_shards(index: Artifact, numbers: Iterable[int]) -> list["Shard"]:
-    """Opens some shards of a finished index artifact.
+def open_shards(index: Artifact, numbers: Iterable[int], first_row: int = 0) -> list["Shard"]:
+    """Opens some shards of a finished index artifact, whose first document is row `first_row` of what is searched.
 
     Raises:
         DataError: the index is not finished, or a file's bytes changed.
@@ -89,7 +100,7 @@ def open_shards(index: Artifact, numbers: Iterable[int]) -> list["Shard"]:
     return [
         Shard(
             index.file(file_name(number)),
-            first_row=manifest["extra"]["cuts"][number],
+            first_row=first_row + manifest["extra"]["cuts"][number],
             sha256=manifest["files"][f"files/{file_name(number)}"]["sha256"],
         )
         for number in numbers
@@ -120,65 +131,120 @@ class Shard:
         self.vector_ND = flat.reshape(self.num_rows, self.dimension)
         self._gpu: _GpuRange | None = _GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
 
-    def search(self, query_QD: np.ndarray, scopes_Q2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, query_QD: np.ndarray, scopes_Q2: np.ndarray, k: int, allowed_N: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of this shard inside each query's range of corpus rows.
 
         Args:
             query_QD: float32 [Q, D], finite.
             scopes_Q2: int64 [Q, 2] start and end (exclusive), in rows of the whole corpus.
             k: results per query.
+            allowed_N: bool, which of the shard's documents may be found; None: all.
 
         Returns:
             corpus rows int64 [Q, k] and scores float32 [Q, k]; MISSING and -inf where the range has no more.
         """
         local_Q2 = np.clip(scopes_Q2 - self.first_row, 0, self.num_rows)
         check_queries(query_QD, local_Q2, self.dimension, self.num_rows)
-        rows_QK = np.full((len(query_QD), k), MISSING, np.int64)
-        scores_QK = np.full((len(query_QD), k), -np.inf, np.float32)
+        rows_QK, scores_QK = nothing(len(query_QD), k)
         for start, end, members in by_range(local_Q2):
-            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k)
-            # The offset belongs to documents only: a filler plus an offset would be a real, wrong document.
-            rows_QK[members] = np.where(rows_MK == MISSING, MISSING, rows_MK + self.first_row)
+            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k, allowed_N)
+            rows_QK[members] = _moved(rows_MK, self.first_row)
             scores_QK[members] = scores_MK
         return rows_QK, scores_QK
 
-    def _search_range(self, query_MD: np.ndarray, start: int, end: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Searches the shard's rows [start, end) whole; rows are the shard's."""
-        rows_MK = np.full((len(query_MD), k), MISSING, np.int64)
-        scores_MK = np.full((len(query_MD), k), -np.inf, np.float32)
-        todo, fetch = np.arange(len(query_MD)), k + SPARE
-        while len(todo):
-            if end - start <= max(fetch, DIRECT_ROWS):
-                rows_MK[todo], scores_MK[todo] = block_topk(query_MD[todo], self.vector_ND[start:end], k, start)
-                break
-            scan_MF, found_MF, error = self._scan(query_MD[todo], start, end, fetch)
-            exact_MF = np.stack(
-                [pair_scores(query_MD[m], self.vector_ND[found_F]) for m, found_F in zip(todo, found_MF, strict=True)]
+    def _search_range(
+        self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Searches the shard's rows [start, end); rows are the shard's."""
+        vector_RD, scan = self.vector_ND[start:end], partial(self._scan, start=start, end=end)
+        if allowed_N is None or allowed_N[start:end].all():
+            rows_MK, scores_MK = _settled(query_MD, vector_RD, k, scan)
+            return _moved(rows_MK, start), scores_MK
+        allowed_R = allowed_N[start:end]
+        rows_MK, scores_MK = nothing(len(query_MD), k)
+        todo = np.ones(len(query_MD), bool)
+        num_allowed, fetch = int(np.count_nonzero(allowed_R)), 2 * (k + SPARE)
+        if num_allowed > max(DIRECT_ROWS, DENSE_SHARE * len(vector_RD)) and fetch < len(vector_RD):
+            rows_MK, scores_MK, todo = _attempt(query_MD, vector_RD, k, fetch, scan, allowed_R)
+        if num_allowed and todo.any():
+            rows_MK[todo], scores_MK[todo] = self._search_copied(
+                query_MD[todo], vector_RD, np.flatnonzero(allowed_R), k
             )
-            rows_MK[todo], scores_MK[todo] = select_topk(found_MF, exact_MF, k)
-            # No document left out scanned above the last fetched one; if the k-th result is safely above that, the
-            # result is settled. Else (near ties, duplicates) look wider.
-            margin_M = error * np.linalg.norm(query_MD[todo], axis=1)
-            todo = todo[scores_MK[todo, -1] <= scan_MF[:, -1] + margin_M]
-            fetch *= 4
-        return rows_MK, scores_MK
+        return _moved(rows_MK, start), scores_MK
 
-    def _scan(self, query_MD: np.ndarray, start: int, end: int, fetch: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """FAISS's own top `fetch` of rows [start, end): scores, rows, and the largest error of a score.
+    def _search_copied(
+        self, query_MD: np.ndarray, vector_RD: np.ndarray, chosen_C: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Searches some of the vectors (row numbers, ascending) without the others."""
+        parts = []
+        for first in range(0, len(chosen_C), GATHER_ROWS):
+            block_C = chosen_C[first : first + GATHER_ROWS]
+            copied_CD = vector_RD[block_C]
+            found_MK, scores_MK = _settled(query_MD, copied_CD, k, partial(self._scan_copy, copied_CD))
+            parts.append((np.where(found_MK == MISSING, MISSING, block_C[found_MK]), scores_MK))
+        return merge_topk(parts, k)
+
+    def _scan(self, query_MD: np.ndarray, fetch: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """FAISS's own top `fetch` of rows [start, end): scores, rows from `start`, and the largest error of a score.
 
         The error is that of a unit document with a unit query: float32 sums of D products are off by less than
         D * 2**-24 in any order, twice that with the rounding of the exact score.
         """
         if self._gpu is not None and end - start >= GPU_MIN_ROWS and fetch <= GPU_MAX_FETCH:
-            scores_MF, found_MF = self._gpu.search(query_MD, start, end, fetch)
             # Tensor cores may round the factors to TF32: 10 bits of mantissa each.
-            error = 2.0**-9
-        else:
-            scores_MF, found_MF = faiss.knn(
-                query_MD, self.vector_ND[start:end], fetch, metric=faiss.METRIC_INNER_PRODUCT
-            )
-            error = self.dimension * 2.0**-23
-        return scores_MF, found_MF + start, error
+            scores_MF, found_MF = self._gpu.search(query_MD, start, end, fetch)
+            return scores_MF, found_MF, 2.0**-9
+        return self._scan_copy(self.vector_ND[start:end], query_MD, fetch)
+
+    def _scan_copy(
+        self, vector_CD: np.ndarray, query_MD: np.ndarray, fetch: int
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """`_scan` of vectors in memory, by the CPU."""
+        scores_MF, found_MF = faiss.knn(query_MD, vector_CD, fetch, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores_MF, found_MF, self.dimension * 2.0**-23
+
+
+Scan = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, float]]
+"""(queries [M, D], F) -> the F best scores [M, F] and rows of a scan that may round, and the largest error of a score
+for unit vectors."""
+
+
+def _settled(query_MD: np.ndarray, vector_RD: np.ndarray, k: int, scan: Scan) -> tuple[np.ndarray, np.ndarray]:
+    """The exact k best of R vectors: scanned as wide as it takes, rows from 0."""
+    rows_MK, scores_MK = nothing(len(query_MD), k)
+    todo, fetch = np.arange(len(query_MD)), k + SPARE
+    while len(todo) and len(vector_RD) > max(fetch, DIRECT_ROWS):
+        rows_MK[todo], scores_MK[todo], unsettled = _attempt(query_MD[todo], vector_RD, k, fetch, scan)
+        todo = todo[unsettled]
+        fetch *= 4
+    if len(todo):
+        rows_MK[todo], scores_MK[todo] = block_topk(query_MD[todo], vector_RD, k, 0)
+    return rows_MK, scores_MK
+
+
+def _attempt(
+    query_MD: np.ndarray, vector_RD: np.ndarray, k: int, fetch: int, scan: Scan, allowed_R: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k best of what one scan fetched, rows from 0, and bool [M]: whose result a wider scan might change."""
+    scan_MF, found_MF, error = scan(query_MD, fetch)
+    exact_MF = np.stack(
+        [pair_scores(query_D, vector_RD[found_F]) for query_D, found_F in zip(query_MD, found_MF, strict=True)]
+    )
+    if allowed_R is not None:
+        found_MF = np.where(allowed_R[found_MF], found_MF, MISSING)
+    rows_MK, scores_MK = select_topk(found_MF, exact_MF, k)
+    # No document left out scanned above the last fetched one; if the k-th result is safely above that, the result is
+    # settled. Else (near ties, duplicates, few that are allowed) it is not.
+    margin_M = error * np.linalg.norm(query_MD, axis=1)
+    return rows_MK, scores_MK, scores_MK[:, -1] <= scan_MF[:, -1] + margin_M
+
+
+def _moved(rows: np.ndarray, first_row: int) -> np.ndarray:
+    """Rows counted from another one. A filler plus an offset would be a real, wrong document, so fillers stay."""
+    moved: np.ndarray = np.where(rows == MISSING, MISSING, rows + first_row)
+    return moved
 
 
 class _GpuRange:

@@ -20,6 +20,7 @@ from llmr_ray.data.text import document_text
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index import shards
+from llmr_ray.index.rows import read_rows
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
 from llmr_ray.precision import resolve_precision
 
@@ -49,18 +50,20 @@ def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSp
     )
 
 
-def run_embed(config: Config, artifact: Artifact, embedder: Asset, prepare: Artifact) -> None:
+def run_embed(
+    config: Config, artifact: Artifact, embedder: Asset, prepare: Artifact, *, with_queries: bool = True
+) -> None:
     """Embeds every document and every query: tables `document_embeddings` in corpus order and
-    `query_embeddings` in queries order.
+    `query_embeddings` in queries order (none where `with_queries` is off).
 
     Raises:
         DataError: there are no documents or no queries.
     """
     started = time.monotonic()
     rows = prepare.require()["rows"]
-    if not rows.get("corpus") or not rows.get("queries"):
+    if not rows.get("corpus") or (with_queries and not rows.get("queries")):
         raise DataError(f"{prepare.id} holds {rows}; embedding needs documents and queries. Look at its quarantine.")
-    num_document_shards, num_query_shards = _num_shards(rows["corpus"]), _num_shards(rows["queries"])
+    num_document_shards, num_query_shards = _num_shards(rows["corpus"]), _num_shards(rows.get("queries", 0))
     num_shards = num_document_shards + num_query_shards
     cluster.map_shards(
         artifact.pending(num_shards),
@@ -200,23 +203,6 @@ class IndexWorker:
         ids = pa.table({"row": pa.array(range(start, end), pa.int64()), "doc_id": table["doc_id"]})
         counts = Counts(rows_in=end - start, ok=end - start)
         return self.artifact.write_shard(shard, {"ids": ids}, counts, files=(f"files/{path.name}",))
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_rows(artifact: Artifact, table: str, start: int, end: int) -> pa.Table:
-    """Rows [start, end) of a table, reading only the parts that hold them (fewer rows at the table's end)."""
-    first, pieces = 0, []
-    for shard, record in sorted(artifact.ledger().items()):
-        num_rows = record["rows"].get(table, 0)
-        if num_rows and first < end and first + num_rows > start:
-            offset = max(0, start - first)
-            pieces.append(artifact.read(table, shard).slice(offset, min(end, first + num_rows) - first - offset))
-        first += num_rows
-    if not pieces:
-        raise DataError(f"{artifact.id} has {first} rows of '{table}', none of them in [{start}, {end}).")
-    return pa.concat_tables(pieces)
 
 
 def _num_shards(num_rows: int) -> int:

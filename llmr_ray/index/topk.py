@@ -48,7 +48,7 @@ def select_topk(rows_QM: np.ndarray, scores_QM: np.ndarray, k: int) -> tuple[np.
     order = np.lexsort((rows, -scores), axis=-1)[:, :k]
     found = np.take_along_axis(np.where(none, MISSING, rows_QM), order, axis=-1)
     kept = np.take_along_axis(scores, order, axis=-1)
-    result = _nothing(len(rows_QM), k)
+    result = nothing(len(rows_QM), k)
     result[0][:, : found.shape[1]] = found
     result[1][:, : kept.shape[1]] = kept
     return result
@@ -82,7 +82,7 @@ def exact_topk(
     """
     check_finite(doc_ND, "documents")
     check_queries(query_QD, scopes_Q2, doc_ND.shape[1], len(doc_ND))
-    rows_QK, scores_QK = _nothing(len(query_QD), k)
+    rows_QK, scores_QK = nothing(len(query_QD), k)
     for start, end, members in by_range(scopes_Q2):
         rows_QK[members], scores_QK[members] = block_topk(query_QD[members], doc_ND[start:end], k, start)
     return rows_QK, scores_QK
@@ -128,5 +128,6 @@ def check_queries(query_QD: np.ndarray, scopes_Q2: np.ndarray, dimension: int, n
         raise DataError(f"row ranges reach outside the {num_rows} documents; corpus and index do not belong together.")
 
 
-def _nothing(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nothing(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """A result without documents: rows int64 [Q, k] of MISSING and scores float32 [Q, k] of -inf."""
     return np.full((num_queries, k), MISSING, np.int64), np.full((num_queries, k), -np.inf, np.float32)

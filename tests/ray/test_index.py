@@ -16,8 +16,9 @@ from llmr_ray.assets import resolve
 from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
+from llmr_ray.index.rows import read_rows
 from llmr_ray.index.searcher import Searcher, search
-from llmr_ray.index.stage import embed_spec, index_spec, read_rows, run_embed, run_index
+from llmr_ray.index.stage import embed_spec, index_spec, run_embed, run_index
 from llmr_ray.index.topk import exact_topk
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
 from llmr_ray.modeling.embedder import Embedder

@@ -65,11 +65,11 @@ def test_a_coarse_first_scan_does_not_change_the_result(tmp_path: Path, monkeypa
     (shard,) = build(tmp_path, docs, [0, 1500])
     queries, scopes = unit(rng, 40, 48), np.repeat([[0, 1500]], 40, axis=0)
 
-    def scan(query_MD, start, end, fetch):
+    def scan(query_MD, fetch, start, end):
         noise = np.random.default_rng(2).uniform(-1, 1, (len(query_MD), end - start)) * 0.01
         coarse = query_MD @ docs[start:end].T + noise
         order = np.argsort(-coarse, axis=1)[:, :fetch]
-        return np.take_along_axis(coarse, order, axis=1), order + start, 0.02
+        return np.take_along_axis(coarse, order, axis=1), order, 0.02
 
     monkeypatch.setattr(shard, "_scan", scan)
     for mine, oracle in zip(shard.search(queries, scopes, 30), exact_topk(queries, docs, scopes, 30), strict=True):
@@ -143,3 +143,31 @@ def test_embeddings_survive_arrow() -> None:
     assert to_matrix(table.slice(0, 0)).shape == (0, 4)
     with pytest.raises(DataError, match="fixed_size_list"):
         to_matrix(table.set_column(1, "embedding", table["embedding"].cast(pa.list_(pa.float32()))))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.3, 0.51, 0.98, 1.0])
+@pytest.mark.parametrize("duplicates", ["none", "many"])
+def test_only_what_is_allowed_is_found(tmp_path: Path, share: float, duplicates: str) -> None:
+    """A search that filters what it found returns too few; one that copies all it allows is slow where that is most."""
+    rng = np.random.default_rng(8)
+    docs = corpus(rng, duplicates)
+    queries = np.concatenate([unit(rng, 20, 48), docs[:10]])
+    allowed = rng.random(1500) < share
+    # The best of the last queries are all forbidden: what is fetched at first holds none that may be found.
+    allowed[np.argsort(-(docs @ docs[0]))[:400]] &= share == 1.0
+    scopes = np.concatenate([np.tile([[0, 1500]], (28, 1)), [[10, 20], [600, 1400]]])
+    opened = build(tmp_path, docs, [0, 700, 1500])
+    rows_of = np.flatnonzero(allowed)
+    narrowed = np.searchsorted(rows_of, scopes)
+    for k in (1, 20, 900):
+        parts = [
+            shard.search(queries, scopes, k, allowed[start:][: shard.num_rows])
+            for shard, start in zip(opened, (0, 700), strict=True)
+        ]
+        rows, scores = merge_topk(parts, k)
+        if not len(rows_of):
+            assert (rows == -1).all()
+            continue
+        oracle_rows, oracle_scores = exact_topk(queries, docs[rows_of], narrowed, k)
+        np.testing.assert_array_equal(rows, np.where(oracle_rows == -1, -1, rows_of[oracle_rows]))
+        np.testing.assert_array_equal(scores, oracle_scores)
