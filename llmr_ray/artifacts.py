@@ -346,21 +346,6 @@ class Artifact:
         return locked(self.path)
 
 
-def opened(root: Path | str, artifact_id: str) -> Artifact:
-    """The artifact of an id, for readers that do not know what determines it.
-
-    Raises:
-        DataError: there is none, or its folder holds another identity.
-    """
-    path = Path(root) / artifact_id / "config.json"
-    if not path.exists():
-        raise DataError(f"there is no artifact {artifact_id} below {root}. Run what makes it, or name another root.")
-    artifact = Artifact(root, ArtifactSpec(**json.loads(path.read_text())))
-    if artifact.id != artifact_id:
-        raise DataError(f"{path} describes {artifact.id}. The folder was changed by hand; move it away and run again.")
-    return artifact
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes this process the only writer of a folder; raises LockedError naming a living owner.

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping, studies
-from llmr_ray.artifacts import Artifact, locked, opened
+from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
@@ -312,7 +312,7 @@ def run_study_file(path: str, overrides: list[str]) -> None:
         assert results is not None
         config = loading.load(path, settings)
         (evaluate,) = (stage["artifact"] for stage in results["stages"] if stage["stage"] == "evaluate")
-        metrics = opened(config.runtime.artifact_root, evaluate).read("metrics")
+        metrics = Artifact.found(config.runtime.artifact_root, evaluate).read("metrics")
         return studies.Finished(config=config, results=results, metrics=metrics)
 
     rows = studies.run_study(study, overrides, run, folder)
