@@ -8,6 +8,7 @@ import typer
 from llmr_ray.errors import exit_on_user_error
 from llmr_ray.feedback import scores_cli
 from llmr_ray.index import index_cli
+from llmr_ray.serving import serving_cli
 
 app = typer.Typer(
     help="Train retrievers from the feedback of the language models that use them.",
@@ -17,6 +18,8 @@ app = typer.Typer(
 )
 
 app.add_typer(scores_cli.app, name="scores")
+app.add_typer(serving_cli.keys, name="keys")
+app.command()(serving_cli.serve)
 app.add_typer(index_cli.app, name="index")
 
 ConfigPath = Annotated[str, typer.Argument(help="A YAML file, for example conf/quickstart.yaml.")]
@@ -68,6 +71,35 @@ def plan(
 
     with exit_on_user_error():
         plan_config(config, overrides or [], probe=probe, tokens_per_second=tokens_per_second)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    endpoint: Annotated[str, typer.Option(help="The server's address, for example http://127.0.0.1:8000.")] = "",
+    key: Annotated[str, typer.Option(envvar="LLMR_API_KEY", help="An API key, where the server asks for one.")] = "",
+    method: Annotated[str, typer.Option(help="Whose rankings the server's are compared with.")] = "trained",
+    require_equal: Annotated[
+        bool, typer.Option("--require-equal", help="Exit with code 3 where a measure differs by more than 1e-6.")
+    ] = False,
+) -> None:
+    """Measures a served collection as the run that made it was measured, and shows both figures."""
+    with exit_on_user_error():
+        from llmr_ray.errors import ConfigError, DataError
+        from llmr_ray.pipeline import evaluate_endpoint
+
+        if not endpoint:
+            raise ConfigError("give the server's address: --endpoint http://127.0.0.1:8000.")
+        found = evaluate_endpoint(config, overrides or [], endpoint, key, method)
+        for row in found.figures:
+            typer.echo(f"{row.dataset:20} {row.measure:8} n={row.n:<6} run {row.offline:.4f}  served {row.served:.4f}")
+        typer.echo(
+            f"{found.num_same} of {found.num_queries} rankings are the same, scores differ by "
+            f"{found.max_score_difference:.1e} at the most; snapshot {', '.join(found.snapshots)}"
+        )
+        if require_equal and any(abs(row.offline - row.served) > 1e-6 for row in found.figures):
+            raise DataError("the server's measures are not the run's. Has the collection changed since the run?")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from llmr_ray.labeling.settings import TaskQuestions as TaskQuestions
 from llmr_ray.later import later
 from llmr_ray.runtime_config import BudgetConfig as BudgetConfig
 from llmr_ray.runtime_config import RuntimeConfig as RuntimeConfig
+from llmr_ray.serving.settings import ServingSettings
 from llmr_ray.task_config import TaskConfig as TaskConfig
 from llmr_ray.task_config import TaskGroup as TaskGroup
 from llmr_ray.task_config import TaskMine as TaskMine
@@ -281,6 +282,8 @@ class Config:
     """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    serving: ServingSettings = field(default_factory=ServingSettings)
+    """How `llmr serve` serves the run; never part of an artifact's id."""
 
 
 def question_tasks(config: Config) -> dict[str, TaskQuestions]:

@@ -23,7 +23,7 @@ from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
-from llmr_ray.evaluation import report
+from llmr_ray.evaluation import endpoint, report
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.jobs import ScoreJobs
@@ -270,15 +270,50 @@ def index_of(path: str, overrides: list[str], embedder: str) -> tuple[Artifact, 
     return pipeline.by_name[f"index_{embedder}"].artifact, name, config.runtime.artifact_root
 
 
+def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, method: str) -> endpoint.Comparison:
+    """Measures a served collection as a finished run was measured; writes ``served.json`` into the run's folder.
+
+    Args:
+        path: the run's configuration.
+        overrides: settings that go with it.
+        url: of the server.
+        key: an API key of it; empty: it needs none.
+        method: whose rankings the server's are compared with.
+
+    Raises:
+        DataError: the run's evaluation is not finished, or the server refuses a query.
+        ResourceError: the server does not answer.
+    """
+    config = loading.load(path, overrides)
+    pipeline = Pipeline(config, Console(quiet=True))
+    evaluated = pipeline.by_name["evaluate"].artifact
+    qrels: dict[str, dict[str, int]] = {}
+    for row in pipeline.prepared.read("qrels").to_pylist():
+        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
+    found = endpoint.compare(
+        pipeline.prepared.read("queries").to_pylist(),
+        qrels,
+        evaluated.read("run"),
+        method,
+        endpoint.asker(url, key),
+        depth=config.evaluate.search_depth,
+    )
+    write_atomic(pipeline.run_dir / "served.json", (json.dumps(found.to_dict(), indent=1) + "\n").encode())
+    return found
+
+
 def run_study_file(path: str, overrides: list[str]) -> None:
     """Runs all variants of the study in a file."""
     study = studies.read_study(Path(path))
     folder = Path(loading.load(study.config, overrides).runtime.run_root) / "studies" / study.name
 
-    def run(config: str, settings: list[str]) -> dict[str, Any]:
-        results = run_config(config, settings)
+    def run(path: str, settings: list[str]) -> studies.Finished:
+        results = run_config(path, settings)
         assert results is not None
-        return results
+        config = loading.load(path, settings)
+        (evaluate,) = (stage["artifact"] for stage in results["stages"] if stage["stage"] == "evaluate")
+        metrics = Artifact.found(config.runtime.artifact_root, evaluate).read("metrics")
+        return studies.Finished(config=config, results=results, metrics=metrics)
 
     rows = studies.run_study(study, overrides, run, folder)
     Console(highlight=False, soft_wrap=True).print(studies.table(study, rows), markup=False)

@@ -7,10 +7,10 @@ One tree of comparisons, parsed from two forms that clients know:
     Qdrant   {"must": [...], "should": [...], "must_not": [...]} of {"key": "year", "match": {"value": 2024}}
              (value, any, except) and {"key": "year", "range": {"gte": 2020}}
 
-A field is a column (doc_id, task, pool, title) or a key of the metadata; "a.b" is the key b of the object a. Numbers
-compare with numbers, strings with strings (by code points), booleans with booleans; whatever else a comparison meets,
-also a missing field, it does not hold. Of a list, one element that it holds for is enough. `ne` and `nin` are the
-opposite of `eq` and `in`, so they hold where the field is missing.
+A field is a column (doc_id, task, pool, position, title) or a key of the metadata; "a.b" is the key b of the object a.
+Numbers compare with numbers, strings with strings (by code points), booleans with booleans; whatever else a comparison
+meets, also a missing field, it does not hold. Of a list, one element that it holds for is enough. `ne` and `nin` are
+the opposite of `eq` and `in`, so they hold where the field is missing.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any as JSON
 import numpy as np
 import pyarrow as pa
 
-COLUMNS = ("doc_id", "task", "pool", "title")
+COLUMNS = ("doc_id", "task", "pool", "position", "title")
 """Fields that are columns of the corpus; metadata under these names is not seen."""
 
 MAX_DEPTH = 8

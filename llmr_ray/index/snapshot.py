@@ -63,6 +63,12 @@ def current(collection: Path) -> str:
     return snapshot_id
 
 
+def previous(collection: Path) -> str | None:
+    """The id of the snapshot that was current before, and that a roll-back makes current again; None: there is none."""
+    state: dict[str, str | None] = json.loads((collection / "CURRENT").read_text())
+    return state["previous"]
+
+
 def read_manifest(collection: Path, snapshot_id: str) -> dict[str, Any]:
     """What a snapshot consists of; DataError where there is none of this id."""
     if not re.fullmatch(r"\d{6}-[0-9a-f]{12}", snapshot_id):

@@ -1,0 +1,1 @@
+"""Retrieval over HTTP: a collection's snapshots behind a Ray Serve application."""

@@ -1,0 +1,312 @@
+"""What a retrieval is made of: encode, search every shard group, merge, read the documents. No Ray, no HTTP.
+
+Encoder, reranker and shard groups are in this process or behind deployments of their own (app.py); the answers are the
+same. Every part of a request names the snapshot that was chosen when it came in, so no answer mixes two.
+
+Shape suffixes: Q queries of a request, D embedding, K results.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmr_ray.errors import DataError
+from llmr_ray.index import shards
+from llmr_ray.index.filters import Filter
+from llmr_ray.index.snapshot import OpenSnapshot
+from llmr_ray.index.topk import MISSING, merge_topk
+from llmr_ray.serving.batching import Batcher
+from llmr_ray.serving.models import Prompted
+from llmr_ray.serving.protocol import Hit, RequestError
+from llmr_ray.serving.settings import ServingSettings
+
+log = logging.getLogger(__name__)
+
+Found = tuple[np.ndarray, np.ndarray]
+"""Rows int64 [Q, K] of a snapshot and their scores float32 [Q, K], as topk.py says."""
+
+
+class Encoder(Protocol):
+    """Embeds queries."""
+
+    async def encode(self, prompted: Sequence[Prompted]) -> np.ndarray:
+        """float32 [Q, D], unit norm."""
+
+    async def rank(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Logits of pairs of a query and a document: float32 [n]."""
+
+
+class ShardGroup(Protocol):
+    """Holds some shards of several snapshots side by side."""
+
+    async def load(self, snapshot_id: str) -> dict[str, Any]:
+        """Opens a snapshot in every process of the group, and says what it is: encoder, dimension, num_documents."""
+
+    async def search(self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]) -> Found:
+        """The k best of the group's shards, opening the snapshot first where it is not."""
+
+    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+        """Closes all other snapshots."""
+
+
+class LocalEncoder:
+    """Models in this process, called from one thread, with the texts of concurrent requests in one batch."""
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[Prompted]], np.ndarray],
+        rank: Callable[[Sequence[tuple[str, str]]], np.ndarray] | None,
+        settings: ServingSettings,
+    ) -> None:
+        self._thread = ThreadPoolExecutor(1, "encode")
+        self._encode: Batcher[Prompted, np.ndarray] = Batcher(self._in_thread(encode), settings.batch_queries)
+        self._rank: Batcher[tuple[str, str], float] | None = None
+        if rank is not None:
+            self._rank = Batcher(self._in_thread(rank), settings.max_documents)
+
+    def _in_thread(self, work: Callable[[Any], np.ndarray]) -> Callable[[list[Any]], Any]:
+        async def run(items: list[Any]) -> np.ndarray:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, items)
+
+        return run
+
+    async def encode(self, prompted: Sequence[Prompted]) -> np.ndarray:
+        """float32 [Q, D]."""
+        return np.stack(await self._encode.submit(prompted))
+
+    async def rank(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """float32 [n]."""
+        if self._rank is None:
+            raise RequestError(404, "this server has no model to rank with.", code="model_not_found")
+        return np.asarray(await self._rank.submit(pairs), np.float32)
+
+
+class LocalShards:
+    """Some shards of a collection's snapshots in this process.
+
+    Args:
+        root: the artifact root.
+        settings: of the server.
+        group: which of `groups` this is; it holds every `groups`-th shard.
+    """
+
+    def __init__(self, root: Path, settings: ServingSettings, group: int = 0, groups: int = 1) -> None:
+        self._root, self._settings, self._group, self._groups = root, settings, group, groups
+        self._open: dict[str, OpenSnapshot] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._threads = ThreadPoolExecutor(1, "search")
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._batchers: dict[str, Batcher[tuple[np.ndarray, Filter | None, int], Found]] = {}
+        shards.set_threads(settings.search_threads)
+
+    def opened(self, snapshot_id: str) -> OpenSnapshot:
+        """This group's shards of a snapshot, opened and checked once; DataError where they cannot be."""
+        with self._locks.setdefault(snapshot_id, threading.Lock()):
+            if snapshot_id not in self._open:
+                place: tuple[Any, ...] = (self._root, self._settings.collection, snapshot_id)
+                numbers = None
+                if self._groups > 1:
+                    whole = OpenSnapshot(*place, shards=())
+                    numbers = range(self._group, whole.num_shards, self._groups)
+                threads = self._settings.search_threads
+                self._open[snapshot_id] = OpenSnapshot(*place, shards=numbers, num_threads=threads)
+            return self._open[snapshot_id]
+
+    async def load(self, snapshot_id: str) -> dict[str, Any]:
+        """See ShardGroup. Searches go on meanwhile, in another thread."""
+        loop = asyncio.get_running_loop()
+        snapshot = await loop.run_in_executor(self._loader, self.opened, snapshot_id)
+        return {
+            "encoder": snapshot.encoder,
+            "dimension": snapshot.dimension,
+            "num_documents": snapshot.num_documents,
+            "num_shards": snapshot.num_shards,
+        }
+
+    async def search(self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]) -> Found:
+        """See ShardGroup. Queries of concurrent requests are searched for together."""
+        if snapshot_id not in self._open:
+            await self.load(snapshot_id)
+        batcher = self._batchers.get(snapshot_id)
+        if batcher is None:
+            batcher = self._batchers[snapshot_id] = Batcher(
+                lambda items: self._search(snapshot_id, items), self._settings.batch_queries
+            )
+        found = await batcher.submit([(query_D, chosen, k) for query_D, chosen in zip(query_QD, filters, strict=True)])
+        return np.stack([rows for rows, _ in found]), np.stack([scores for _, scores in found])
+
+    async def _search(self, snapshot_id: str, items: list[tuple[np.ndarray, Filter | None, int]]) -> list[Found]:
+        snapshot = await self.snapshot(snapshot_id)
+        query_QD = np.stack([query_D for query_D, _, _ in items])
+        filters, most = [chosen for _, chosen, _ in items], max(k for _, _, k in items)
+
+        def search() -> Found:
+            return snapshot.search(query_QD, most, allowed=filters)
+
+        rows, scores = await asyncio.get_running_loop().run_in_executor(self._threads, search)
+        # The k best of more than k are the first k: ties have an order.
+        return [(rows[at, :k], scores[at, :k]) for at, (_, _, k) in enumerate(items)]
+
+    async def snapshot(self, snapshot_id: str) -> OpenSnapshot:
+        """An opened snapshot."""
+        if snapshot_id not in self._open:
+            await self.load(snapshot_id)
+        return self._open[snapshot_id]
+
+    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+        """See ShardGroup. A search under way holds what it searches."""
+        for snapshot_id in set(self._open) - set(snapshot_ids):
+            del self._open[snapshot_id]
+            self._batchers.pop(snapshot_id, None)
+
+
+class DocumentStore(LocalShards):
+    """A collection's documents without its vectors: texts come from Parquet when they are asked for."""
+
+    def opened(self, snapshot_id: str) -> OpenSnapshot:
+        """A snapshot opened without shards."""
+        with self._locks.setdefault(snapshot_id, threading.Lock()):
+            if snapshot_id not in self._open:
+                place = (self._root, self._settings.collection, snapshot_id)
+                self._open[snapshot_id] = OpenSnapshot(*place, shards=())
+            return self._open[snapshot_id]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """The answer to a retrieval: hits of each query, best first."""
+
+    snapshot_id: str
+    hits: list[list[Hit]]
+    partial: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Composes a server's parts.
+
+    Args:
+        settings: of the server.
+        encoder: embeds queries.
+        groups: hold all shards between them.
+        documents: of the same collection; with one local group, that group itself.
+    """
+
+    def __init__(
+        self, settings: ServingSettings, encoder: Encoder, groups: Sequence[ShardGroup], documents: LocalShards
+    ) -> None:
+        self.settings, self.encoder, self.groups, self._documents = settings, encoder, list(groups), documents
+        self._readers = ThreadPoolExecutor(2, "documents")
+        self.groups_failed = 0
+
+    async def load(self, snapshot_id: str) -> dict[str, Any]:
+        """Opens a snapshot everywhere; the first error ends it. Says what the snapshot is, as all its parts agree."""
+        parts = await asyncio.gather(
+            self._documents.load(snapshot_id), *(group.load(snapshot_id) for group in self.groups)
+        )
+        if any(part != parts[0] for part in parts[1:]):
+            raise DataError("the shard groups read different snapshots under one id; their storage is not shared.")
+        return parts[0]
+
+    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+        """Closes all other snapshots everywhere."""
+        parts = [self._documents, *self.groups]
+        for result in await asyncio.gather(*(part.keep(snapshot_ids) for part in parts), return_exceptions=True):
+            if isinstance(result, BaseException):
+                log.warning("a shard group could not close old snapshots: %r", result)
+
+    async def search(self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]) -> Found:
+        """The k best of a snapshot for each query, whole or not at all."""
+        found, _ = await self._scatter(snapshot_id, query_QD, k, filters, partial=False)
+        return found
+
+    async def _scatter(
+        self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None], *, partial: bool
+    ) -> tuple[Found, bool]:
+        if len(self.groups) == 1:
+            return await self.groups[0].search(snapshot_id, query_QD, k, filters), False
+        searches = [group.search(snapshot_id, query_QD, k, filters) for group in self.groups]
+        parts = await asyncio.gather(*searches, return_exceptions=True)
+        failed = [part for part in parts if isinstance(part, BaseException)]
+        self.groups_failed = len(failed)
+        if failed and (not partial or len(failed) == len(parts)):
+            raise failed[0]
+        return merge_topk([part for part in parts if not isinstance(part, BaseException)], k), bool(failed)
+
+    async def retrieve(
+        self,
+        snapshot_id: str,
+        prompted: Sequence[Prompted],
+        k: int,
+        chosen: Filter | None,
+        *,
+        with_text: bool,
+        min_score: float | None = None,
+    ) -> Retrieved:
+        """Finds the k best documents of each query among those that the filter lets through.
+
+        Args:
+            snapshot_id: what to search.
+            prompted: Q queries.
+            k: results of each at the most.
+            chosen: a filter, applied before the search.
+            with_text: read the documents' texts.
+            min_score: leave out documents with a lower retrieval score.
+        """
+        times = [time.perf_counter()]
+        query_QD = await self.encoder.encode(prompted)
+        times.append(time.perf_counter())
+        filters = [chosen] * len(prompted)
+        allow = self.settings.allow_partial
+        (rows_QK, scores_QK), partial = await self._scatter(snapshot_id, query_QD, k, filters, partial=allow)
+        times.append(time.perf_counter())
+        hits = await self._hits(snapshot_id, rows_QK, scores_QK, with_text=with_text, min_score=min_score)
+        times.append(time.perf_counter())
+        seconds = dict(zip(("encode", "search", "fetch"), np.diff(times).tolist(), strict=True))
+        return Retrieved(snapshot_id=snapshot_id, hits=hits, partial=partial, seconds=seconds)
+
+    async def _hits(
+        self, snapshot_id: str, rows_QK: np.ndarray, scores_QK: np.ndarray, *, with_text: bool, min_score: float | None
+    ) -> list[list[Hit]]:
+        found_QK = rows_QK != MISSING
+        if min_score is not None:
+            found_QK &= scores_QK >= min_score
+        rows, places = np.unique(rows_QK[found_QK], return_inverse=True)
+        if not len(rows):
+            return [[] for _ in rows_QK]
+        snapshot = await self._documents.snapshot(snapshot_id)
+
+        def read() -> list[Any]:
+            return snapshot.documents(rows.tolist(), with_text=with_text)
+
+        documents = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        of_hit, scores = iter(places.tolist()), iter(scores_QK[found_QK].tolist())
+        hits = []
+        for count in found_QK.sum(axis=1).tolist():
+            hits.append([_hit(documents[next(of_hit)], next(scores)) for _ in range(count)])
+        return hits
+
+    async def doc_ids(self, snapshot_id: str, rows_QK: np.ndarray) -> list[list[str]]:
+        """The ids of found rows, query by query."""
+        hits = await self._hits(
+            snapshot_id, rows_QK, np.zeros(rows_QK.shape, np.float32), with_text=False, min_score=None
+        )
+        return [[hit.doc_id for hit in of_query] for of_query in hits]
+
+
+def _hit(document: Any, score: float) -> Hit:
+    return Hit(
+        doc_id=document.doc_id,
+        retrieval_score=score,
+        title=document.title,
+        text=document.text,
+        metadata=document.metadata,
+    )

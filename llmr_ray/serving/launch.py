@@ -1,0 +1,124 @@
+"""What `llmr serve` settles before anything starts: what is served, who may reach it, and whether its port is free."""
+
+import dataclasses
+import ipaddress
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from llmr_ray import loading
+from llmr_ray.config import Config
+from llmr_ray.errors import ConfigError, ResourceError
+from llmr_ray.serving.models import run_reward_model
+from llmr_ray.serving.settings import ServingSettings, environment_values
+
+RESOLVED = "config.resolved.yaml"
+"""A run's folder has its configuration under this name."""
+
+
+def configured(run_or_config: str, overrides: list[str]) -> tuple[Path, Config, ServingSettings]:
+    """The configuration file of a run, what it says, and how the run is to be served.
+
+    A setting is taken from the command line, else from `LLMR_SERVE_*` variables, else from the file.
+    """
+    path = Path(run_or_config)
+    source = path / RESOLVED if path.is_dir() else path
+    if path.is_dir() and not source.exists():
+        raise ConfigError(f"{path} is no run: it has no {RESOLVED}. Give the folder of a run, or a configuration.")
+    config = loading.load(source, overrides)
+    said = {item.partition("=")[0].removeprefix("serving.") for item in overrides if item.startswith("serving.")}
+    from_environment = {name: value for name, value in environment_values().items() if name not in said}
+    settings = config.serving.changed(from_environment)
+    absent = {
+        "artifact_root": config.runtime.artifact_root,
+        "cache_root": config.runtime.cache_root,
+        "collection": config.name,
+    }
+    settings = settings.changed({name: value for name, value in absent.items() if not getattr(settings, name)})
+    return source, config, settings
+
+
+def with_reward_model(config: Config, settings: ServingSettings, folder: Path) -> ServingSettings:
+    """Settings in which `reward_model` is that of the run; its folder is where the run made it."""
+    if settings.reranker != "reward_model":
+        return settings
+    path = run_reward_model(config, folder)
+    return dataclasses.replace(settings, reranker=path, reranker_max_tokens=config.reward_model.max_tokens)
+
+
+def check_host(host: str, settings: ServingSettings, *, open_to_all: bool) -> bool:
+    """Whether only this machine can reach the server at an address.
+
+    Raises:
+        ConfigError: others can, and there are no API keys.
+    """
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local and not settings.keys_file and not open_to_all:
+        raise ConfigError(
+            f"at {host} other machines could read the collection, and there are no API keys. Make keys (`llmr keys "
+            "add NAME`) and name their file (--keys FILE), or let everybody in with --open-to-all."
+        )
+    return is_local
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ResourceError naming the port and who has it, where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"port {port} of {host} cannot be used ({error.strerror}); {_owner(port)}. Stop that, or choose "
+                "another port with --port."
+            ) from error
+
+
+def _owner(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()}) listens there"
+    except psutil.Error:
+        pass
+    return "who has it is not visible to this user"
+
+
+def free_port() -> int:
+    """A port that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def prepare_fast(host: str) -> None:
+    """Sets the environment of Serve's throughput-optimised mode; to be called before Ray starts.
+
+    HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine.
+    """
+    folder = tempfile.mkdtemp(prefix="llmr-serve-")
+    values = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # What is asked changes nothing, so a request whose process died may be sent to another.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+        "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": "conn-failure empty-response response-timeout",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, value)

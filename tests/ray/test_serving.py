@@ -1,0 +1,248 @@
+"""The Serve application: an ingress, a deployment of models and two shard groups, over real HTTP."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from llmr_ray.config import RuntimeConfig
+from llmr_ray.serving.app import build, running
+from llmr_ray.serving.launch import free_port
+from tests.serving_world import World, world
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+BODY = {"queries": ["a b", "c d e", "j"], "task": "qa", "top_k": 12}
+
+HTTP = httpx.Client(timeout=60)
+
+
+@dataclass
+class Served:
+    docs: World
+    url: str
+
+    def ask(self, **changes: Any) -> dict[str, Any]:
+        answer = HTTP.post(f"{self.url}/v1/retrieve", json=BODY | changes)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def wait_for(self, snapshot: str, key: str = "index_snapshot") -> None:
+        """Until a snapshot is served (or refused)."""
+        deadline = time.monotonic() + 60
+        while HTTP.get(f"{self.url}/readyz").json().get(key) != snapshot:
+            assert time.monotonic() < deadline, HTTP.get(f"{self.url}/info").text
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def served(local_ray: RuntimeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    docs = world(tmp_path_factory.mktemp("served"))
+    port = free_port()
+    settings = docs.settings(
+        encoder_replicas=1, shard_groups=2, ingress_replicas=2, canary_min_overlap=0.05, max_queued=100_000
+    )
+    with running(build(settings), "docs", "127.0.0.1", port):
+        yield Served(docs, f"http://127.0.0.1:{port}")
+
+
+@dataclass
+class Load:
+    """Clients that ask until they are told to stop, each on a connection of its own; every answer is counted."""
+
+    served: Served
+    clients: int = 4
+    codes: Counter[int | str] = field(default_factory=Counter)
+    answers: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+
+    def __enter__(self) -> "Load":
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(self.clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=60) as http:
+            while not self._stop.is_set():
+                try:
+                    answer = http.post(f"{self.served.url}/v1/retrieve", json=BODY)
+                except httpx.HTTPError as error:
+                    self.codes[type(error).__name__] += 1
+                    continue
+                self.codes[answer.status_code] += 1
+                if answer.status_code == 200:
+                    self.answers.append((time.monotonic(), answer.json()))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+def test_deployments_answer_as_one_process(served: Served) -> None:
+    """How the work is spread over processes may change no answer."""
+    from llmr_ray.serving.gate import Call
+    from llmr_ray.serving.protocol import to_json
+
+    alone = served.docs.service()
+    import asyncio
+
+    for changes in (
+        {},
+        {"task": "chat", "top_k": 60},
+        {"filter": {"type": "eq", "key": "lang", "value": "en"}, "with_text": False},
+        {"filter": {"must": [{"key": "position", "range": {"lt": 4}}]}},
+    ):
+        expected = asyncio.run(alone.retrieve(Call(request_id="r", route="retrieve"), to_json(BODY | changes)))
+        answer = served.ask(**changes)
+        for mine, theirs in zip(answer["results"], expected["results"], strict=True):
+            assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+            np.testing.assert_allclose([hit["score"] for hit in mine], [hit["score"] for hit in theirs], atol=1e-6)
+            assert [hit.get("text") for hit in mine] == [hit.get("text") for hit in theirs]
+
+
+def test_the_official_client_and_errors_through_serve(served: Served) -> None:
+    """Serve's proxy stands between; it must pass errors on as they are."""
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    answer = client.embeddings.create(model="docs/qa-query", input=["a b", "c"])
+    np.testing.assert_allclose(np.linalg.norm([row.embedding for row in answer.data], axis=1), 1, atol=1e-5)
+    for body, status in (
+        (b'{"query": "zanzibar", "task": "qa", "min_score": NaN}', 400),
+        (b'{"query": "zanzibar \\ud800", "task": "qa"}', 422),
+        (b"a" * 20_000_000, 413),
+        (b'{"query": "a", "task": "zanzibar"}', 422),
+    ):
+        headers = {"content-type": "application/json"}
+        answer = HTTP.post(f"{served.url}/v1/retrieve", content=body, headers=headers)
+        assert answer.status_code == status
+        assert "zanzibar" not in answer.text
+        assert answer.json()["error"]["request_id"]
+    assert HTTP.get(f"{served.url}/nowhere").json()["error"]["code"] == "not_found"
+
+
+def test_metrics_are_those_of_every_ingress(served: Served) -> None:
+    """A page of one replica, drawn by chance, shows counters that jump back and forth."""
+    served.ask()
+    text = HTTP.get(f"{served.url}/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("llmr_index_documents{")]
+    assert len({line.partition('replica="')[2].partition('"')[0] for line in lines}) == 2
+    assert {line.rsplit(" ")[-1] for line in lines} == {"60.0"}
+
+
+def test_no_request_fails_while_snapshots_change(served: Served) -> None:
+    """Every answer must be whole, of one snapshot, and name the right one; a damaged one must not be answered from."""
+    docs = served.docs
+    first = docs.current
+    expected = {first: served.ask()["results"]}
+    with Load(served) as load:
+        for seed in (1, 2):
+            new = docs.add(40, seed)
+            served.wait_for(new)
+            time.sleep(1.0)  # the other ingress too
+            expected[new] = served.ask()["results"]
+            assert served.ask()["index_snapshot"] == new
+        back = docs.rollback()
+        served.wait_for(back)
+        time.sleep(1.0)
+        bad = docs.replace(seed=5)
+        served.wait_for(bad, "refused_snapshot")
+        assert served.ask()["index_snapshot"] == back
+        docs.rollback()
+        time.sleep(1.0)
+    assert set(load.codes) == {200}
+    assert load.codes[200] >= 20
+    seen = {answer["index_snapshot"] for _, answer in load.answers}
+    assert seen == set(expected)
+    for _, answer in load.answers:
+        assert answer["partial"] is False
+        for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
+            assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline", "ppid"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if words.startswith(f"ray::ServeReplica:docs:{deployment}") and _is_ours(process):
+            found.append(process)
+    return found
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """Another Ray of the machine may serve a collection of the same name."""
+    mine = ray.get_runtime_context().get_node_id()
+    return mine in " ".join(psutil.Process(process.ppid()).cmdline()) or any(
+        parent.pid == os.getpid() for parent in process.parents()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deployment", ["ingress", "models", "shards-1"])
+def test_a_killed_replica_costs_no_request(served: Served, deployment: str) -> None:
+    """Machines lose processes; clients must not notice, and what is lost must come back."""
+    before = {process.pid for process in replicas(deployment)}
+    assert before
+    with Load(served) as load:
+        time.sleep(2)
+        os.kill(min(before), signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while True:
+            now = {process.pid for process in replicas(deployment)}
+            if len(now) == len(before) and now != before:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(2)
+    assert set(load.codes) <= {200, 503}, load.codes
+    if deployment == "ingress":
+        assert set(load.codes) == {200}, load.codes
+    served.ask()
+
+
+@pytest.mark.slow
+def test_a_killed_controller_costs_no_request(served: Served) -> None:
+    """Serve's controller only manages; requests go on without it and it comes back."""
+    [controller] = [
+        process for process in psutil.process_iter(["cmdline"])
+        if " ".join(process.info["cmdline"] or []).startswith("ray::ServeController") and _is_ours(process)
+    ]  # fmt: skip
+    with Load(served) as load:
+        time.sleep(1)
+        controller.kill()
+        time.sleep(10)
+    assert set(load.codes) == {200}
+    assert serve.status().applications["docs"].status == "RUNNING"
+
+
+def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
+    """Half an application behind a port of somebody else's looks like a server."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        command = [sys.executable, "-m", "llmr_ray", "serve", "conf/quickstart.yaml", "--port", str(port)]
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        seconds = time.monotonic() - started
+    assert done.returncode == 4
+    assert f"port {port}" in done.stderr
+    assert f"process {os.getpid()}" in done.stderr
+    assert seconds < 10
