@@ -67,3 +67,10 @@ def test_plan_that_cannot_be_placed_is_refused(local_ray: RuntimeConfig, tmp_pat
     """Ray waits for ever for CPUs or GPUs that do not exist."""
     with pytest.raises(ResourceError, match="GPUs"):
         cluster.map_shards([0], Squares, {"root": str(tmp_path)}, num_actors=1, num_gpus=8, purpose="test")
+
+
+def test_memory_that_is_not_there_is_refused(local_ray: RuntimeConfig) -> None:
+    """Ray waits for ever for an actor that fits no node, also where all nodes together have the room."""
+    cluster.require_memory([1 << 20, 1 << 20], "search")
+    with pytest.raises(ResourceError, match="more shards"):
+        cluster.require_memory([1 << 20, 1 << 50], "search")

@@ -119,3 +119,39 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     tiny_bert(asset.path, seed=5)
     with pytest.raises(DataError, match="not what embedded"):
         adding.add(config.runtime, "c", write(tmp_path / "a.jsonl", rows_of(0, 3)))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_job_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever shard it died at: what is served stays, what was done is not done again, and nothing is added twice."""
+    root = tmp_path / "artifacts"
+    config, _ = base_of(root, 40)
+    file = write(tmp_path / "a.jsonl", rows_of(0, 2 * SHARD_ROWS + 10))
+    before = current(folder_of(root, "c"))
+    run_all, kills, made = cluster.map_shards, 0, []
+
+    def dying(shards, worker, worker_args, **options):
+        nonlocal kills
+        records = []
+        for shard in shards:
+            if len(made) == kills:
+                kills += 1
+                raise Killed
+            records += run_all([shard], worker, worker_args, **options)
+            made.append((worker.__name__, shard))
+        return records
+
+    monkeypatch.setattr(cluster, "map_shards", dying)
+    done = None
+    while done is None:
+        try:
+            done = adding.add(config.runtime, "c", file)
+        except Killed:
+            assert current(folder_of(root, "c")) == before
+            assert len(everything(root)) == 40
+    assert len(made) == len(set(made)) == 8
+    assert kills in (8, 9)
+    assert (done.num_added, done.num_documents) == (2 * SHARD_ROWS + 10, 2 * SHARD_ROWS + 50)
