@@ -1,18 +1,16 @@
-"""Documents added by a real job whose workers are killed."""
+"""Documents added by a real job, one of whose workers is killed."""
 
 import os
 import signal
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from llmr_ray.artifacts import SHARD_ROWS
 from llmr_ray.config import RuntimeConfig
-from llmr_ray.index import adding, collection
+from llmr_ray.index import adding, stage
 from llmr_ray.index.filters import Comparison
 from llmr_ray.index.snapshot import OpenSnapshot
 from llmr_ray.modeling.embedder import Embedder
@@ -21,41 +19,35 @@ from tests.collections_world import base_of, rows_of, write
 pytestmark = pytest.mark.ray
 
 
-def test_a_killed_worker_costs_no_document(local_ray: RuntimeConfig, tmp_path: Path) -> None:
-    """kill -9 of an embedding actor in the middle of a shard: the shard is done again, once."""
+class Dying(stage.EmbedWorker):
+    """Its process is killed in the middle of shard 1, the first time."""
+
+    def run(self, shard: int) -> dict[str, Any]:
+        scar = self.artifact.path / "killed"
+        if shard == 1 and not scar.exists():
+            scar.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(shard)
+
+
+def test_a_killed_worker_costs_no_document(
+    local_ray: RuntimeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of an embedding actor in the middle of a shard: the shard is done again, and every document is there."""
     root = tmp_path / "artifacts"
     config, asset = base_of(root)
-    rows = rows_of(0, 3 * SHARD_ROWS)
-    file = write(tmp_path / "more.jsonl", rows)
-    done: list[collection.Change] = []
-    thread = threading.Thread(target=lambda: done.append(adding.add(config.runtime, "c", file)))
-    before = {path.parent for path in root.glob("embed/*/config.json")}
-    thread.start()
-    killed = False
-    while thread.is_alive() and not killed:
-        started = [path for path in root.glob("embed/*/_ledger/*.json") if path.parents[1] not in before]
-        if started:
-            workers = [child for child in psutil.Process().children(recursive=True) if "ShardActor" in _title(child)]
-            for worker in workers:
-                os.kill(worker.pid, signal.SIGKILL)
-            killed = bool(workers)
-        time.sleep(0.01)
-    thread.join()
-    assert killed
-    assert done[0].num_added == len(rows)
+    rows = rows_of(0, 2 * SHARD_ROWS + 10)
+    monkeypatch.setattr(stage, "EmbedWorker", Dying)
+    done = adding.add(config.runtime, "c", write(tmp_path / "more.jsonl", rows))
+    assert len(list(root.glob("embed/*/killed"))) == 1
+    assert done.num_added == len(rows)
+    chosen = [*rows[:5], *rows[SHARD_ROWS : SHARD_ROWS + 5], rows[-1]]
     vectors = Embedder(asset.path, max_query_tokens=8, max_document_tokens=12, precision="float32").encode(
-        [str(row["text"]) for row in rows[:50]],
+        [str(row["text"]) for row in chosen],
         instruction=config.tasks["qa"].document_instruction,
         max_tokens=12,
         batch_tokens=4096,
     )
-    snapshot = OpenSnapshot(root, "c", done[0].snapshot)
-    _, scores = snapshot.search(vectors, 1, allowed=[Comparison("doc_id", "eq", row["doc_id"]) for row in rows[:50]])
+    snapshot = OpenSnapshot(root, "c", done.snapshot)
+    _, scores = snapshot.search(vectors, 1, allowed=[Comparison("doc_id", "eq", row["doc_id"]) for row in chosen])
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
