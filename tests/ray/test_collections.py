@@ -19,21 +19,21 @@ from tests.collections_world import base_of, rows_of, write
 pytestmark = pytest.mark.ray
 
 
-class Dying(stage.EmbedWorker):
-    """Its process is killed in the middle of shard 1, the first time."""
-
-    def run(self, shard: int) -> dict[str, Any]:
-        scar = self.artifact.path / "killed"
-        if shard == 1 and not scar.exists():
-            scar.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(shard)
-
-
 def test_a_killed_worker_costs_no_document(
     local_ray: RuntimeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 of an embedding actor in the middle of a shard: the shard is done again, and every document is there."""
+
+    class Dying(stage.EmbedWorker):
+        """Its process is killed in the middle of shard 1, the first time."""
+
+        def run(self, shard: int) -> dict[str, Any]:
+            scar = self.artifact.path / "killed"
+            if shard == 1 and not scar.exists():
+                scar.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().run(shard)
+
     root = tmp_path / "artifacts"
     config, asset = base_of(root)
     rows = rows_of(0, 2 * SHARD_ROWS + 10)
