@@ -148,7 +148,7 @@ def serve_ray(root: Path, port: int, *, fast: bool) -> None:
     from llmr_ray.serving import launch
 
     if fast:
-        launch.prepare_fast("127.0.0.1")
+        launch.prepare_fast()
     from ray import serve
 
     from llmr_ray import cluster
