@@ -307,10 +307,13 @@ def run_study_file(path: str, overrides: list[str]) -> None:
     study = studies.read_study(Path(path))
     folder = Path(loading.load(study.config, overrides).runtime.run_root) / "studies" / study.name
 
-    def run(config: str, settings: list[str]) -> dict[str, Any]:
-        results = run_config(config, settings)
+    def run(path: str, settings: list[str]) -> studies.Finished:
+        results = run_config(path, settings)
         assert results is not None
-        return results
+        config = loading.load(path, settings)
+        (evaluate,) = (stage["artifact"] for stage in results["stages"] if stage["stage"] == "evaluate")
+        metrics = Artifact.found(config.runtime.artifact_root, evaluate).read("metrics")
+        return studies.Finished(config=config, results=results, metrics=metrics)
 
     rows = studies.run_study(study, overrides, run, folder)
     Console(highlight=False, soft_wrap=True).print(studies.table(study, rows), markup=False)

@@ -27,6 +27,9 @@ _S = pa.string()
 _I = pa.int32()
 _F = pa.float32()
 
+PSEUDO = "pseudo"
+"""reward_source of a label that the retriever gave itself (ARL2)."""
+
 SCHEMAS: dict[str, pa.Schema] = {
     # A query may retrieve the documents of its `pool` whose `position` is below `history_end` (null: the whole pool).
     # Shared corpora are one pool; a dialogue or a long text is a pool of its own.
@@ -102,7 +105,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold",
     # "candidate" or "same_label" (groups.py). rewards is null for tasks trained on labels alone, and holds null for a
-    # document below all that have one.
+    # document below all that have one. weights is null where every reward weighs 1.
     "groups": pa.schema(
         [
             _field("query_id", _S),
@@ -113,6 +116,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("docs", _strings()),
             _field("roles", _strings()),
             _field("rewards", _floats(), nullable=True),
+            _field("weights", _floats(), nullable=True),
         ]
     ),
     # Graded labels of relevance, 0, 0.5 or 1 (ARL2). Null: the LLM was asked and gave none. confidence: of a

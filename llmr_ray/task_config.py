@@ -85,6 +85,9 @@ class TaskGroup:
     """Drop a query whose best and worst reward differ by no more than this."""
     same_label_negatives: bool = True
     """False: in classification, an example of the query's own data set and label is never its negative (LLM-R, B.8)."""
+    pseudo_weight: float = later(1.0)
+    """What a label that the retriever gave itself weighs in the losses of graded labels, beside one of the LLM at 1
+    (methods.md C.3). 0: it is a document of the group whose label nothing is learned from."""
 
 
 @dataclass(frozen=True, kw_only=True)

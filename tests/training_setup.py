@@ -54,6 +54,7 @@ def groups_table(num_queries: int = 24, pool_size: int = 6, tasks: tuple[str, ..
                     "docs": docs,
                     "roles": ["gold" if place == 0 else "candidate" for place in range(pool_size)],
                     "rewards": None if task == "tool" else rewards,
+                    "weights": None,
                 }
             )
     return table_of("groups", rows)

@@ -116,6 +116,34 @@ def intervals(figures: Sequence[tuple[str, float, float, float]], measure: str) 
         return _svg(figure)
 
 
+_COLOURS = ("#3987e5", "#d97a2b", "#4b9e5f", "#a866c4", "#8a8f99", "#c4485b")
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, over: str, measure: str) -> str:
+    """Means with their intervals over a quantity, a line for each name; lines without points are left out.
+
+    Args:
+        lines: name -> (quantity, mean, low, high), in order.
+        over: what the quantity is.
+        measure: what the means are.
+    """
+    with rc_context(_STYLE):
+        figure, grid = _grid(1, 2, height=2.8)
+        axes, spare = grid[0]
+        spare.set_visible(False)
+        shown = [(name, points) for name, points in lines.items() if points]
+        for number, (name, points) in enumerate(shown):
+            colour = _COLOURS[number % len(_COLOURS)]
+            quantity, mean, low, high = zip(*points, strict=True)
+            axes.plot(quantity, mean, color=colour, linewidth=1.4, marker="o", markersize=4, label=name)
+            axes.vlines(quantity, low, high, color=colour, linewidth=1.0, alpha=0.45)
+        axes.set_xlabel(over)
+        axes.set_ylabel(measure)
+        if shown:
+            axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        return _svg(figure)
+
+
 def _panels(number: int) -> tuple[Figure, list[Axes]]:
     """That many panels, four in a row."""
     columns = min(4, number)

@@ -15,13 +15,12 @@ from rich.table import Table as TerminalTable
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
-from llmr_ray.data.example_tasks import pool_of
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.annotators import compared, fooled_rates
 from llmr_ray.evaluation.look import MEASURE, read_looks
-from llmr_ray.evaluation.results import result_rows
+from llmr_ray.evaluation.results import held_out_tasks, result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
 from llmr_ray.evaluation.trec import write_trec
@@ -224,12 +223,6 @@ def questions_told(generated: pa.Table) -> list[dict[str, Any]]:
             }
         )
     return told
-
-
-def held_out_tasks(config: Config) -> set[str]:
-    """Data sets of examples that this run does not train on, nor on others of their kind."""
-    trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
-    return {name for name, dataset in config.datasets.items() if dataset.task == "icl" and pool_of(name) not in trained}
 
 
 def judge_name(judge: str) -> str:

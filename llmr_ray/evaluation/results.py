@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.artifacts import seed_of
-from llmr_ray.data.example_tasks import TASKS
+from llmr_ray.config import Config
+from llmr_ray.data.example_tasks import TASKS, pool_of
 from llmr_ray.evaluation.examples import main_measure
 from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, POSITIVE_F1, RETRIEVAL_MEASURES, SCENARIOS
 from llmr_ray.evaluation.significance import estimate, paired_difference
@@ -84,6 +86,43 @@ def result_rows(
         if row["task"] == "qa" and row["method"] != "none" and row["measure"] not in RETRIEVAL_MEASURES["qa"]:
             row["reading"] = reading
     return rows
+
+
+def held_out_tasks(config: Config) -> set[str]:
+    """Data sets of examples that this run does not train on, nor on others of their kind."""
+    trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
+    return {name for name, dataset in config.datasets.items() if dataset.task == "icl" and pool_of(name) not in trained}
+
+
+def difference_of_runs(
+    one: tuple[pa.Table, str], other: tuple[pa.Table, str], config: Config, *, dataset: str, measure: str
+) -> dict[str, Any] | None:
+    """One figure of a run's method minus that of another run's, over the queries that both have; None without any.
+
+    Args:
+        one, other: the `metrics` table of a run, and the method.
+        config: of the first run; says which data sets there are and how often is resampled.
+        dataset, measure: the figure, as `result_rows` names it.
+    """
+    parts = []
+    for (metrics, method), name in ((one, "trained"), (other, "base")):
+        part = metrics.filter(pc.equal(metrics["method"], method))
+        if dataset in config.datasets:
+            part = part.filter(pc.equal(part["dataset"], dataset))
+        names = pa.array([name] * part.num_rows, pa.string())
+        parts.append(part.set_column(part.column_names.index("method"), "method", names))
+    rows = result_rows(
+        pa.concat_tables(parts),
+        {name: settings.task for name, settings in config.datasets.items()},
+        ["base", "trained"],
+        samples=config.evaluate.bootstrap_samples,
+        seed=config.seed,
+        artifacts={"base": {}, "trained": {}},
+        held_out=held_out_tasks(config),
+    )
+    found = [row for row in rows if (row["dataset"], row["measure"], row["method"]) == (dataset, measure, "trained")]
+    difference: dict[str, Any] | None = found[0]["delta_vs_base"] if found else None
+    return difference
 
 
 def _averages(datasets: Sequence[str], held_out: Collection[str]) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ from llmr_ray.labeling.rounds import (
 )
 from llmr_ray.labeling.selection import ASK, CALIBRATION, DRAWN, LEAVE, accounting, decide, settle
 from llmr_ray.labeling.simulation import annotate, label_quality
-from llmr_ray.schemas import conform, table_of
+from llmr_ray.schemas import PSEUDO, conform, table_of
 
 SELECT_VERSION = 1
 LABEL_VERSION = 1
@@ -326,7 +326,7 @@ def _rewards(labels: pa.Table, calibration_fraction: float) -> pa.Table:
         {
             **{name: row[name] for name in PAIR},
             "reward": row["label"],
-            "reward_source": "pseudo" if row["source"] == RETRIEVER else "label",
+            "reward_source": PSEUDO if row["source"] == RETRIEVER else "label",
         }
         for row in labels.to_pylist()
         if row["label"] is not None and not is_calibration(row["query_id"], calibration_fraction)

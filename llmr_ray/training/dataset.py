@@ -28,7 +28,9 @@ _CHUNK_TEXTS = 1024
 """Texts tokenised in one call; the tokenizer holds some hundred bytes for each of their tokens."""
 
 _QUERY = np.dtype([("text", "<i8"), ("start", "<i8"), ("end", "<i8"), ("has_rewards", "?")])
-_DOCUMENT = np.dtype([("text", "<i8"), ("key", "<i8"), ("reward", "<f4"), ("is_gold", "?"), ("is_barred", "?")])
+_DOCUMENT = np.dtype(
+    [("text", "<i8"), ("key", "<i8"), ("reward", "<f4"), ("weight", "<f4"), ("is_gold", "?"), ("is_barred", "?")]
+)
 _TEXT = np.dtype([("key", "<i8"), ("start", "<i8"), ("end", "<i8")])
 
 Tokenize = Callable[[Sequence[str], str, int], list[list[int]]]
@@ -51,8 +53,8 @@ class Shard:
 
     queries [Q]: number of the query's text, `start` and `end` of its pool, and whether the rewards there mean anything.
     pool [P]: number of the document's text as it is encoded, key of the document alone (equal whatever the task),
-    reward, is_gold, is_barred. texts [T]: key of (side, task, text), `start` and `end` of its tokens. tokens: int32,
-    flat.
+    reward, its weight, is_gold, is_barred. texts [T]: key of (side, task, text), `start` and `end` of its tokens.
+    tokens: int32, flat.
     """
 
     queries: np.ndarray
@@ -84,7 +86,7 @@ def write_shard(
         max_document_tokens: longer documents are cut.
     """
     numbers: dict[tuple[str, str, str], int] = {}
-    queries, pool = list[tuple[int, int, int, bool]](), list[tuple[int, int, float, bool, bool]]()
+    queries, pool = list[tuple[int, int, int, bool]](), list[tuple[int, int, float, float, bool, bool]]()
 
     def number(side: str, task: str, text: str) -> int:
         return numbers.setdefault((side, task, text), len(numbers))
@@ -95,9 +97,10 @@ def write_shard(
             query = number("query", task, row["query"])
             queries.append((query, len(pool), len(pool) + len(docs), has_rewards))
             rewards = pool_rewards(row["rewards"]).tolist() if has_rewards else [0.0] * len(docs)
+            weights = row["weights"] or [1.0] * len(docs)
             pool += [
-                (number("document", task, doc), text_key(doc), reward, role == GOLD, role == SAME_LABEL)
-                for doc, reward, role in zip(docs, rewards, row["roles"], strict=True)
+                (number("document", task, doc), text_key(doc), reward, weight, role == GOLD, role == SAME_LABEL)
+                for doc, reward, weight, role in zip(docs, rewards, weights, row["roles"], strict=True)
             ]
     limits = {"query": max_query_tokens, "document": max_document_tokens}
     tokens, length_T = _tokenize_all(list(numbers), tokenize, instructions, limits)
@@ -174,9 +177,15 @@ class TrainingData:
         """The pool of a query."""
         shard, query = self._query(row)
         part = self._shards[shard].pool[query["start"] : query["end"]]
-        columns = ("key", "is_gold", "reward", "is_barred")
-        keys, is_gold, rewards, is_barred = (np.ascontiguousarray(part[name]) for name in columns)
-        return Pool(keys=keys, is_gold=is_gold, rewards=rewards if query["has_rewards"] else None, is_barred=is_barred)
+        columns = ("key", "is_gold", "reward", "is_barred", "weight")
+        keys, is_gold, rewards, is_barred, weights = (np.ascontiguousarray(part[name]) for name in columns)
+        return Pool(
+            keys=keys,
+            is_gold=is_gold,
+            rewards=rewards if query["has_rewards"] else None,
+            is_barred=is_barred,
+            weights=weights,
+        )
 
     def pool_texts(self, row: int) -> np.ndarray:
         """Text numbers of a query's pool: int64 [M]."""

@@ -26,13 +26,14 @@ class Pool:
 
     keys: int64 [M], equal exactly for equal texts. is_gold: bool [M]. rewards: float32 [M], -inf for a document that is
     below all that have one, or None for tasks trained on labels. is_barred: bool [M], documents that may not be
-    negatives; None: there are none.
+    negatives; None: there are none. weights: float32 [M], what the rewards weigh; None: all weigh 1.
     """
 
     keys: np.ndarray
     is_gold: np.ndarray
     rewards: np.ndarray | None
     is_barred: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @property
     def spared_keys(self) -> np.ndarray:

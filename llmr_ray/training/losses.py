@@ -160,26 +160,46 @@ def listwise(
     others_BC: torch.Tensor,
     *,
     label_temperature: float,
+    weights_BG: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy with softmax(label / T) over the group as target and all in-batch documents at 0 (methods.md C.3).
 
     A text that stands in the group twice counts once. A query all of whose labels are 0 (or less) says nothing about
-    what is relevant and gives 0 without gradient.
+    what is relevant and gives 0 without gradient. A label of less weight has less of the target: t_i is in proportion
+    to w_i exp(label_i / T), as if w of a document were there. Where labels above 0 weigh nothing there is no target.
+
+    Args:
+        sim_BC, own_BG, same_BGG, others_BC: see above.
+        labels_BG: graded labels.
+        label_temperature: T.
+        weights_BG: what the labels weigh, at least 0; None: 1 each.
 
     Returns:
         float32 [B].
     """
     sim_BC, labels_BG = _wide(sim_BC), _wide(labels_BG)
     is_first_BG = ~_repeats(same_BGG)
-    target_BG = F.softmax((labels_BG / label_temperature).masked_fill(~is_first_BG, -torch.inf), dim=1)
+    counts_BG = is_first_BG if weights_BG is None else is_first_BG & (weights_BG > 0)
+    raised_BG = labels_BG / label_temperature
+    if weights_BG is not None:
+        raised_BG = raised_BG + _wide(weights_BG).clamp(min=torch.finfo(torch.float32).tiny).log()
+    says_B = ((labels_BG > 0) & counts_BG).any(dim=1)
+    # Where nothing counts the softmax would be NaN, and so the gradient of the whole batch.
+    target_BG = F.softmax(raised_BG.masked_fill(~counts_BG & says_B[:, None], -torch.inf), dim=1)
     own_sim_BG = sim_BC.gather(1, own_BG)
     all_B = torch.logaddexp(_logsumexp(own_sim_BG, is_first_BG), _logsumexp(sim_BC, others_BC))
     loss_B = (target_BG * (all_B[:, None] - own_sim_BG)).sum(dim=1)
-    return torch.where((labels_BG > 0).any(dim=1), loss_B, loss_B.detach() * 0)
+    return torch.where(says_B, loss_B, loss_B.detach() * 0)
 
 
-def pairwise(sim_BG: torch.Tensor, labels_BG: torch.Tensor) -> torch.Tensor:
+def pairwise(sim_BG: torch.Tensor, labels_BG: torch.Tensor, *, weights_BG: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over the group's pairs of unequal label of gap * softplus(-(difference of similarity)) (methods.md C.3).
+
+    Args:
+        sim_BG: similarities within the group.
+        labels_BG: graded labels.
+        weights_BG: what the labels weigh, a pair as much as the product of its two; the mean stays over the number of
+            pairs, so that a query of less certain labels has less say. None: 1 each.
 
     Returns:
         float32 [B]; 0 where all labels are equal.
@@ -187,6 +207,8 @@ def pairwise(sim_BG: torch.Tensor, labels_BG: torch.Tensor) -> torch.Tensor:
     sim_BG, labels_BG = _wide(sim_BG), _wide(labels_BG)
     gap_BGG = labels_BG[:, :, None] - labels_BG[:, None, :]
     each_BGG = gap_BGG.clamp(min=0) * F.softplus(sim_BG[:, None, :] - sim_BG[:, :, None])
+    if weights_BG is not None:
+        each_BGG = each_BGG * (weights_BG[:, :, None] * weights_BG[:, None, :])
     return each_BGG.sum(dim=(1, 2)) / (gap_BGG > 0).sum(dim=(1, 2)).clamp(min=1)
 
 

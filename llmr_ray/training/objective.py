@@ -24,9 +24,9 @@ class LocalBatch:
     """What a rank needs of a step, from the global plan: no communication is needed to make it.
 
     texts: numbers of the T distinct texts to encode, in the order of their keys. query_B, doc_BG: positions in
-    `texts`. rewards_BG: 0 where has_rewards_B is False. positive_BG, same_BGG, others_BC: see losses.py. peers_BN:
-    groups.peers, where a query of any rank takes its peers as negatives (all ranks must gather, or none). tasks_B: each
-    query's task.
+    `texts`. rewards_BG: 0 where has_rewards_B is False; weights_BG: what they weigh. positive_BG, same_BGG, others_BC:
+    see losses.py. peers_BN: groups.peers, where a query of any rank takes its peers as negatives (all ranks must
+    gather, or none). tasks_B: each query's task.
     """
 
     dataset: str
@@ -36,6 +36,7 @@ class LocalBatch:
     query_B: np.ndarray
     doc_BG: np.ndarray
     rewards_BG: np.ndarray
+    weights_BG: np.ndarray
     has_rewards_B: np.ndarray
     positive_BG: np.ndarray
     same_BGG: np.ndarray
@@ -58,6 +59,13 @@ class Group:
         if self.pool.rewards is None:
             return np.zeros(len(self.places), np.float32)
         return self.pool.rewards[self.places]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of the rewards, float32 [G]."""
+        if self.pool.weights is None:
+            return np.ones(len(self.places), np.float32)
+        return self.pool.weights[self.places]
 
 
 def sample_groups(
@@ -131,6 +139,7 @@ def local_batch(
         query_B=where[: len(rows_B)],
         doc_BG=where[len(rows_B) :].reshape(doc_text_BG.shape),
         rewards_BG=np.stack([group.rewards for group in own]),
+        weights_BG=np.stack([group.weights for group in own]),
         has_rewards_B=np.asarray([group.pool.rewards is not None for group in own]),
         positive_BG=np.arange(group_size) < np.asarray([group.num_positives for group in own])[:, None],
         same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
@@ -180,14 +189,15 @@ def batch_loss(
     else:
         doc_CD = gather_with_gradient(doc_BGD.flatten(0, 1))
     own_BG = torch.arange(num_queries * group_size, device=device).view(num_queries, group_size)
-    rewards_BG, positive_BG, same_BGG, others_BC = (
+    rewards_BG, weights_BG, positive_BG, same_BGG, others_BC = (
         torch.from_numpy(array).to(device)
-        for array in (batch.rewards_BG, batch.positive_BG, batch.same_BGG, batch.others_BC)
+        for array in (batch.rewards_BG, batch.weights_BG, batch.positive_BG, batch.same_BGG, batch.others_BC)
     )
     scored = Scored(
         sim_BC=(query_BD @ doc_CD.T) / temperature,
         own_BG=own_BG + batch.first * group_size,
         rewards_BG=rewards_BG,
+        weights_BG=weights_BG,
         positive_BG=positive_BG,
         same_BGG=same_BGG,
         others_BC=others_BC,
@@ -215,6 +225,7 @@ class Scored:
     sim_BC: torch.Tensor
     own_BG: torch.Tensor
     rewards_BG: torch.Tensor
+    weights_BG: torch.Tensor
     positive_BG: torch.Tensor
     same_BGG: torch.Tensor
     others_BC: torch.Tensor
@@ -300,11 +311,12 @@ def _listwise(of: Scored, task: TaskTrain) -> torch.Tensor:
         of.same_BGG,
         of.others_BC,
         label_temperature=task.reward_temperature,
+        weights_BG=of.weights_BG,
     )
 
 
 def _pairwise(of: Scored, task: TaskTrain) -> torch.Tensor:
-    return losses.pairwise(of.own_sim_BG, of.rewards_BG)
+    return losses.pairwise(of.own_sim_BG, of.rewards_BG, weights_BG=of.weights_BG)
 
 
 TERMS: dict[str, Callable[[Scored, TaskTrain], torch.Tensor]] = {

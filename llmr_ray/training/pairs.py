@@ -77,4 +77,4 @@ def pair_row(
         return reason
     row = {name: query[name] for name in ("query_id", "task", "dataset")}
     doc_ids = [found["doc_id"][place] for place in places]
-    return row | {"query": left, "doc_ids": doc_ids, "docs": docs, "roles": roles, "rewards": rewards}
+    return row | {"query": left, "doc_ids": doc_ids, "docs": docs, "roles": roles, "rewards": rewards, "weights": None}

@@ -15,14 +15,15 @@ from llmr_ray.data.example_tasks import owner_of
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
 from llmr_ray.frames import PAIR, frame_of
-from llmr_ray.schemas import table_of
+from llmr_ray.schemas import PSEUDO, table_of
 from llmr_ray.training.groups import CANDIDATE, GOLD, SAME_LABEL, Pool, pool_rewards, reject_reason
 
 
 def join_pools(
     qrels: pa.Table, candidates: pa.Table, rewards: pa.Table, corpus: pa.Table
 ) -> dict[str, dict[str, list[Any]]]:
-    """Each query's pool as lists: doc_id, row (of the corpus), gold, judged, reward (None where there is none).
+    """Each query's pool as lists: doc_id, row (of the corpus), gold, judged, reward (None where there is none), source
+    (of the reward).
 
     `judged` documents are those that the rewards name, also where they say no more than that it is below all others.
 
@@ -33,7 +34,7 @@ def join_pools(
     """
     gold = frame_of(qrels.filter(pc.greater(qrels["relevance"], 0)), PAIR)
     mined = frame_of(candidates, [*PAIR, "source"])
-    rewarded = frame_of(rewards, [*PAIR, "reward"])
+    rewarded = frame_of(rewards, [*PAIR, "reward", "reward_source"])
     rows = frame_of(corpus, ["doc_id"])
     gold, rewarded = gold.with_columns(gold=pl.lit(True)), rewarded.with_columns(judged=pl.lit(True))
     mined = mined.join(gold, on=PAIR, how="left", maintain_order="left")
@@ -45,7 +46,9 @@ def join_pools(
     lost = joined.filter(pl.col("row").is_null())
     if len(lost):
         raise DataError(f"candidates or qrels name documents that the corpus lacks, such as {lost['doc_id'][0]}.")
-    grouped = joined.group_by("query_id", maintain_order=True).agg("doc_id", "row", "gold", "judged", "reward")
+    grouped = joined.group_by("query_id", maintain_order=True).agg(
+        "doc_id", "row", "gold", "judged", "reward", source="reward_source"
+    )
     return {row["query_id"]: row for row in grouped.iter_rows(named=True)}
 
 
@@ -130,7 +133,14 @@ def group_row(
         return reason, without
     row: dict[str, Any] = {name: query[name] for name in ("query_id", "task", "dataset", "query")}
     row |= {"doc_ids": [found["doc_id"][n] for n in places], "docs": docs, "roles": roles, "rewards": rewards}
+    row["weights"] = _weights([found["source"][n] for n in places], task.group.pseudo_weight) if needs_rewards else None
     return row, without
+
+
+def _weights(sources: list[str | None], pseudo_weight: float) -> list[float] | None:
+    """What each reward weighs, or None where all weigh 1."""
+    weights = [pseudo_weight if source == PSEUDO else 1.0 for source in sources]
+    return None if set(weights) <= {1.0} else weights
 
 
 def write_groups(

@@ -22,7 +22,7 @@ from llmr_ray.training.bi_encoder import EmbedderRecipe, instructions_of
 from llmr_ray.training.groups import SAME_LABEL
 from llmr_ray.training.pools import classifications, group_row, join_pools, write_groups
 
-GROUP_VERSION = 3
+GROUP_VERSION = 4
 TRAIN_VERSION = 5
 
 STEPS_SCHEMA = pa.schema([*running.STEP_FIELDS, ("num_false_negatives", pa.int64()), ("uniformity", pa.float64())])

@@ -250,7 +250,7 @@ def test_groups_say_which_documents_have_the_query_s_label(barred, expected):
     )
     query = {"query_id": "q", "task": "icl", "dataset": "rte", "query": "w", "options": ["No", "Yes"], "gold_option": 1}
     found = {"doc_id": ["1", "2", "3"], "row": [0, 1, 2], "gold": [False, False, True]}
-    found |= {"reward": [0.0, 1.0, 2.0], "judged": [True] * 3}
+    found |= {"reward": [0.0, 1.0, 2.0], "judged": [True] * 3, "source": ["llm"] * 3}
     task = TaskConfig(
         score=TaskScore(feedback="likelihood"),
         group=TaskGroup(same_label_negatives=not barred),
@@ -329,6 +329,19 @@ def task(feedback, positive="first", **group):
     return TaskConfig(score=TaskScore(feedback=feedback), train=TaskTrain(positive=positive), group=TaskGroup(**group))
 
 
+def test_labels_of_the_retriever_weigh_what_the_task_says():
+    """Prevents pseudo-labels from counting as much as the LLM's, and weights from standing at other documents."""
+    qrels, candidates, rewards, corpus = tables()
+    sources = ["pseudo" if row["doc_id"] == "d3" else "label" for row in rewards.to_pylist()]
+    rewards = rewards.set_column(rewards.column_names.index("reward_source"), "reward_source", pa.array(sources))
+    found = join_pools(qrels, candidates, rewards, corpus)["a"]
+    query = {"query_id": "a", "task": "qa", "dataset": "x", "query": "?", "split": "train"}
+    row, _ = group_row(query, task("label", pseudo_weight=0.5), found, corpus)
+    assert dict(zip(row["doc_ids"], row["weights"], strict=True)) == {"d2": 1.0, "d3": 0.5}
+    row, _ = group_row(query, task("label"), found, corpus)
+    assert row["weights"] is None
+
+
 def test_groups_are_joined_on_ids_with_gold_from_labels_and_candidates():
     """Prevents scores that shift by a row, lost gold documents, and relevance 0 counted as gold."""
     qrels, candidates, rewards, corpus = tables()
@@ -340,6 +353,7 @@ def test_groups_are_joined_on_ids_with_gold_from_labels_and_candidates():
     assert row["docs"] == ["two", "three"]
     assert row["roles"] == ["candidate", "gold"]
     assert row["rewards"] == [0.5, 1.0]
+    assert row["weights"] is None, "what the LLM said weighs 1"
     row, without = group_row(query, task("none"), found["a"], corpus)
     assert (row["doc_ids"], row["docs"], row["rewards"]) == (["d2", "d0", "d3"], ["two", "T zero", "three"], None)
     assert without == 0

@@ -15,7 +15,7 @@ from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
 from llmr_ray.data.selection import Selected, collect, held_out_texts, select
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.evaluation.report import held_out_tasks
+from llmr_ray.evaluation.results import held_out_tasks
 
 
 def row(identity: str, query: str, answers: Any, options: Any = None, **changes: Any) -> dict[str, Any]:

@@ -361,6 +361,37 @@ def test_listwise_equals_the_loop():
     assert float(loss[2]) == 0, "labels of 0 alone do not say what is relevant"
 
 
+def test_a_label_of_weight_n_counts_as_n_documents():
+    """Prevents pseudo-labels from having the say of the LLM's, in the target and in the pairs."""
+    own, same, others = layout(1, 3)
+    sim = torch.tensor([[0.5, -1.0, 2.0]])
+    labels, weights = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[1.0, 0.5, 0.25]])
+    mass = [float(w) * math.exp(float(label) / 0.2) for w, label in zip(weights[0], labels[0], strict=True)]
+    total = math.log(sum(math.exp(float(s)) for s in sim[0]))
+    expected = sum(m / sum(mass) * (total - float(s)) for m, s in zip(mass, sim[0], strict=True))
+    others[:] = False
+    settings = {"label_temperature": 0.2, "weights_BG": weights}
+    assert float(losses.listwise(sim, own, labels, same, others, **settings)[0]) == pytest.approx(expected, abs=1e-6)
+    pairs = [(0, 1, 0.5 * 1.0 * 0.5), (0, 2, 1.0 * 1.0 * 0.25), (1, 2, 0.5 * 0.5 * 0.25)]
+    each = [share * math.log1p(math.exp(-float(sim[0, i] - sim[0, j]))) for i, j, share in pairs]
+    assert float(losses.pairwise(sim, labels, weights_BG=weights)[0]) == pytest.approx(sum(each) / 3, abs=1e-6)
+
+
+def test_labels_without_weight_teach_nothing():
+    """Prevents a NaN where no label above 0 has weight, and with it the loss of the whole batch."""
+    own, same, others = layout(2, 3)
+    sim = (COSINES / 0.1).requires_grad_()
+    labels = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    weights = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    loss = losses.listwise(sim, own, labels, same, others, label_temperature=0.2, weights_BG=weights)
+    loss = loss + losses.pairwise(sim.gather(1, own), labels, weights_BG=weights)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert (sim.grad[0] == 0).all()
+    assert torch.isfinite(sim.grad).all()
+    assert (sim.grad[1] != 0).any()
+
+
 def test_query_without_relevant_document_moves_nothing():
     own, same, others = layout(2, 3)
     sim = (COSINES / 0.1).requires_grad_()

@@ -55,6 +55,7 @@ def crossing_table(num_queries=60, num_texts=12, words=1):
             "docs": [texts[place] for place in rng.permutation(num_texts)[:5]],
             "roles": ["gold"] + 4 * ["candidate"],
             "rewards": None if task == "tool" else rng.random(5).tolist(),
+            "weights": None if task == "tool" else rng.random(5).tolist(),
         }
         for number in range(num_queries)
         for task in [list(TASKS)[number % len(TASKS)]]
@@ -91,7 +92,7 @@ def test_texts_come_back_with_their_instruction_and_limit(data):
 
 def test_equal_texts_have_one_key_wherever_they_stand(tmp_path):
     """Prevents a copy under another id, of another task or in another shard from being taken for another document."""
-    shared = {"dataset": "x", "roles": ["gold", "candidate"], "rewards": None}
+    shared = {"dataset": "x", "roles": ["gold", "candidate"], "rewards": None, "weights": None}
     rows = [
         {"query_id": "1", "task": "qa", "query": "a", "doc_ids": ["d1", "d2"], "docs": ["same", "other"], **shared},
         {"query_id": "2", "task": "qa", "query": "same", "doc_ids": ["d3", "d4"], "docs": ["third", "same"], **shared},

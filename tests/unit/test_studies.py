@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from llmr_ray import loading
+from llmr_ray.config import Config, DatasetConfig
 from llmr_ray.errors import ConfigError
-from llmr_ray.studies import read_study, run_study, table
+from llmr_ray.schemas import table_of
+from llmr_ray.studies import Finished, read_study, run_study, table
 
 STUDIES = sorted((Path(__file__).parents[2] / "conf" / "studies").glob("*.yaml"))
 
@@ -27,6 +29,17 @@ def result(method, mean, dataset="average", measure="score"):
     return row | {"delta_vs_base": delta, "task": "icl"}
 
 
+def finished(rows, metrics=(), **results):
+    """What a run leaves: `rows` of results.json, and (method, query, value) of the data set `qa`."""
+    config = Config(datasets={"qa": DatasetConfig(task="qa", source="jsonl", path="none")})
+    values = [
+        {"scenario": "knowledge", "dataset": "qa", "measure": "nDCG@10", "method": method, "query_id": query}
+        | {"value": x}
+        for method, query, x in metrics
+    ]
+    return Finished(config=config, results={"rows": rows, **results}, metrics=table_of("metrics", values))
+
+
 @pytest.fixture
 def study(tmp_path):
     (tmp_path / "small.yaml").write_text(
@@ -44,7 +57,7 @@ def test_a_study_is_a_run_for_each_variant_and_one_table(study, tmp_path):
         rows = [result("none", 0.25), result("base", 0.5), result("trained", 0.5 + 0.125 * len(asked))]
         if len(asked) == 2:
             rows.insert(2, result("round_1", 0.5625))
-        return {"rows": [*rows, result("base", 0.875, dataset="boolq", measure="accuracy")]}
+        return finished([*rows, result("base", 0.875, dataset="boolq", measure="accuracy")])
 
     rows = run_study(study, ["seed=7"], run, tmp_path / "out")
     assert asked == [
@@ -72,16 +85,58 @@ def test_what_is_known_is_written_after_each_variant(study, tmp_path):
     def run(_, settings):
         if settings[0] == "rounds=2":
             raise ConfigError("no")
-        return {"rows": [result("base", 0.5)]}
+        return finished([result("base", 0.5)])
 
     with pytest.raises(ConfigError, match="no"):
         run_study(study, [], run, tmp_path / "out")
     assert "| Base embedder | 0.500" in (tmp_path / "out" / "study.md").read_text()
 
 
+def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp_path):
+    """Prevents two means with overlapping intervals from being all that a study says of two variants, and a round from
+    standing at the calls of another."""
+    (tmp_path / "labels.yaml").write_text(
+        "title: Which labels?\nconfig: ../base.yaml\nfigures: [qa nDCG@10]\nreference: all\nagainst: asked\n"
+        "variants:\n  some: [rounds=2]\n  all: []\n"
+    )
+
+    def run(_, settings):
+        if settings[0] == "rounds=2":
+            rows = [result(method, 0.5, "qa", "nDCG@10") for method in ("base", "round_1", "trained")]
+            values = [("round_1", "a", 0.25), ("round_1", "b", 0.25), ("trained", "a", 0.5), ("trained", "c", 0.25)]
+            return finished(rows, values, labeling=[{"spent": 100}, {"spent": 180}])
+        rows = [result(method, 0.5, "qa", "nDCG@10") for method in ("base", "trained")]
+        values = [("trained", query, 0.75) for query in "abc"]
+        return finished(rows, values, labeling=[{"spent": 400}])
+
+    rows = run_study(read_study(tmp_path / "labels.yaml"), [], run, tmp_path / "out")
+    told = {(row["variant"], row["method"]): row for row in rows}
+    assert {key: row["asked"] for key, row in told.items()} == {
+        ("some", "base"): None,
+        ("some", "round_1"): 100,
+        ("some", "trained"): 180,
+        ("all", "base"): None,
+        ("all", "trained"): 400,
+    }
+    differences = {key: row["delta_vs_reference"] for key, row in told.items() if row["delta_vs_reference"]}
+    assert {key: (row["mean"], row["n"]) for key, row in differences.items()} == {
+        ("some", "round_1"): (-0.5, 2),
+        ("some", "trained"): (-0.375, 2),
+    }
+    header, _, *lines = [line for line in (tmp_path / "out" / "study.md").read_text().splitlines() if "|" in line]
+    assert header.split(" | ")[1] == "pairs asked"
+    assert header.endswith("| difference to all | p |")
+    assert [line.split(" | ")[1] for line in lines] == ["–", "100", "180", "400"]
+    drawn = (tmp_path / "out" / "qa-ndcg-10-over-asked.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert "pairs asked" in drawn
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nreference: c\n", "must be one of the variants"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nagainst: hours\n", "over 'asked' alone"),
         ("title: a\nconfig: b\nfigures: [average score]\n", "must have the keys"),
         ("title: a\nconfig: b\nfigures: [score]\nvariants: {a: []}\n", "a data set and a measure"),
         ("title: a\nconfig: b\nfigures: [average score]\nvariants: {a b: [], A-b: []}\n", "different words"),
