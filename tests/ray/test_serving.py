@@ -72,7 +72,7 @@ class Load:
     answers: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     def __enter__(self) -> "Load":
-        self._stop = threading.Event()
+        self._stop, self._started = threading.Event(), time.monotonic()
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(self.clients)]
         for thread in self._threads:
             thread.start()
@@ -84,7 +84,7 @@ class Load:
                 try:
                     answer = http.post(f"{self.served.url}/v1/retrieve", json=BODY)
                 except httpx.HTTPError as error:
-                    self.codes[type(error).__name__] += 1
+                    self.codes[f"{type(error).__name__}: {error}, after {time.monotonic() - self._started:.1f} s"] += 1
                     continue
                 self.codes[answer.status_code] += 1
                 if answer.status_code == 200:
