@@ -1,8 +1,8 @@
 """The measures of a run through a served collection, beside those of the run itself.
 
 Every test query of the run that has labels is asked of the server, inside its own range of documents (pool and
-history, as a filter). With the run's own documents the rankings are the run's, but for near ties: a query that was
-embedded in another batch has the same vector up to rounding.
+history, as a filter). With the run's own documents the rankings are the run's, but for near ties: a vector depends on
+its batch by rounding, 1e-7 in float32 and 1e-3 in bfloat16 (embedder.precision, where auto is the machine's choice).
 """
 
 import json

@@ -124,7 +124,10 @@ def running(application: serve.Application, name: str, host: str, port: int) -> 
             raise ResourceError(f"the server did not start: {said[-1] if said else error}") from error
         yield
     finally:
-        serve.shutdown()
+        if os.environ.get("RAY_ADDRESS"):
+            serve.delete(name)  # others may be serving on that cluster
+        else:
+            serve.shutdown()
 
 
 def served_spec(settings: ServingSettings) -> EncoderSpec:

@@ -99,7 +99,7 @@ def free_port() -> int:
     return port
 
 
-def prepare_fast(host: str) -> None:
+def prepare_fast() -> None:
     """Sets the environment of Serve's throughput-optimised mode; to be called before Ray starts.
 
     HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine.
@@ -115,10 +115,13 @@ def prepare_fast(host: str) -> None:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         # What is asked changes nothing, so a request whose process died may be sent to another.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # How long a replica that ends goes on answering, for HAProxy to hear of it; Serve's own 30 s hold up its end.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
     for name, value in values.items():
         os.environ.setdefault(name, value)

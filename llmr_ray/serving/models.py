@@ -164,9 +164,9 @@ class PairScorer:
         from llmr_ray.modeling.cross_encoder import CrossEncoder
 
         self._batch_tokens = settings.encode_batch_tokens
-        self._model = CrossEncoder(path, max_tokens=settings.reranker_max_tokens)
-        if not _has_trained_head(Path(path)):
+        if not (Path(path) / "config.json").exists() or not _has_trained_head(Path(path)):
             raise ConfigError(f"{path} has no trained head of one label, so it cannot rank. Name a cross-encoder.")
+        self._model = CrossEncoder(path, max_tokens=settings.reranker_max_tokens)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """The logits of n pairs: float32 [n]."""
@@ -182,9 +182,10 @@ class PairScorer:
 
 
 def _has_trained_head(path: Path) -> bool:
-    """Whether the folder says that it holds a classifier; another one would get a head of random weights."""
+    """Whether the folder says that it holds a classifier of one label; others would get a head of random weights."""
     config = json.loads((path / "config.json").read_text())
-    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+    is_classifier = any("SequenceClassification" in name for name in config.get("architectures") or [])
+    return is_classifier and len(config.get("id2label", ())) == 1
 
 
 def run_reward_model(config: Config, folder: Path) -> str:

@@ -88,5 +88,6 @@ def serve(
         from llmr_ray.serving.server import published, run_server
 
         command = " ".join(["llmr serve", run, *chosen, f"--host {host} --port {port}"])
+        command += " --open-to-all" if open_to_all else ""
         settings = published(source, chosen, config, settings)
         run_server(config.runtime, settings, host, port, command, is_local=is_local)

@@ -11,6 +11,9 @@ from llmr_ray.errors import ConfigError
 PREFIX = "LLMR_SERVE_"
 """Every setting is read from the environment variable of this prefix and its name in capitals."""
 
+OF_THE_COMMAND = (f"{PREFIX}HOST", f"{PREFIX}PORT")
+"""Variables that `llmr serve` alone reads: where the server listens is no part of the application."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSettings:
@@ -118,7 +121,9 @@ class ServingSettings:
 def environment_values(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The settings that `LLMR_SERVE_*` variables hold, by name; ConfigError where there is no such setting."""
     environment = os.environ if environment is None else environment
-    found = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
+    found = {
+        name: value for name, value in environment.items() if name.startswith(PREFIX) and name not in OF_THE_COMMAND
+    }
     known = {item.name for item in dataclasses.fields(ServingSettings)}
     names = {name: name.removeprefix(PREFIX).lower() for name in found}
     strangers = sorted(name for name, setting in names.items() if setting not in known)

@@ -17,15 +17,22 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pyarrow as pa
 import pytest
 import uvicorn
 
-from llmr_ray.index.snapshot import OpenSnapshot
+from llmr_ray.artifacts import Artifact
+from llmr_ray.errors import DataError, ResourceError
+from llmr_ray.evaluation import endpoint
+from llmr_ray.index.snapshot import OpenSnapshot, read_manifest
+from llmr_ray.index.vectors import to_matrix
 from llmr_ray.modeling.cross_encoder import CrossEncoder
+from llmr_ray.schemas import table_of
 from llmr_ray.serving import keys as keys_module
 from llmr_ray.serving.api import Service, build_api
 from llmr_ray.serving.keys import add_key, revoke_key
-from tests.serving_world import CONFIG, World, documents, world
+from llmr_ray.serving.protocol import RequestError
+from tests.serving_world import CONFIG, World, documents, queries, world
 from tests.tiny import tiny_bert
 
 SECRET = "zanzibar"
@@ -519,6 +526,68 @@ def test_without_keys_only_local_names_are_answered(docs: World) -> None:
             assert HTTP.get(f"{running.url}/info", headers={"host": host}).status_code == status
     finally:
         running.close()
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def offline(docs: World, depth: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]], pa.Table]:
+    """Queries with labels and histories, and their rankings by comparing stored vectors with all in their range."""
+    index = read_manifest(docs.collection, docs.current)["segments"][0]
+    embeddings = Artifact.found(docs.root, index["embeddings"])
+    vectors = {name: to_matrix(embeddings.read(f"{name}_embeddings")) for name in ("document", "query")}
+    corpus = documents(60)
+    asked = [row | {"history_end": 7 if at % 4 == 1 else 45 if at % 4 == 2 else None}
+             for at, row in enumerate(queries(12))]  # fmt: skip
+    qrels, run = {}, []
+    for at, query in enumerate(asked):
+        limit = query["history_end"] if query["history_end"] is not None else 60
+        rows = [row for row, doc in enumerate(corpus) if doc["pool"] == query["pool"] and doc["position"] < limit]
+        scores = vectors["document"][rows] @ vectors["query"][at]
+        order = np.argsort(-scores, kind="stable")[:depth]
+        run += [
+            {"run_name": "trained", "query_id": query["query_id"], "doc_id": corpus[rows[place]]["doc_id"],
+             "rank": rank, "score": float(scores[place])}
+            for rank, place in enumerate(order, 1)
+        ]  # fmt: skip
+        if at != 5:
+            qrels[query["query_id"]] = {corpus[row]["doc_id"]: 1 for row in rows[:3]}
+    return asked, qrels, table_of("run", run)
+
+
+def test_a_server_measures_as_the_run_did(server: Server, docs: World) -> None:
+    """Each query must see its own range of documents, under its own task; else a server looks better or worse."""
+    asked, qrels, run = offline(docs, 20)
+    found = endpoint.compare(asked, qrels, run, "trained", endpoint.asker(server.url), depth=20)
+    assert (found.num_queries, found.num_same, found.snapshots) == (11, 11, [docs.current])
+    assert found.max_score_difference < 1e-5
+    assert {(row.dataset, row.measure, row.n) for row in found.figures} >= {("one", "nDCG@10", 5), ("two", "R@10", 6)}
+    for row in found.figures:
+        assert row.offline == row.served
+        assert 0 < row.served <= 1
+    with pytest.raises(DataError, match="ranked no labelled query"):
+        endpoint.compare(asked, qrels, run, "base", endpoint.asker(server.url), depth=20)
+
+
+def test_a_busy_or_refusing_server_is_told(server: Server, docs: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that takes an error for an empty ranking reports a bad retriever."""
+    ask = endpoint.asker(server.url)
+    with pytest.raises(DataError, match="422 `task` must be"):
+        ask({"query": "a", "task": "nowhere"})
+    with pytest.raises(ResourceError, match="does not answer"):
+        endpoint.asker("http://127.0.0.1:9")({"query": "a", "task": "qa"})
+    calls = []
+
+    async def busy_twice(prompted: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) < 3:
+            raise RequestError(429, "busy", code="overloaded", retry_after=1)
+        return await encode(prompted)
+
+    encode = server.service.engine.encoder.encode
+    monkeypatch.setattr(server.service.engine.encoder, "encode", busy_twice)
+    assert ask({"query": "a", "task": "qa", "top_k": 2})["results"][0]
+    assert len(calls) == 3
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------

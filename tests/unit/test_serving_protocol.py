@@ -186,7 +186,7 @@ def test_errors_cross_processes() -> None:
 
 def test_settings_come_from_the_environment_and_arguments() -> None:
     """Serve hands over strings; a limit that stays a string fails at the first request."""
-    environment = {"LLMR_SERVE_MAX_TOP_K": "5", "LLMR_SERVE_FAST": "false", "OTHER": "x"}
+    environment = {"LLMR_SERVE_MAX_TOP_K": "5", "LLMR_SERVE_FAST": "false", "LLMR_SERVE_PORT": "1", "OTHER": "x"}
     settings = ServingSettings.of({"max_texts": "7", "canary_min_overlap": "0.5", "max_top_k": 6}, environment)
     assert (settings.max_top_k, settings.fast, settings.max_texts, settings.canary_min_overlap) == (6, False, 7, 0.5)
     for values, environment in (

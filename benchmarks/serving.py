@@ -1,0 +1,310 @@
+"""Serving: our application on Ray Serve against the same application on bare FastAPI and uvicorn.
+
+    apt-get install wrk
+    python benchmarks/serving.py [--documents 20000] [--rounds 5] [--seconds 5] [--with-default]
+
+Both answer /v1/retrieve from one collection (random vectors, the sample embedder) in one process each, so the work is
+the same and the difference is Serve's: its HAProxy, and what its replica does around the application. Beside them, in
+the same rounds, an application that does nothing, on both. wrk asks, from one connection (p50, p99) and from sixteen
+(requests a second), and with 32 queries in a request. Rounds are interleaved; a figure is the median of the rounds'.
+
+A gate runs first: both give the same results. Goals: p50 at most 0.7 ms over bare, at least 0.6 times its throughput.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from contender import record
+
+CONNECTIONS = 16
+BATCH = 32
+WHAT = ("p50_ms", "p99_ms", "rps")
+MODEL = "minilm-l6"
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+
+LUA = """
+wrk.method = "POST"
+wrk.headers["content-type"] = "application/json"
+wrk.body = [==[%s]==]
+"""
+
+
+# --- what is served --------------------------------------------------------------------------------------------------
+
+
+def build_collection(root: Path, num_documents: int) -> None:
+    """A collection of random unit vectors that claims to be of the sample embedder."""
+    from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+    from llmr_ray.assets import resolve
+    from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, TaskConfig
+    from llmr_ray.index import collection
+    from llmr_ray.index.stage import IndexWorker, embed_spec, index_spec
+    from llmr_ray.index.vectors import encoder_of, to_table
+    from llmr_ray.schemas import table_of
+
+    config = Config(
+        datasets={"d": DatasetConfig(task="qa")},
+        tasks={"qa": TaskConfig()},
+        embedder=EmbedderConfig(model=MODEL, max_query_tokens=64, max_document_tokens=64, precision="float32"),
+    )
+    rng = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(2000)]
+    rows = [
+        {"doc_id": f"d{row}", "pool": "p", "position": row, "task": "qa", "text": " ".join(rng.choice(words, 60))}
+        for row in range(num_documents)
+    ]
+    counts = Counts(rows_in=num_documents, ok=num_documents)
+    prepare = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={"rows": num_documents}, inputs={}))
+    prepare.begin()
+    prepare.write_shard(0, {"corpus": table_of("corpus", rows)}, counts)
+    prepare.commit(1, seconds=0)
+    embeddings = Artifact(root, embed_spec(config, resolve(MODEL), prepare))
+    embeddings.begin()
+    vector_ND = rng.standard_normal((num_documents, 384), dtype=np.float32)
+    vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
+    table = to_table("doc_id", [row["doc_id"] for row in rows], vector_ND)
+    embeddings.write_shard(0, {"document_embeddings": table}, counts)
+    embeddings.commit(1, seconds=0, extra={"encoder": encoder_of(embeddings)})
+    index = Artifact(root, index_spec(config, embeddings))
+    index.begin()
+    cuts = [0, num_documents]
+    worker = IndexWorker(index, embeddings, cuts)
+    for shard, _ in enumerate(pairwise(cuts)):
+        worker.run(shard)
+    index.commit(1, seconds=0, extra={"encoder": encoder_of(embeddings), "cuts": cuts})
+    collection.create(root, "bench", index.id, model=MODEL)
+
+
+def settings_of(root: Path) -> Any:
+    """Everything in one process, without canaries."""
+    from llmr_ray.serving.settings import ServingSettings
+
+    return ServingSettings(artifact_root=str(root), collection="bench", num_canaries=0, max_queued=1000)
+
+
+def noop_api() -> Any:
+    """An application that reads a body and answers."""
+    from fastapi import FastAPI, Request
+
+    api = FastAPI()
+
+    async def noop(request: Request) -> dict[str, int]:
+        await request.body()
+        return {"ok": 1}
+
+    api.post("/noop/")(noop)
+    api.post("/")(noop)  # as Serve's replicas see it, without the prefix
+    return api
+
+
+def serve_bare(root: Path, port: int) -> None:
+    """The application under uvicorn, as uvicorn comes."""
+    import asyncio
+    import logging
+
+    import uvicorn
+
+    from llmr_ray.serving import app, engine
+    from llmr_ray.serving.api import Service, build_api
+    from llmr_ray.serving.gate import ACCESS_LOG, Gate
+    from llmr_ray.serving.metrics import Metrics
+    from llmr_ray.serving.models import TextEncoder
+    from llmr_ray.serving.switching import Switcher
+
+    settings = settings_of(root)
+    spec = app.served_spec(settings)
+
+    async def service() -> Service:
+        encoder = engine.LocalEncoder(TextEncoder(spec, settings).encode, None, settings)
+        local = engine.LocalShards(root, settings)
+        composed = engine.Engine(settings, encoder, [local], local)
+        metrics = Metrics()
+        switcher = Switcher(root, settings, composed, spec, (), metrics.watch)
+        await switcher.start()
+        return Service(Gate(settings, metrics), composed, switcher, spec)
+
+    logging.getLogger(ACCESS_LOG).setLevel(logging.INFO)
+    logging.getLogger(ACCESS_LOG).addHandler(logging.StreamHandler())
+    api = build_api(asyncio.run(service()))
+    api.mount("/noop", noop_api())
+    print("ready", flush=True)
+    uvicorn.run(api, port=port, log_level="error", access_log=False)
+
+
+def serve_ray(root: Path, port: int, *, fast: bool) -> None:
+    """The application, and the one that does nothing, on Ray Serve."""
+    from llmr_ray.serving import launch
+
+    if fast:
+        launch.prepare_fast()
+    from ray import serve
+
+    from llmr_ray import cluster
+    from llmr_ray.config import RuntimeConfig
+    from llmr_ray.serving.app import build, running
+
+    cluster.start(RuntimeConfig(object_store_mb=100))
+    with running(build(settings_of(root)), "bench", "127.0.0.1", port):
+
+        @serve.deployment(name="noop", max_ongoing_requests=1000)
+        @serve.ingress(noop_api())
+        class Noop:
+            pass
+
+        serve.run(Noop.bind(), name="noop", route_prefix="/noop")
+        print("ready", flush=True)
+        sys.stdin.read()
+    cluster.stop()
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def wrk(url: str, body: dict[str, Any], connections: int, seconds: float, folder: Path) -> dict[str, float]:
+    """p50 and p99 in milliseconds, and requests a second."""
+    script = folder / "post.lua"
+    script.write_text(LUA % json.dumps(body))
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in said or "Socket errors" in said:
+        raise RuntimeError(f"{url}: {said}")
+    units = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+    times = {int(at): float(x) * units[unit] for at, x, unit in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", said)}
+    return {"p50_ms": times[50], "p99_ms": times[99], "rps": float(re.findall(r"Requests/sec:\s+([\d.]+)", said)[0])}
+
+
+def answer(url: str, body: dict[str, Any]) -> Any:
+    """The results of one request."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["results"]
+
+
+class Server:
+    """One of the contenders in a process of its own."""
+
+    def __init__(self, name: str, root: Path, port: int) -> None:
+        self.name, self.url = name, f"http://127.0.0.1:{port}"
+        command = [sys.executable, __file__, "--serve", name, "--root", str(root), "--port", str(port)]
+        self._log = (root / f"{name}.log").open("w")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        assert self._process.stdout is not None
+        while (line := self._process.stdout.readline()) != "ready\n":
+            if not line:
+                raise RuntimeError(f"{name} did not start: {(root / f'{name}.log').read_text()[-2000:]}")
+        time.sleep(2)
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(20 if self.name != "bare" else 0.1)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(60)
+
+
+def bodies() -> dict[str, tuple[str, dict[str, Any], int]]:
+    """Kind of request -> path, body, connections."""
+    one = {"query": "which word stands here", "task": "qa", "top_k": 10}
+    many = {"queries": [f"which word is number {n}" for n in range(BATCH)], "task": "qa", "top_k": 10}
+    return {
+        "noop c=1": ("/noop/", {"ok": 1}, 1),
+        f"noop c={CONNECTIONS}": ("/noop/", {"ok": 1}, CONNECTIONS),
+        "retrieve c=1": ("/v1/retrieve", one, 1),
+        f"retrieve c={CONNECTIONS}": ("/v1/retrieve", one, CONNECTIONS),
+        f"retrieve {BATCH} queries c=1": ("/v1/retrieve", many, 1),
+    }
+
+
+def main() -> None:
+    """Builds the collection, starts the contenders, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--with-default", action="store_true", help="also Serve without its fast mode")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+    if options.serve == "bare":
+        return serve_bare(options.root, options.port)
+    if options.serve:
+        return serve_ray(options.root, options.port, fast=options.serve == "serve")
+    from llmr_ray.serving.launch import free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        build_collection(root, options.documents)
+        names = ["bare", "serve", *(["serve default"] if options.with_default else [])]
+        servers = [Server(name, root, free_port()) for name in names]
+        try:
+            check(servers)
+            rounds = measure(servers, options, root)
+        finally:
+            for server in servers:
+                server.close()
+    told = figures(rounds, names)
+    record(RESULTS, "overhead", {"documents": options.documents, "rounds": options.rounds, **told})
+
+
+def check(servers: list[Server]) -> None:
+    """All give the same results, up to the rounding of scores."""
+    path, body, _ = bodies()[f"retrieve {BATCH} queries c=1"]
+    expected, *others = [answer(server.url + path, body) for server in servers]
+    for found in others:
+        for mine, theirs in zip(found, expected, strict=True):
+            if [hit["id"] for hit in mine] != [hit["id"] for hit in theirs]:
+                raise RuntimeError("the contenders give different results; the ratios would mean nothing")
+    print(f"gate: {BATCH} queries have the same results on all", flush=True)
+
+
+def measure(servers: list[Server], options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Per round: kind of request -> contender -> figures. The first round warms up and is dropped."""
+    rounds = []
+    for number in range(options.rounds + 1):
+        of_round: dict[str, dict[str, Any]] = {}
+        for kind, (path, body, connections) in bodies().items():
+            order = servers if number % 2 else servers[::-1]
+            seconds = options.seconds if number else 1
+            of_round[kind] = {s.name: wrk(s.url + path, body, connections, seconds, folder) for s in order}
+        if number:
+            rounds.append(of_round)
+            print(f"round {number} of {options.rounds}", flush=True)
+    return rounds
+
+
+def figures(rounds: list[dict[str, dict[str, Any]]], names: list[str]) -> dict[str, Any]:
+    """Medians over the rounds, and what Serve adds to bare."""
+    told: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    for kind in rounds[0]:
+        told[kind] = {
+            name: {what: round(median(of[kind][name][what] for of in rounds), 3) for what in WHAT} for name in names
+        }
+        for name in names[1:]:
+            added = median(of[kind][name]["p50_ms"] - of[kind]["bare"]["p50_ms"] for of in rounds)
+            ratio = median(of[kind][name]["rps"] / of[kind]["bare"]["rps"] for of in rounds)
+            told[kind][f"{name} over bare"] = {"p50_ms": round(added, 3), "rps_ratio": round(ratio, 3)}
+            print(f"{kind:28} {name:14} p50 {added:+.2f} ms, throughput x{ratio:.2f}", flush=True)
+    return told
+
+
+if __name__ == "__main__":
+    main()
