@@ -62,7 +62,8 @@ def build(settings: ServingSettings) -> serve.Application:
     if not settings.collection:
         raise ConfigError("serving.collection names no collection. Give one: collection=NAME.")
     root = str(Path(settings.artifact_root or "artifacts").resolve())
-    keys = str(Path(settings.keys_file).resolve()) if settings.keys_file else ""
+    # Not resolved: where the file is a Kubernetes secret, the link stays and what it points to is replaced.
+    keys = str(Path(settings.keys_file).absolute()) if settings.keys_file else ""
     settings = dataclasses.replace(settings, artifact_root=root, keys_file=keys)
     spec = served_spec(settings)
     models = None

@@ -19,7 +19,6 @@ import numpy as np
 import openai
 import pyarrow as pa
 import pytest
-import uvicorn
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.errors import DataError, ResourceError
@@ -29,38 +28,13 @@ from llmr_ray.index.vectors import to_matrix
 from llmr_ray.modeling.cross_encoder import CrossEncoder
 from llmr_ray.schemas import table_of
 from llmr_ray.serving import keys as keys_module
-from llmr_ray.serving.api import Service, build_api
 from llmr_ray.serving.keys import add_key, revoke_key
 from llmr_ray.serving.protocol import RequestError
+from tests.live_server import HTTP, Server
 from tests.serving_world import CONFIG, World, documents, queries, world
 from tests.tiny import tiny_bert
 
 SECRET = "zanzibar"
-
-HTTP = httpx.Client(timeout=30)
-"""Making a client costs more than a request."""
-
-
-class Server:
-    """uvicorn in a thread."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        config = uvicorn.Config(build_api(service), port=0, log_level="critical", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return HTTP.post(self.url + path, json=body, headers=headers, timeout=30)
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
 
 
 @pytest.fixture(scope="module")
