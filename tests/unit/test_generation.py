@@ -16,6 +16,7 @@ from llmr_ray.feedback.engine import EngineSettings, open_engine, scorer_id
 from llmr_ray.feedback.planning import question_costs, upper_costs
 from llmr_ray.feedback.requests import LLMResult
 from llmr_ray.feedback.store import LLMStore
+from llmr_ray.index.shards import Opening
 from llmr_ray.index.stage import IndexWorker, index_spec
 from llmr_ray.index.vectors import to_table
 from llmr_ray.labeling.generation import drawn_documents, generate_spec, run_generate
@@ -318,7 +319,7 @@ def test_a_generated_question_s_passage_is_its_candidate(tmp_path, prepare):
     tasks = {"qa": TaskMine(with_gold=False, num_bm25=0, num_dense=2), "tool": TaskMine()}
     mined = Artifact(tmp_path, dataclasses.replace(index_spec(config, embeddings), stage="mine"))
     mined.begin()
-    MineWorker(mined, artifact, embeddings, index, tasks, BM25Config(), seed=1, num_threads=1).run(0)
+    MineWorker(mined, artifact, embeddings, index, tasks, BM25Config(), seed=1, how=Opening()).run(0)
     mined.commit(1, seconds=0)
     certain = {
         row["query_id"]: row["doc_id"] for row in mined.read("candidates").to_pylist() if row["source"] == "gold"
