@@ -299,13 +299,19 @@ class Artifact:
 
     def verify(self) -> None:
         """Recomputes every checksum; DataError names the file that does not match."""
-        for name, entry in self.require()["files"].items():
-            path = self.path / name
-            if not path.exists() or sha256_file(path) != entry["sha256"]:
-                raise DataError(
-                    f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run "
-                    "again: the stage will be redone."
-                )
+        files = self.require()["files"]
+        for name in files:
+            self._checked(name, files)
+
+    def _checked(self, name: str, files: dict[str, Any]) -> Path:
+        """One of the files that the manifest lists; DataError where it is not there as it was committed."""
+        path, entry = self.path / name, files.get(name)
+        if entry is None or not path.exists() or sha256_file(path) != entry["sha256"]:
+            raise DataError(
+                f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run "
+                "again: the stage will be redone."
+            )
+        return path
 
     def read(self, table: str, shard: int | None = None) -> pa.Table:
         """A finished artifact's table, shards in order (or one shard's part)."""
@@ -320,14 +326,7 @@ class Artifact:
 
     def checked_part(self, table: str, shard: int) -> Path:
         """The file that holds a shard's part of a finished artifact's table; DataError where its bytes changed."""
-        name = _part(table, shard)
-        path, entry = self.path / name, self.require()["files"].get(name)
-        if entry is None or not path.exists() or sha256_file(path) != entry["sha256"]:
-            raise DataError(
-                f"{path} is missing or its bytes changed since it was committed. Delete {self.path} and run again: the "
-                "stage will be redone."
-            )
-        return path
+        return self._checked(_part(table, shard), self.require()["files"])
 
     def part(self, table: str, shard: int) -> pa.Table:
         """What a shard holds of a table, once it is written; the artifact need not be finished."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numba
 import numpy as np
 
 from llmr_ray.artifacts import canonical_json, sha256_file
@@ -119,6 +118,8 @@ class Codes:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
+        from llmr_ray.index import int8_kernels as kernels
+
         code_QD, scale_Q, error_Q = quantize(query_QD)
         norm_Q = np.linalg.norm(query_QD.astype(np.float64), axis=1)
         # Both in units of the query's scale: what multiplies a document's error, and the rest of the bound.
@@ -133,7 +134,7 @@ class Codes:
             if last - first < DOCUMENTS:
                 product = torch.empty(len(query_QD), last - first, dtype=torch.int32)
             torch._int_mm(queries, codes[first:last].t(), out=product)
-            _scan(
+            kernels.scan(
                 product.numpy(),
                 self._scale_N[first:last],
                 self._error_N[first:last],
@@ -142,6 +143,7 @@ class Codes:
                 slack_Q,
                 k,
                 first,
+                DOCUMENTS,
                 kept.rows_QC,
                 kept.upper_QC,
                 kept.lower_QC,
@@ -151,7 +153,7 @@ class Codes:
             )
         error_Q = (self._vector_ND.shape[1] * 2.0**-23 * norm_Q).astype(np.float32)
         counts_Q = kept.counts_Q
-        _narrow(
+        kernels.narrow(
             self._vector_ND,
             np.ascontiguousarray(query_QD, np.float32),
             slack_Q,
@@ -188,119 +190,6 @@ class _Kept:
         self.counts_Q = np.zeros(num_queries, np.int64)
         self.limits_Q = np.full(num_queries, max(k, DOCUMENTS), np.int64)
         self.thresholds_Q = np.full(num_queries, np.finfo(np.float32).min, np.float32)
-
-
-_compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "reassoc"})
-
-
-@_compiled
-def _scan(
-    product_QB: np.ndarray,
-    scale_B: np.ndarray,
-    error_B: np.ndarray,
-    allowed_B: np.ndarray,
-    slope_Q: np.ndarray,
-    slack_Q: np.ndarray,
-    k: int,
-    first: int,
-    rows_QC: np.ndarray,
-    upper_QC: np.ndarray,
-    lower_QC: np.ndarray,
-    counts_Q: np.ndarray,
-    limits_Q: np.ndarray,
-    thresholds_Q: np.ndarray,
-) -> None:
-    """Keeps the documents of a tile whose upper bound reaches the threshold of a query."""
-    num_documents, room = product_QB.shape[1], rows_QC.shape[1]
-    masked = len(allowed_B) > 0
-    for query in range(product_QB.shape[0]):
-        count = counts_Q[query]
-        if count < 0:
-            continue
-        threshold, slope = thresholds_Q[query], slope_Q[query]
-        for start in range(0, num_documents, 64):
-            stop = min(start + 64, num_documents)
-            best = np.float32(-3e38)
-            for document in range(start, stop):
-                bound = np.float32(product_QB[query, document]) * scale_B[document] + slope * error_B[document]
-                best = max(best, bound)
-            if best >= threshold:
-                for document in range(start, stop):
-                    score = np.float32(product_QB[query, document]) * scale_B[document]
-                    error = slope * error_B[document]
-                    if score + error >= threshold and (not masked or allowed_B[document]):
-                        rows_QC[query, count] = first + document
-                        upper_QC[query, count] = score + error
-                        lower_QC[query, count] = score - error
-                        count += 1
-        counts_Q[query] = count
-        if count > limits_Q[query]:
-            _raise_threshold(query, k, slack_Q, rows_QC, upper_QC, lower_QC, counts_Q, thresholds_Q)
-            count = counts_Q[query]
-            if count > room - DOCUMENTS:
-                counts_Q[query] = -1
-            limits_Q[query] = min(room - DOCUMENTS, count + max(k, DOCUMENTS))
-
-
-@_compiled
-def _raise_threshold(
-    query: int,
-    k: int,
-    slack_Q: np.ndarray,
-    rows_QC: np.ndarray,
-    upper_QC: np.ndarray,
-    lower_QC: np.ndarray,
-    counts_Q: np.ndarray,
-    thresholds_Q: np.ndarray,
-) -> None:
-    """Raises a query's threshold to what its k-th best candidate has for certain, and drops what is below."""
-    count = counts_Q[query]
-    if count < k:
-        return
-    certain = np.partition(lower_QC[query, :count], count - k)[count - k] - 2 * slack_Q[query]
-    threshold = max(thresholds_Q[query], certain)
-    kept = 0
-    for place in range(count):
-        if upper_QC[query, place] >= threshold:
-            rows_QC[query, kept] = rows_QC[query, place]
-            upper_QC[query, kept] = upper_QC[query, place]
-            lower_QC[query, kept] = lower_QC[query, place]
-            kept += 1
-    counts_Q[query], thresholds_Q[query] = kept, threshold
-
-
-@_compiled
-def _narrow(
-    vector_ND: np.ndarray,
-    query_QD: np.ndarray,
-    slack_Q: np.ndarray,
-    error_Q: np.ndarray,
-    k: int,
-    rows_QC: np.ndarray,
-    upper_QC: np.ndarray,
-    lower_QC: np.ndarray,
-    counts_Q: np.ndarray,
-    thresholds_Q: np.ndarray,
-) -> None:
-    """Keeps the candidates that float32 scores put among the k best, or too near to tell."""
-    for query in range(len(query_QD)):
-        if counts_Q[query] < k:
-            continue
-        _raise_threshold(query, k, slack_Q, rows_QC, upper_QC, lower_QC, counts_Q, thresholds_Q)
-        count = counts_Q[query]
-        for place in range(count):
-            score = np.float32(0)
-            row = rows_QC[query, place]
-            for column in range(query_QD.shape[1]):
-                score += vector_ND[row, column] * query_QD[query, column]
-            upper_QC[query, place] = score
-        least = np.partition(upper_QC[query, :count], count - k)[count - k] - 2 * error_Q[query]
-        kept = 0
-        for place in range(count):
-            if upper_QC[query, place] >= least:
-                rows_QC[query, kept] = rows_QC[query, place]
-                kept += 1
-        counts_Q[query] = kept
 
 
 def quantize(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,9 +11,6 @@ from prometheus_client.exposition import generate_latest
 if TYPE_CHECKING:
     from llmr_ray.serving.switching import Switcher
 
-if TYPE_CHECKING:
-    from llmr_ray.serving.switching import Switcher
-
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
