@@ -73,7 +73,8 @@ class EmbedderConfig:
     """Longer documents are cut on the right. Published: 256."""
     precision: str = "auto"
     """float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively, else float32. The resolved value
-    is identity."""
+    is identity. int8: linear layers in 8 bits, for CPUs that multiply these fast and bfloat16 slowly; trained as auto
+    says. A model that loses too much by it is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from llmr_ray.errors import ConfigError
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
     "pooling": ("auto", "cls", "mean", "last"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16", "int8"),
     "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -176,6 +176,8 @@ def _check_run(config: Config) -> None:
     if config.labeling.enabled or config.annotators:
         _check_labeling(config)
     _check_reading(config)
+    if config.reward_model.precision == "int8":
+        raise ConfigError("reward_model.precision is 'int8', but 8 bits are for embedding alone. Take auto.")
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
 

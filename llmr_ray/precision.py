@@ -6,15 +6,15 @@ from llmr_ray.errors import ConfigError
 
 
 def resolve_precision(name: str) -> str:
-    """The precision meant by `name` on this machine: "float32" or "bfloat16".
+    """The precision meant by `name` on this machine: "float32", "bfloat16" or "int8".
 
     "auto" is bfloat16 where the hardware multiplies it natively (CUDA from sm80, CPUs with avx512_bf16 or amx_bf16):
     elsewhere it is emulated and slower. The resolved value is part of the identity of what it computes.
     """
-    if name in ("float32", "bfloat16"):
+    if name in ("float32", "bfloat16", "int8"):
         return name
     if name != "auto":
-        raise ConfigError(f"precision is '{name}', but must be auto, float32 or bfloat16.")
+        raise ConfigError(f"precision is '{name}', but must be auto, float32, bfloat16 or int8.")
     import torch
 
     if torch.cuda.is_available():
@@ -22,3 +22,8 @@ def resolve_precision(name: str) -> str:
     flags = Path("/proc/cpuinfo")
     text = flags.read_text() if flags.exists() else ""
     return "bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32"
+
+
+def training_precision(name: str) -> str:
+    """What a model that embeds in `name` is trained in: 8 bits are for inference, its training takes "auto"."""
+    return resolve_precision("auto" if name == "int8" else name)

@@ -27,7 +27,7 @@ from llmr_ray.index.rows import read_rows
 from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
 from llmr_ray.precision import resolve_precision
 
-EMBED_VERSION = 2
+EMBED_VERSION = 3
 INDEX_VERSION = 1
 
 TRAINED = "trained.faiss"

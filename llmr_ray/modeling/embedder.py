@@ -47,12 +47,12 @@ class Embedder(TextModel):
         pooling: auto (what the folder says), cls, mean or last.
         max_query_tokens: stored in saved models as the limit of queries.
         max_document_tokens: the same for documents.
-        precision: auto, float32 or bfloat16.
+        precision: auto, float32, bfloat16, or int8 (for inference: where a gradient is asked for, it is float32).
         device: "cpu", "cuda", ...; None: CUDA where there is one.
 
     Raises:
         ResourceError: there is no such folder, or it holds no model that can be loaded safely.
-        ConfigError: the pooling or precision is unknown or does not fit the model.
+        ConfigError: the pooling or precision is unknown or does not fit the model or the processor.
     """
 
     def __init__(
@@ -73,6 +73,14 @@ class Embedder(TextModel):
         self._make_ready(longest, "embedder.max_query_tokens and embedder.max_document_tokens")
         self.module.max_seq_length = longest
         self.module[0].query_length, self.module[0].document_length = max_query_tokens, max_document_tokens
+        if self.precision == "int8":
+            from llmr_ray.modeling.int8 import SAMPLE, quantise
+
+            quantise(
+                self.transformer,
+                lambda: self.encode(list(SAMPLE), instruction="", max_tokens=min(longest, 64), batch_tokens=1024),
+                str(path),
+            )
 
     @property
     def transformer(self) -> Any:

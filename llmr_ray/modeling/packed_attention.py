@@ -1,8 +1,8 @@
 """Attention within each of many texts that stand one after the other: an attention function of transformers' interface.
 
 A batch without padding is one row of all texts' tokens, so that every other layer computes on nothing else. Texts of
-one length that stand together are one call of the attention kernel. It computes in float32 whatever the precision of
-the model: on a CPU its gradient takes several times as long in bfloat16.
+one length that stand together are one call of the attention kernel. Where a gradient is asked for it computes in
+float32 whatever the precision of the model: on a CPU a gradient takes several times as long in bfloat16.
 
 Tensor legend: H heads, T tokens of all texts, d head size.
 """
@@ -53,12 +53,13 @@ def packed_attention(
     if changes or getattr(module, "is_causal", False) or key.shape != query.shape:
         raise NotImplementedError(f"attention of {type(module).__name__} on packed texts: {changes}")
     sizes, dtype = [count * length for count, length in runs], query.dtype
+    within = torch.float32 if torch.is_grad_enabled() else dtype
     # Split and not sliced: the gradient of a split is one concatenation.
     parts = zip(*(part[0].transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
     attended = []
     with torch.autocast(query.device.type, enabled=False):
         for (count, length), part in zip(runs, parts, strict=True):
-            query, key, value = (rows_THd.float().unflatten(0, (count, length)).transpose(1, 2) for rows_THd in part)
+            query, key, value = (rows_THd.to(within).unflatten(0, (count, length)).transpose(1, 2) for rows_THd in part)
             found = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
             attended.append(found.transpose(1, 2).flatten(0, 1))
         return torch.cat(attended)[None].to(dtype), None

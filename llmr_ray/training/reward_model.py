@@ -30,7 +30,7 @@ from llmr_ray.training.pairs import is_held_out, left_text, pair_row
 from llmr_ray.training.pools import join_pools, write_groups
 
 REWARD_MODEL_VERSION = 1
-TEACH_VERSION = 1
+TEACH_VERSION = 2
 
 FILE = "reward_model"
 """The model's folder below the artifact's files."""

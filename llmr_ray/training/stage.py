@@ -16,7 +16,7 @@ from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity, question_tasks
 from llmr_ray.errors import ConfigError
-from llmr_ray.precision import resolve_precision
+from llmr_ray.precision import training_precision
 from llmr_ray.training import running
 from llmr_ray.training.bi_encoder import EmbedderRecipe, instructions_of
 from llmr_ray.training.groups import SAME_LABEL
@@ -121,7 +121,7 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
             "pooling": config.embedder.pooling,
             "max_query_tokens": config.embedder.max_query_tokens,
             "max_document_tokens": config.embedder.max_document_tokens,
-            "precision": resolve_precision(config.embedder.precision),
+            "precision": training_precision(config.embedder.precision),
             "tasks": {name: identity(task.train) for name, task in training_tasks(config).items()},
             "prompts": saved_prompts(config),
         },
@@ -200,6 +200,6 @@ def embedder_recipe(config: Config) -> EmbedderRecipe:
         max_query_tokens=config.embedder.max_query_tokens,
         max_document_tokens=config.embedder.max_document_tokens,
         # Of the driver: the workers of a cluster must not differ.
-        precision=resolve_precision(config.embedder.precision),
+        precision=training_precision(config.embedder.precision),
         prompts=saved_prompts(config),
     )
