@@ -46,15 +46,27 @@ def run(
 
 
 @app.command()
-def study(
+@app.command(name="study")
+def ablate(
     study: Annotated[str, typer.Argument(help="A YAML file, for example conf/studies/rewards.yaml.")],
     overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds instead of the file's, for example 42,43,44.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each cell has still to do and to pay; run nothing.")
+    ] = False,
 ) -> None:
-    """Runs the variants of a study, each a run of its own; writes one table and one plot into runs/studies/."""
-    from llmr_ray.pipeline import run_study_file
+    """Runs a study: its variants with each seed, every one a run; one table and plots into runs/studies/.
 
+    A cell that fails does not stop the others: exit code 1, and the same command tries it again.
+    """
     with exit_on_user_error():
-        run_study_file(study, overrides or [])
+        from llmr_ray.errors import ConfigError
+        from llmr_ray.study_runs import run_study_file
+
+        if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
+            raise ConfigError(f"--seeds takes whole numbers with commas between them, not '{seeds}'.")
+        chosen = [int(part) for part in seeds.split(",")] if seeds else None
+        run_study_file(study, overrides or [], seeds=chosen, dry_run=dry_run)
 
 
 @app.command()

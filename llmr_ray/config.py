@@ -173,6 +173,16 @@ class TrainConfig:
     dropout: bool = True
     """False: dropout off, so that runs with different worker counts can be compared exactly."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    seed: int | None = later(None)
+    """Of training alone: which documents a group holds, the order of batches, dropout. Another one changes nothing that
+    the LLM is asked. None: that of the run."""
+    instructions: bool = later(True)
+    """False: the embedder is trained, and then embeds, without the tasks' instructions; mining by the base embedder
+    keeps them, so that the LLM is asked about the same candidates. For study."""
+    order: str = later("shuffled")
+    """homogeneous: batches of an epoch shuffled, or sequential: one source after the other, by name. For study."""
+    self_paced_by: str = later("task")
+    """What has a loss of its own in self_paced: task (as published) or dataset."""
 
 
 def _reward_model_training() -> TrainConfig:
@@ -290,6 +300,23 @@ def question_tasks(config: Config) -> dict[str, TaskQuestions]:
     """Settings of the tasks that a run's data sets use and about whose documents the LLM writes questions."""
     used = sorted({dataset.task for dataset in config.datasets.values()})
     return {task: config.tasks[task].questions for task in used if config.tasks[task].questions.num_documents}
+
+
+def training_seed(config: Config, train: TrainConfig) -> int:
+    """The seed of one training."""
+    return config.seed if train.seed is None else train.seed
+
+
+def as_trained(config: Config) -> Config:
+    """The configuration as the trained embedder is to read texts: without instructions where train.instructions is
+    off."""
+    if config.train.instructions:
+        return config
+    bare = {
+        name: dataclasses.replace(task, query_instruction="", document_instruction="")
+        for name, task in config.tasks.items()
+    }
+    return dataclasses.replace(config, tasks=bare)
 
 
 def identity(value: Any) -> Any:

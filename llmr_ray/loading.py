@@ -41,6 +41,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrator": ("platt", "isotonic"),
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
+    "order": ("shuffled", "sequential"),
+    "self_paced_by": ("task", "dataset"),
     "reading": ("passages", "evidence", "vote"),
     "index_scan": ("auto", "float32", "int8"),
     "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
@@ -59,9 +61,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
     """
-    merged: Any = OmegaConf.create({})
-    for layer in _layers(Path(path), ()):
-        merged = OmegaConf.merge(merged, layer)
+    # In one call: each copies what it merges into.
+    merged: Any = OmegaConf.merge({}, *_layers(Path(path), ()))
     for item in overrides or []:
         if "=" not in item:
             raise ConfigError(f"'{item}' is not an override. Write key=value, for example train.num_steps=50.")
@@ -253,6 +254,11 @@ def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None
         raise ConfigError(
             f"{where}.global_batch_size {train.global_batch_size} does not divide into the {train.batch_shares} equal "
             f"parts of a heterogeneous batch. Change {where}.batch_shares."
+        )
+    if train.order == "sequential" and (train.batching != "homogeneous" or train.mix == "round_robin"):
+        raise ConfigError(
+            f"{where}.order is sequential, which homogeneous batches can follow, but {where}.batching is "
+            f"'{train.batching}' and {where}.mix '{train.mix}'. Take homogeneous batches without turns."
         )
     if train.group_size < 2:
         raise ConfigError(f"{where}.group_size must be at least 2: one positive and one negative.")
