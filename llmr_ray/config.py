@@ -183,6 +183,15 @@ class TrainConfig:
     """homogeneous: batches of an epoch shuffled, or sequential: one source after the other, by name. For study."""
     self_paced_by: str = later("task")
     """What has a loss of its own in self_paced: task (as published) or dataset."""
+    sampling: str = later("each_epoch")
+    """The documents of a group: drawn each_epoch, or once, as LLM-Embedder's released code does (A.5.1)."""
+    false_negatives: str = later("masked")
+    """masked, or kept: documents of the batch with a text of the query's own group, or gold for it, are its negatives,
+    as in LLM-Embedder's released code, where even a document that a group repeats is its own negative (I.7)."""
+    gather_devices: int = later(1)
+    """Losses over gathered documents are divided by this. LLM-Embedder's released code gathers without gradient, so on
+    its 8 GPUs they have an eighth of the gradient that they should have beside the group KL, which is not gathered
+    (I.6)."""
 
 
 def _reward_model_training() -> TrainConfig:
@@ -248,6 +257,12 @@ class EvaluateConfig:
     """A demonstration is cut to this many LLM tokens in any case. 0: only where the prompt is too long."""
     icl_max_new_tokens: int = 16
     """Published: 64."""
+    answer_match: str = later("exact")
+    """qa, what counts as EM: exact, or alias_inside: an accepted answer that stands anywhere in the output, as it is,
+    in lower case or capitalised, as LLM-Embedder's released code counts PopQA (I.20)."""
+    icl_cut: str = later("least_similar")
+    """Which demonstrations a prompt that is too long loses first: least_similar, or most_similar, as LLM-Embedder's
+    released code (I.21)."""
     icl_protocol: str = later("llm_embedder")
     """llm_embedder (A.7), or llm_r (B.9): blank lines between demonstrations, labels of a classification by constrained
     greedy decoding, natural_questions judged after TriviaQA's normalisation."""

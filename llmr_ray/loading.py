@@ -41,6 +41,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrator": ("platt", "isotonic"),
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
+    "sampling": ("each_epoch", "once"),
+    "false_negatives": ("masked", "kept"),
+    "lone_weight": ("used", "ignored"),
+    "answer_match": ("exact", "alias_inside"),
+    "icl_cut": ("least_similar", "most_similar"),
     "order": ("shuffled", "sequential"),
     "self_paced_by": ("task", "dataset"),
     "reading": ("passages", "evidence", "vote"),
@@ -260,6 +265,8 @@ def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None
             f"{where}.order is sequential, which homogeneous batches can follow, but {where}.batching is "
             f"'{train.batching}' and {where}.mix '{train.mix}'. Take homogeneous batches without turns."
         )
+    if train.gather_devices < 1:
+        raise ConfigError(f"{where}.gather_devices must be at least 1, which divides nothing. Released: 8.")
     if train.group_size < 2:
         raise ConfigError(f"{where}.group_size must be at least 2: one positive and one negative.")
     if not train.lora.alpha or train.lora.dropout >= 1:
