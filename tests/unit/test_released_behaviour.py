@@ -84,7 +84,7 @@ def test_an_alias_anywhere_in_the_answer_can_count():
 def test_the_most_similar_demonstration_can_be_cut_first():
     """Released: a prompt that is too long keeps the head of the reversed list, the least similar ones."""
     query = {"query_id": "q", "query": "in", "task": "icl", "dataset": "x", "options": None, "targets": ["out"]}
-    shown = [{"title": None, "text": text, "meta": None} for text in ("best", "second", "third")]
+    shown = [{"title": None, "text": text, "continuation": None} for text in ("best", "second", "third")]
     orders = {}
     for cut in ("least_similar", "most_similar"):
         asked = examples.request("q", query, shown, demonstration_tokens=0, max_new_tokens=4, cut=cut)
