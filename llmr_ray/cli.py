@@ -46,15 +46,27 @@ def run(
 
 
 @app.command()
-def study(
+@app.command(name="study")
+def ablate(
     study: Annotated[str, typer.Argument(help="A YAML file, for example conf/studies/rewards.yaml.")],
     overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds instead of the file's, for example 42,43,44.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each cell has still to do and to pay; run nothing.")
+    ] = False,
 ) -> None:
-    """Runs the variants of a study, each a run of its own; writes one table and one plot into runs/studies/."""
-    from llmr_ray.pipeline import run_study_file
+    """Runs a study: its variants with each seed, every one a run; one table and plots into runs/studies/.
 
+    A cell that fails does not stop the others: exit code 1, and the same command tries it again.
+    """
     with exit_on_user_error():
-        run_study_file(study, overrides or [])
+        from llmr_ray.errors import ConfigError
+        from llmr_ray.study_runs import run_study_file
+
+        if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
+            raise ConfigError(f"--seeds takes whole numbers with commas between them, not '{seeds}'.")
+        chosen = [int(part) for part in seeds.split(",")] if seeds else None
+        run_study_file(study, overrides or [], seeds=chosen, dry_run=dry_run)
 
 
 @app.command()
@@ -65,12 +77,40 @@ def plan(
         bool, typer.Option("--probe", help="Measure the speed on 200 of the real pairs; they are paid and stored.")
     ] = False,
     tokens_per_second: Annotated[float, typer.Option(help="Speed of one LLM actor, where it is known.")] = 0.0,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="The same plan on 1, 8, 64 and 512 GPUs, and where it stops scaling.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU of the simulation, for example A100-40G.")] = "H100",
+    utilisation: Annotated[float, typer.Option(help="Share of peak products that is reached.")] = 0.45,
+    fill: Annotated[float, typer.Option(help="Mean length of a text as a share of its limit.")] = 0.5,
+    documents: Annotated[int, typer.Option(help="Of a shared pool whose size the configuration does not say.")] = 0,
+    node_memory_gb: Annotated[float, typer.Option(help="What an index may take of a node.")] = 256.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan of all stages as JSON, and nothing else.")
+    ] = False,
 ) -> None:
-    """Prints what the LLM feedback of a configuration will cost: pairs, tokens, hours and GPU hours."""
-    from llmr_ray.pipeline import plan_config
-
+    """Prints what a configuration will cost: LLM feedback, then tokens, FLOPs, GPU hours and storage of each stage."""
     with exit_on_user_error():
+        import json
+
+        from llmr_ray import loading
+        from llmr_ray.errors import ConfigError
+        from llmr_ray.planning import report
+        from llmr_ray.planning.hardware import Assumptions
+
+        if not (0 < utilisation <= 1 and 0 < fill <= 1 and node_memory_gb > 0):
+            raise ConfigError(
+                "--utilisation and --fill are shares above 0 and of 1 at the most, --node-memory-gb above 0."
+            )
+        assumed = Assumptions(utilisation=utilisation, fill=fill, documents=documents, node_memory_gb=node_memory_gb)
+        told = report.told(loading.load(config, overrides or []), assumed, gpu=gpu, simulated=simulate)
+        if as_json:
+            typer.echo(json.dumps(told, indent=1, allow_nan=False))
+            return
+        from llmr_ray.pipeline import plan_config
+
         plan_config(config, overrides or [], probe=probe, tokens_per_second=tokens_per_second)
+        typer.echo("\n" + report.text(told))
 
 
 @app.command(name="eval")

@@ -174,6 +174,25 @@ class TrainConfig:
     dropout: bool = True
     """False: dropout off, so that runs with different worker counts can be compared exactly."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    seed: int | None = later(None)
+    """Of training alone: which documents a group holds, the order of batches, dropout. Another one changes nothing that
+    the LLM is asked. None: that of the run."""
+    instructions: bool = later(True)
+    """False: the embedder is trained, and then embeds, without the tasks' instructions; mining by the base embedder
+    keeps them, so that the LLM is asked about the same candidates. For study."""
+    order: str = later("shuffled")
+    """homogeneous: batches of an epoch shuffled, or sequential: one source after the other, by name. For study."""
+    self_paced_by: str = later("task")
+    """What has a loss of its own in self_paced: task (as published) or dataset."""
+    sampling: str = later("each_epoch")
+    """The documents of a group: drawn each_epoch, or once, as LLM-Embedder's released code does (A.5.1)."""
+    false_negatives: str = later("masked")
+    """masked, or kept: documents of the batch with a text of the query's own group, or gold for it, are its negatives,
+    as in LLM-Embedder's released code, where even a document that a group repeats is its own negative (I.7)."""
+    gather_devices: int = later(1)
+    """Losses over gathered documents are divided by this. LLM-Embedder's released code gathers without gradient, so on
+    its 8 GPUs they have an eighth of the gradient that they should have beside the group KL, which is not gathered
+    (I.6)."""
 
 
 def _reward_model_training() -> TrainConfig:
@@ -239,6 +258,12 @@ class EvaluateConfig:
     """A demonstration is cut to this many LLM tokens in any case. 0: only where the prompt is too long."""
     icl_max_new_tokens: int = 16
     """Published: 64."""
+    answer_match: str = later("exact")
+    """qa, what counts as EM: exact, or alias_inside: an accepted answer that stands anywhere in the output, as it is,
+    in lower case or capitalised, as LLM-Embedder's released code counts PopQA (I.20)."""
+    icl_cut: str = later("least_similar")
+    """Which demonstrations a prompt that is too long loses first: least_similar, or most_similar, as LLM-Embedder's
+    released code (I.21)."""
     icl_protocol: str = later("llm_embedder")
     """llm_embedder (A.7), or llm_r (B.9): blank lines between demonstrations, labels of a classification by constrained
     greedy decoding, natural_questions judged after TriviaQA's normalisation."""
@@ -291,6 +316,23 @@ def question_tasks(config: Config) -> dict[str, TaskQuestions]:
     """Settings of the tasks that a run's data sets use and about whose documents the LLM writes questions."""
     used = sorted({dataset.task for dataset in config.datasets.values()})
     return {task: config.tasks[task].questions for task in used if config.tasks[task].questions.num_documents}
+
+
+def training_seed(config: Config, train: TrainConfig) -> int:
+    """The seed of one training."""
+    return config.seed if train.seed is None else train.seed
+
+
+def as_trained(config: Config) -> Config:
+    """The configuration as the trained embedder is to read texts: without instructions where train.instructions is
+    off."""
+    if config.train.instructions:
+        return config
+    bare = {
+        name: dataclasses.replace(task, query_instruction="", document_instruction="")
+        for name, task in config.tasks.items()
+    }
+    return dataclasses.replace(config, tasks=bare)
 
 
 def identity(value: Any) -> Any:

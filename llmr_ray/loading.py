@@ -41,6 +41,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "calibrator": ("platt", "isotonic"),
     "demonstrations": ("clustered", "drawn"),
     "mix": ("proportional", "temperature", "round_robin"),
+    "sampling": ("each_epoch", "once"),
+    "false_negatives": ("masked", "kept"),
+    "lone_weight": ("used", "ignored"),
+    "answer_match": ("exact", "alias_inside"),
+    "icl_cut": ("least_similar", "most_similar"),
+    "order": ("shuffled", "sequential"),
+    "self_paced_by": ("task", "dataset"),
     "reading": ("passages", "evidence", "vote"),
     "index_scan": ("auto", "float32", "int8"),
     "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
@@ -59,9 +66,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of its choices.
     """
-    merged: Any = OmegaConf.create({})
-    for layer in _layers(Path(path), ()):
-        merged = OmegaConf.merge(merged, layer)
+    # In one call: each copies what it merges into.
+    merged: Any = OmegaConf.merge({}, *_layers(Path(path), ()))
     for item in overrides or []:
         if "=" not in item:
             raise ConfigError(f"'{item}' is not an override. Write key=value, for example train.num_steps=50.")
@@ -256,6 +262,13 @@ def _check_train(train: TrainConfig, where: str, runtime: RuntimeConfig) -> None
             f"{where}.global_batch_size {train.global_batch_size} does not divide into the {train.batch_shares} equal "
             f"parts of a heterogeneous batch. Change {where}.batch_shares."
         )
+    if train.order == "sequential" and (train.batching != "homogeneous" or train.mix == "round_robin"):
+        raise ConfigError(
+            f"{where}.order is sequential, which homogeneous batches can follow, but {where}.batching is "
+            f"'{train.batching}' and {where}.mix '{train.mix}'. Take homogeneous batches without turns."
+        )
+    if train.gather_devices < 1:
+        raise ConfigError(f"{where}.gather_devices must be at least 1, which divides nothing. Released: 8.")
     if train.group_size < 2:
         raise ConfigError(f"{where}.group_size must be at least 2: one positive and one negative.")
     if not train.lora.alpha or train.lora.dropout >= 1:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
-from llmr_ray import cluster, loading, stopping, studies
+from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
@@ -245,7 +245,7 @@ def run_config(
         console.print(loading.to_yaml(config), markup=False)
         for row in pipeline.describe():
             console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
-        console.print(_in_words(pipeline.costs(), exact=pipeline.is_mined))
+        console.print(in_words(pipeline.costs(), exact=pipeline.is_mined))
         return None
     command = " ".join(["llmr run", path, *overrides, *([f"--stage {only}"] if only else [])])
     with stopping.stoppable(command), cluster.or_lost(command):
@@ -302,24 +302,6 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
     return found
 
 
-def run_study_file(path: str, overrides: list[str]) -> None:
-    """Runs all variants of the study in a file."""
-    study = studies.read_study(Path(path))
-    folder = Path(loading.load(study.config, overrides).runtime.run_root) / "studies" / study.name
-
-    def run(path: str, settings: list[str]) -> studies.Finished:
-        results = run_config(path, settings)
-        assert results is not None
-        config = loading.load(path, settings)
-        (evaluate,) = (stage["artifact"] for stage in results["stages"] if stage["stage"] == "evaluate")
-        metrics = Artifact.found(config.runtime.artifact_root, evaluate).read("metrics")
-        return studies.Finished(config=config, results=results, metrics=metrics)
-
-    rows = studies.run_study(study, overrides, run, folder)
-    Console(highlight=False, soft_wrap=True).print(studies.table(study, rows), markup=False)
-    print(f"study: {folder / 'study.md'}")
-
-
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
     """Prints what a configuration's LLM feedback will cost, also where its models and data are not at hand."""
     config, console = loading.load(path, overrides), Console(highlight=False, soft_wrap=True)
@@ -355,7 +337,8 @@ def _named(costs: Sequence[TaskCost], annotator: str, number: int, config: Confi
     return [replace(cost, task=cost.task + told) for cost in costs]
 
 
-def _in_words(costs: Sequence[TaskCost], *, exact: bool) -> str:
+def in_words(costs: Sequence[TaskCost], *, exact: bool) -> str:
+    """What LLM feedback has still to be paid, in one line."""
     if not costs:
         return "LLM feedback: nothing to pay."
     pairs, missing, tokens = (sum(getattr(cost, what) for cost in costs) for what in ("pairs", "missing", "tokens"))
@@ -372,7 +355,7 @@ def _print_costs(console: Console, config: Config, costs: Sequence[TaskCost], *,
         numbers = (f"{number:,}" for number in (cost.pairs, cost.missing, cost.tokens))
         view.add_row(cost.task, cost.feedback, *numbers)
     console.print(view)
-    console.print(_in_words(costs, exact=exact))
+    console.print(in_words(costs, exact=exact))
 
 
 def _print_hours(console: Console, config: Config, costs: Sequence[TaskCost], tokens_per_second: float) -> None:

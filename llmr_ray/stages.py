@@ -16,7 +16,7 @@ import numpy as np
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
-from llmr_ray.config import ComparedEmbedder, Config, question_tasks
+from llmr_ray.config import ComparedEmbedder, Config, as_trained, question_tasks
 from llmr_ray.data import stage as data
 from llmr_ray.evaluation import agreement, look
 from llmr_ray.evaluation import stage as evaluation
@@ -220,17 +220,18 @@ class StagePlan:
 
     def _train(self, groups: Artifact) -> _Retriever:
         """Training of a round, always from the initial embedder, and the trained retriever."""
+        config = as_trained(self.config)
         run = partial(
             training.run_train,
-            beside=partial(_early_look, self.config, self.prepare, self.base),
+            beside=partial(_early_look, config, self.prepare, self.base),
             looks=partial(look.read_looks, Path(self.config.runtime.run_root) / self.config.name),
             allow_restart=self.allow_restart,
         )
-        spec = training.train_spec(self.config, groups, self.base)
-        checkpoint = self._add("train", spec, run, groups=groups, base=self.base)
+        spec = training.train_spec(config, groups, self.base)
+        checkpoint = self._add("train", spec, run, config, groups=groups, base=self.base)
         # What training makes is determined by the checkpoint's id, so the id stands for the weights' fingerprint.
         trained = Asset(name="trained", kind="model", path=checkpoint.file("embedder"), fingerprint=checkpoint.id)
-        return self._embed_and_index("trained", trained)
+        return self._embed_and_index("trained", trained, config)
 
     def _evaluate(self) -> None:
         """Evaluates all rounds so far: what the LLM answered before is in its store."""

@@ -1,23 +1,26 @@
-"""Studies: one question, several variants of a configuration, one table and one plot.
+"""Studies: one question, several variants of a configuration over several seeds, one table and its plots.
 
 A study is a YAML file:
 
     title: What teaches the embedder?
     config: ../llm_r.yaml                  # beside the study's file
     figures: [average score]               # "data set measure", rows of results.json
+    seeds: [42, 43, 44]                    # optional: each variant is trained with each
     reference: reward model                # optional: the variant that the others are compared with, query by query
-    against: asked                         # optional: a curve over the pairs that annotators were asked about
+    against: asked                         # optional: a curve over pairs asked about, or tokens: of the LLM's feedback
+    stability: true                        # optional: how steadily the loss of each task fell
     variants:
       reward model: []
       scores of the LLM: ['reward_model.model=""']
 
-Variants share artifacts and the LLM's answers as all runs do, so each pays only for what it changes.
+A cell is a variant with a seed, and a run of its own. Cells share artifacts and the LLM's answers as all runs do, so
+each pays only for what it changes: a seed is that of training alone, so what the LLM said is common to all of them.
 """
 
-import json
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +28,107 @@ import pyarrow as pa
 from omegaconf import OmegaConf
 
 from llmr_ray.config import Config
-from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError
-from llmr_ray.evaluation.plots import curves, intervals
 from llmr_ray.evaluation.results import difference_of_runs
-from llmr_ray.evaluation.tables import in_order, is_trained, method_name, result_of
+from llmr_ray.evaluation.stability import stability
+from llmr_ray.evaluation.tables import is_trained, result_of
 from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
-_OPTIONAL = {"reference", "against"}
+_OPTIONAL = {"reference", "against", "seeds", "stability"}
 
-ASKED = "asked"
-"""`against`: the pairs that annotators were asked about until the embedder of a round was trained."""
+AGAINST = {"asked": "pairs asked", "tokens": "LLM tokens of feedback"}
+"""`against`: the pairs that annotators were asked about until the embedder of a round was trained, or the tokens of the
+LLM that the configuration's feedback takes at the most."""
+
+_TRACE_LINES = 20
+
+_At = tuple[str, int | None]
+"""A cell's variant and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run of a variant: its configuration, what results.json holds, and the value of each test query (`metrics`)."""
+    """A run of a cell: its configuration, what results.json holds, and the value of each test query (`metrics`).
+
+    steps: the record of training (table `steps`), where there is one. tokens: of the LLM that its feedback takes at the
+    most, whoever has paid them.
+    """
 
     config: Config
     results: dict[str, Any]
     metrics: pa.Table
+    steps: pa.Table | None = None
+    tokens: int = 0
 
 
-Run = Callable[[str, list[str]], Finished]
-"""Runs a configuration with overrides."""
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A variant with a seed: what is run. seed: None where the study names none."""
+
+    variant: str
+    seed: int | None
+    settings: list[str]
+
+    @property
+    def label(self) -> str:
+        """As progress and tables name it."""
+        return self.variant if self.seed is None else f"{self.variant}, seed {self.seed}"
+
+
+Run = Callable[[str, Cell], Finished]
+"""Runs a configuration with a cell's settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a study's file says. variants: name to overrides, in order. figures: (data set, measure). reference: the
-    variant that others are compared with. against: what the figures are drawn over; empty: nothing."""
+    """What a study's file says. variants: name to overrides, in order. figures: (data set, measure). seeds: of
+    training; none: that of the configuration. reference: the variant that others are compared with. against: what the
+    figures are drawn over; empty: nothing. stability: whether the loss of training is looked at."""
 
     name: str
     title: str
     config: str
     figures: Sequence[tuple[str, str]]
     variants: Mapping[str, Sequence[str]]
+    seeds: Sequence[int] = ()
     reference: str = ""
     against: str = ""
+    stability: bool = False
+
+    def cells(self, overrides: Sequence[str]) -> list[Cell]:
+        """What is run, seed by seed: after the first seed the table has a row of every variant.
+
+        Args:
+            overrides: for all variants, before their own.
+        """
+        found = []
+        for seed in self.seeds or [None]:
+            for variant, own in self.variants.items():
+                # A reward model is trained as well; where there is none its setting changes nothing.
+                of_seed = [] if seed is None else [f"train.seed={seed}", f"reward_model.train.seed={seed}"]
+                name = f"{self.name}-{slug(variant)}" + ("" if seed is None else f"-seed-{seed}")
+                found.append(Cell(variant=variant, seed=seed, settings=[*overrides, *own, *of_seed, f"name={name}"]))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is known of a study.
+
+    rows: of each cell: variant, seed, dataset, measure, method, mean, ci95, n, delta_vs_base, lower_is_better;
+        delta_vs_reference (a trained embedder minus what the reference's training with the same seed led to, over the
+        queries of both; None where there is no reference, or the row is its own); asked (pairs that annotators were
+        asked about until then, or None); tokens (of the LLM's feedback).
+    stability: of each cell and task, see evaluation/stability.py.
+    failures: of each cell that failed: variant, seed, error, trace.
+    missing: labels of the cells that have not run.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    stability: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def read_study(path: Path) -> Study:
@@ -84,14 +149,14 @@ def read_study(path: Path) -> Study:
     if not figures or not all(len(figure) == 2 for figure in figures):
         raise ConfigError(f"{path}: each of `figures` is a data set and a measure, for example 'average score'.")
     variants = {str(name): [str(item) for item in overrides or []] for name, overrides in said["variants"].items()}
-    if len({_slug(name) for name in variants}) != len(variants) or not variants:
+    if len({slug(name) for name in variants}) != len(variants) or not variants:
         raise ConfigError(f"{path}: `variants` are named by different words, and there is at least one.")
     reference, against = str(said.get("reference", "")), str(said.get("against", ""))
     if reference and reference not in variants:
         raise ConfigError(f"{path}: `reference` is '{reference}', but must be one of the variants {list(variants)}.")
-    if against not in ("", ASKED):
-        raise ConfigError(f"{path}: `against` is '{against}', but figures can be drawn over '{ASKED}' alone.")
-    return Study(
+    if against and against not in AGAINST:
+        raise ConfigError(f"{path}: `against` is '{against}', but figures can be drawn over {sorted(AGAINST)} alone.")
+    study = Study(
         name=path.stem,
         title=str(said["title"]),
         config=str((path.parent / said["config"]).resolve()),
@@ -99,44 +164,69 @@ def read_study(path: Path) -> Study:
         variants=variants,
         reference=reference,
         against=against,
+        stability=bool(said.get("stability", False)),
     )
+    return with_seeds(study, said.get("seeds", []))
 
 
-def run_study(study: Study, overrides: Sequence[str], run: Run, folder: Path) -> list[dict[str, Any]]:
-    """Runs all variants and writes ``study.json``, ``study.md`` and a ``.svg`` for each figure.
+def with_seeds(study: Study, seeds: Sequence[Any]) -> Study:
+    """The study over other seeds; ConfigError where they are no seeds."""
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ConfigError(f"the seeds of a study are whole numbers from 0, for example [42, 43, 44], but not {seeds}.")
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"the seeds {seeds} of the study name one twice: a cell would be compared with itself.")
+    return replace(study, seeds=seeds)
+
+
+def run_study(study: Study, overrides: Sequence[str], run: Run, show: Callable[[Outcome], None]) -> Outcome:
+    """Runs all cells. One that fails is recorded with what it said, and the others go on; a rerun tries it again.
 
     Args:
         study: what to run.
         overrides: for all variants, before their own.
-        run: runs one variant.
-        folder: where to write; what is known so far is written after each variant.
-
-    Returns:
-        The rows of study.json: variant, dataset, measure, method, mean, ci95, n, delta_vs_base; delta_vs_reference (a
-        trained embedder minus what the reference's training led to, over the queries of both; None where there is no
-        reference, or the row is its own); asked (pairs that annotators were asked about until then, or None).
+        run: runs one cell.
+        show: is given what is known so far after each cell.
     """
-    done: dict[str, Finished] = {}
-    rows: list[dict[str, Any]] = []
-    for variant, own in study.variants.items():
-        done[variant] = run(study.config, [*overrides, *own, f"name={study.name}-{_slug(variant)}"])
-        rows = [row for name, finished in done.items() for row in _rows(study, name, finished, done)]
-        _write(study, rows, folder)
-    return rows
+    done: dict[_At, Finished] = {}
+    # Intervals of a cell take seconds, so they are made once, and again only when its reference is there.
+    made: dict[tuple[_At, bool], list[dict[str, Any]]] = {}
+    failures: list[dict[str, Any]] = []
+    outcome, cells = Outcome(), study.cells(overrides)
+    for number, cell in enumerate(cells, 1):
+        try:
+            done[cell.variant, cell.seed] = run(study.config, cell)
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error)).splitlines()[-_TRACE_LINES:]
+            told = {"error": f"{type(error).__name__}: {error}", "trace": trace}
+            failures.append({"variant": cell.variant, "seed": cell.seed, **told})
+        for at, finished in done.items():
+            reference = done.get((study.reference, at[1]))
+            if (at, reference is not None) not in made:
+                made[at, reference is not None] = _rows(study, at, finished, reference)
+        outcome = Outcome(
+            rows=[row for at in done for row in made[at, (study.reference, at[1]) in done]],
+            stability=[row for at, finished in done.items() for row in _stability(study, at, finished)],
+            failures=list(failures),
+            missing=[other.label for other in cells[number:]],
+        )
+        show(outcome)
+    return outcome
 
 
-_COLUMNS = ("dataset", "measure", "method", "mean", "ci95", "n", "delta_vs_base")
+_COLUMNS = ("dataset", "measure", "method", "mean", "ci95", "n", "delta_vs_base", "lower_is_better")
 
 
-def _rows(study: Study, variant: str, finished: Finished, done: Mapping[str, Finished]) -> list[dict[str, Any]]:
-    """The rows of one variant, as far as variants are done."""
+def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None) -> list[dict[str, Any]]:
+    """The rows of one cell; `reference` is the cell that it is compared with, where that is done."""
+    variant, seed = at
     asked = _asked(finished.results)
     rows = [
-        {"variant": variant, **{key: row[key] for key in _COLUMNS}, "asked": asked.get(row["method"])}
+        {"variant": variant, "seed": seed}
+        | {key: row[key] for key in _COLUMNS}
+        | {"asked": asked.get(row["method"]), "tokens": finished.tokens}
         for row in finished.results["rows"]
         if (row["dataset"], row["measure"]) in study.figures
     ]
-    reference = done.get(study.reference)
     end = None if reference is None else result_of([row["method"] for row in reference.results["rows"]])
     for row in rows:
         row["delta_vs_reference"] = None
@@ -158,86 +248,12 @@ def _asked(results: Mapping[str, Any]) -> dict[str, int]:
     return {("trained" if number == len(spent) else f"round_{number}"): count for number, count in enumerate(spent, 1)}
 
 
-def table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown, a table for each figure: methods that every variant shares once, then trained embedders."""
-    headings = ["variant", "mean [95% interval]", "n", "difference to base", "p"]
-    if study.against:
-        headings.insert(1, "pairs asked")
-    if study.reference:
-        headings += [f"difference to {study.reference}", "p"]
-    parts = [f"# {study.title}\n"]
-    for dataset, measure in study.figures:
-        parts.append(f"## {dataset}, {measure}\n")
-        parts += [_line(headings), "|---" * len(headings) + "|"]
-        for label, row in _lines([row for row in rows if (row["dataset"], row["measure"]) == (dataset, measure)]):
-            low, high = row["ci95"]
-            cells = [label, f"{row['mean']:.3f} [{low:.3f}, {high:.3f}]", str(row["n"]), *_told(row["delta_vs_base"])]
-            if study.against:
-                cells.insert(1, "–" if row["asked"] is None else f"{row['asked']:,}")
-            if study.reference:
-                cells += _told(row["delta_vs_reference"])
-            parts.append(_line(cells))
-        parts.append("")
-    return "\n".join(parts)
+def _stability(study: Study, at: _At, finished: Finished) -> list[dict[str, Any]]:
+    if not study.stability or finished.steps is None:
+        return []
+    return [{"variant": at[0], "seed": at[1], **row} for row in stability(finished.steps)]
 
 
-def _told(difference: Mapping[str, Any] | None) -> list[str]:
-    """A difference with its interval, and its p."""
-    if not difference:
-        return ["–", "–"]
-    low, high = difference["ci95"]
-    p = f"{difference['p']:.3f}" if difference["p"] >= 0.001 else "< .001"
-    return [f"{difference['mean']:+.3f} [{low:+.3f}, {high:+.3f}]", p]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Labelled rows: baselines of the first variant, and where another one differs; trained embedders of all."""
-    lines: list[tuple[str, Mapping[str, Any]]] = []
-    shown: set[tuple[str, float]] = set()
-    for method in in_order({row["method"] for row in rows}):
-        for row in rows:
-            if row["method"] != method or is_trained(method):
-                continue
-            if (method, row["mean"]) not in shown:
-                name = method_name(method)
-                again = any(other == method for other, _ in shown)
-                lines.append((f"{name} ({row['variant']})" if again else name, row))
-                shown.add((method, row["mean"]))
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = {row["method"]: row for row in rows if row["variant"] == variant}
-        trained = [method for method in in_order(own) if is_trained(method)]
-        for method in trained:
-            label = variant if len(trained) == 1 else f"{variant}: {method_name(method).lower()}"
-            lines.append((label, own[method]))
-    return lines
-
-
-def _write(study: Study, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"title": study.title, "config": Path(study.config).name, "rows": rows}
-    write_atomic(folder / "study.json", (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
-    write_atomic(folder / "study.md", (table(study, rows) + "\n").encode())
-    for dataset, measure in study.figures:
-        lines = _lines([row for row in rows if (row["dataset"], row["measure"]) == (dataset, measure)])
-        if lines:
-            drawn = intervals([(label, row["mean"], *row["ci95"]) for label, row in lines], f"{dataset}, {measure}")
-            write_atomic(folder / f"{_slug(f'{dataset} {measure}')}.svg", drawn.encode())
-        if study.against:
-            points = {
-                variant: [
-                    (row["asked"], row["mean"], *row["ci95"])
-                    for _, row in lines
-                    if row["variant"] == variant and row["asked"] is not None
-                ]
-                for variant in study.variants
-            }
-            drawn = curves(points, over="pairs asked", measure=f"{dataset}, {measure}")
-            write_atomic(folder / f"{_slug(f'{dataset} {measure}')}-over-{study.against}.svg", drawn.encode())
-
-
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as folders and files have it."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

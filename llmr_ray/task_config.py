@@ -136,6 +136,9 @@ class TaskTrain:
     include_self: bool = True
     """graded: a document stands in its own denominator (released code); False: as printed, unbounded below, for
     study."""
+    lone_weight: str = later("used")
+    """The weight of a loss that is a task's only one: used, or ignored (it counts as 1), as that of distillation is in
+    LLM-Embedder's released code (I.8)."""
     repeat: int = 1
     """How often the data set occurs in an epoch."""
 

@@ -34,6 +34,12 @@ def exact_match(output: str, answers: Sequence[str], normalization: str = "squad
     return float(any(said == normalize(answer, normalization) for answer in answers))
 
 
+def alias_inside(output: str, answers: Sequence[str]) -> float:
+    """1.0 when an answer stands anywhere in the output: as it is, in lower case or capitalised, as LLM-Embedder's code
+    counts PopQA. "York" is then in "New Yorker", and a short alias in almost any sentence."""
+    return float(any(form in output for answer in answers for form in (answer, answer.lower(), answer.capitalize())))
+
+
 def token_f1(output: str, answers: Sequence[str], normalization: str = "squad") -> float:
     """The best F1 over bags of normalised tokens (SQuAD v1.1 evaluation)."""
     said = normalize(output, normalization).split()

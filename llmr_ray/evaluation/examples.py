@@ -54,6 +54,7 @@ def request(
     demonstration_tokens: int,
     max_new_tokens: int,
     protocol: str = "llm_embedder",
+    cut: str = "least_similar",
 ) -> LLMRequest:
     """Demonstrations, the most similar last; then the input on a line. Options are scored, else an answer is generated.
 
@@ -64,10 +65,14 @@ def request(
         demonstration_tokens: a demonstration is cut to this many tokens in any case (0: not); on the left, because its
             answer stands at its end.
         max_new_tokens: of a generated answer.
+        cut: which demonstrations a prompt that is too long loses first, least_similar or most_similar.
         protocol: llm_embedder (a newline behind each demonstration) or llm_r (a blank line; an answer is never empty).
     """
     segments: list[Segment] = []
-    for order, demonstration in enumerate(reversed(demonstrations), 1):
+    orders = range(1, len(demonstrations) + 1)
+    for order, demonstration in zip(
+        orders if cut == "least_similar" else reversed(orders), reversed(demonstrations), strict=True
+    ):
         segments += [
             Segment(
                 text=candidate_text("icl", demonstration),

@@ -8,7 +8,7 @@ together as in the feedback's template and the demonstrations are computed once.
 
 from collections.abc import Sequence
 
-from llmr_ray.evaluation.answers import exact_match, token_f1
+from llmr_ray.evaluation.answers import alias_inside, exact_match, token_f1
 from llmr_ray.evaluation.protocols import Judgement, Row, behind
 from llmr_ray.feedback.prompts import candidate_text, feedback_segments, stop_strings
 from llmr_ray.feedback.requests import LLMRequest, LLMResult, Segment
@@ -84,8 +84,9 @@ def _request(request_id: str, query: Row, known: Sequence[Segment], max_new_toke
     )
 
 
-def judge(query: Row, result: LLMResult) -> Judgement:
-    """Token F1 and exact match with the best of the accepted answers."""
+def judge(query: Row, result: LLMResult, *, match: str = "exact") -> Judgement:
+    """Token F1 and exact match with the best of the accepted answers; `match` is evaluate.answer_match."""
     output = result.texts[0].strip()
     targets = query["targets"]
-    return Judgement({"F1": token_f1(output, targets), "EM": exact_match(output, targets)}, output)
+    matches = {"exact": exact_match, "alias_inside": alias_inside}[match]
+    return Judgement({"F1": token_f1(output, targets), "EM": matches(output, targets)}, output)

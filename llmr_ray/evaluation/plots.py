@@ -11,6 +11,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llmr_ray.evaluation.stability import running_mean
+
 _INK = "#010203"
 """Drawn in this colour, then replaced by CSS's currentColor."""
 
@@ -48,7 +50,7 @@ def training_curves(steps: Sequence[Mapping[str, Any]]) -> str:
             loss = np.asarray([row["loss"] for row in rows], np.float64)
             top, bottom = grid[0, column], grid[1, column]
             top.plot(step, loss, color=_FAINT, linewidth=0.8, marker=".", markersize=2)
-            top.plot(step, _running_mean(loss, max(1, len(loss) // 10)), color=_LINE, linewidth=1.6)
+            top.plot(step, running_mean(loss, max(1, len(loss) // 10)), color=_LINE, linewidth=1.6)
             top.set_title(f"{task} ({len(rows)} steps)")
             bottom.plot(step, [row["learning_rate"] for row in rows], color=_LINE, linewidth=1.4)
             bottom.set_xlabel("step")
@@ -116,6 +118,36 @@ def intervals(figures: Sequence[tuple[str, float, float, float]], measure: str) 
         return _svg(figure)
 
 
+def heat(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: str) -> str:
+    """A grid of relative changes: warm where there is a gain, cool where there is a loss, empty where nothing is known.
+
+    Args:
+        rows, columns: labels.
+        values: [R][C], a change as a share of what it is compared with; None: unknown.
+        title: what is compared with what.
+    """
+    grid = np.asarray([[np.nan if value is None else value for value in row] for row in values], np.float64)
+    most = max(0.01, float(np.nanmax(np.abs(grid)))) if np.isfinite(grid).any() else 0.01
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2.4 + 0.85 * len(columns), 1.2 + 0.34 * len(rows)), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                # On the darkest cells black would not be read.
+                colour = "white" if abs(value) > 0.6 * most else "black"
+                axes.text(column, row, f"{100 * value:+.1f}%", ha="center", va="center", color=colour, fontsize=7.5)
+        axes.set_xticks(range(len(columns)), list(columns), rotation=30, ha="right")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_title(title)
+        return _svg(figure)
+
+
 _COLOURS = ("#3987e5", "#d97a2b", "#4b9e5f", "#a866c4", "#8a8f99", "#c4485b")
 
 
@@ -165,14 +197,6 @@ def _grid(rows: int, columns: int, *, height: float) -> tuple[Figure, np.ndarray
 def _plain(axes: Axes) -> None:
     axes.patch.set_alpha(0)
     axes.locator_params(axis="both", nbins=5)
-
-
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the last `width` values, fewer at the start."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _svg(figure: Figure) -> str:

@@ -251,7 +251,7 @@ def _protocols(config: Config) -> dict[str, Protocol]:
                 passage_tokens=settings.qa_passage_tokens,
                 max_new_tokens=settings.qa_max_new_tokens,
             ),
-            judge=knowledge.judge,
+            judge=partial(knowledge.judge, match=settings.answer_match),
         ),
         "chat": Protocol(
             num_documents=settings.chat_turns,
@@ -272,6 +272,7 @@ def _protocols(config: Config) -> dict[str, Protocol]:
                 demonstration_tokens=settings.icl_demonstration_tokens,
                 max_new_tokens=settings.icl_max_new_tokens,
                 protocol=settings.icl_protocol,
+                cut=settings.icl_cut,
             ),
             judge=partial(examples.judge, protocol=settings.icl_protocol),
         ),

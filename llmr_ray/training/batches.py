@@ -54,6 +54,7 @@ class Plan:
         seed: of the run.
         mix: proportional, temperature or round_robin.
         mix_temperature: T; 1 is proportional.
+        order: of an epoch's blocks: shuffled, or sequential (one source after the other).
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Plan:
         shares: int = 1,
         mix: str = "proportional",
         mix_temperature: float = 1.0,
+        order: str = "shuffled",
     ) -> None:
         filled = {name: np.asarray(numbers, dtype=np.int64) for name, numbers in sorted(rows.items()) if len(numbers)}
         if not filled:
@@ -77,7 +79,7 @@ class Plan:
             times = {MIXED: 1}
         self._shares = shares if batching == "heterogeneous" else 1
         self._rows, self._part_size, self._seed = filled, batch_size // self._shares, seed
-        self._takes_turns = mix == "round_robin"
+        self._takes_turns, self._is_sequential = mix == "round_robin", order == "sequential"
         sources = [(name, turn) for name in filled for turn in range(times[name])]
         self._num_parts = {source: max(1, len(filled[source[0]]) // self._part_size) for source in sources}
         self._quotas = _quotas(self._num_parts, mix, mix_temperature)
@@ -105,6 +107,8 @@ class Plan:
             orders = [rng.permutation(len(of_source)) for _ in of_source[0]]
             return [of_source[place][turn] for turn, order in enumerate(orders) for place in order]
         blocks = [block for blocks in of_source for block in blocks]
+        if self._is_sequential:
+            return blocks
         return [blocks[number] for number in rng.permutation(len(blocks))]
 
     def _of_source(self, source: tuple[str, int], epoch: int) -> list[Block]:

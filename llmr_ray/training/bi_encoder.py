@@ -110,6 +110,8 @@ class BiEncoding:
             seed=self.recipe.seed,
             rank=self.rank,
             world_size=self.world_size,
+            sampled_once=self.recipe.train.sampling == "once",
+            keeps_false_negatives=self.recipe.train.false_negatives == "kept",
         )
         return EmbeddingBatch(self.recipe, local, [self.data.text(int(number)) for number in local.texts])
 
@@ -136,7 +138,14 @@ class EmbeddingBatch:
         local, train = self.local, self.recipe.train
         where_B, where_BG = (torch.from_numpy(at).to(output.device) for at in (local.query_B, local.doc_BG))
         each = [
-            batch_loss(cut[where_B], cut[where_BG], local, tasks=self.recipe.tasks, temperature=train.temperature)
+            batch_loss(
+                cut[where_B],
+                cut[where_BG],
+                local,
+                tasks=self.recipe.tasks,
+                temperature=train.temperature,
+                gather_devices=train.gather_devices,
+            )
             for cut in nested(output, train.matryoshka_dimensions)
         ]
         return torch.stack(each).mean()

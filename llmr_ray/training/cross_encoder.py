@@ -97,8 +97,9 @@ class CrossEncoding:
         train = self.recipe.train
         rows_B = [int(block.rows[at]) for at in block.of_rank(self.rank, self.world_size)]
         tasks = dict.fromkeys(map(self.data.task, rows_B), self.recipe.policy)
+        epoch = 0 if train.sampling == "once" else block.epoch
         groups = sample_groups(
-            self.data, rows_B, tasks=tasks, group_size=train.group_size, seed=self.recipe.seed, epoch=block.epoch
+            self.data, rows_B, tasks=tasks, group_size=train.group_size, seed=self.recipe.seed, epoch=epoch
         )
         key_BG = np.stack([group.pool.keys[group.places] for group in groups])
         text_BG = np.stack([self.data.pool_texts(row)[group.places] for row, group in zip(rows_B, groups, strict=True)])

@@ -105,14 +105,16 @@ def local_batch(
     seed: int,
     rank: int,
     world_size: int,
+    sampled_once: bool = False,
+    keeps_false_negatives: bool = False,
 ) -> LocalBatch:
     """Samples the groups of the whole block (cheap, and equal on all ranks) and cuts out what this rank encodes.
 
-    Ranks wait for each other, so the queries are dealt out such that all ranks have about as many tokens.
+    Ranks wait for each other, so the queries are dealt out such that all ranks have about as many tokens. The last two
+    arguments are train.sampling and train.false_negatives.
     """
-    sampled = sample_groups(
-        data, map(int, block.rows), tasks=tasks, group_size=group_size, seed=seed, epoch=block.epoch
-    )
+    epoch = 0 if sampled_once else block.epoch
+    sampled = sample_groups(data, map(int, block.rows), tasks=tasks, group_size=group_size, seed=seed, epoch=epoch)
     if world_size > 1:
         tokens_N = [
             sum(len(data.text(int(number))) for number in (query, *data.pool_texts(int(row))[group.places]))
@@ -131,6 +133,10 @@ def local_batch(
     own = sampled[mine.start : mine.stop]
     own_BG = keys_NG[mine.start : mine.stop]
     gold = [group.pool.keys[group.pool.is_gold] for group in own]
+    same_BGG, others_BC = own_BG[:, :, None] == own_BG[:, None, :], groups.in_batch_negatives(keys_NG, gold, mine)
+    if keeps_false_negatives:
+        same_BGG = np.broadcast_to(np.eye(group_size, dtype=bool), same_BGG.shape).copy()
+        others_BC = np.arange(keys_NG.size)[None, :] // group_size != np.asarray(mine)[:, None]
     return LocalBatch(
         dataset=block.dataset,
         epoch=block.epoch,
@@ -142,8 +148,8 @@ def local_batch(
         weights_BG=np.stack([group.weights for group in own]),
         has_rewards_B=np.asarray([group.pool.rewards is not None for group in own]),
         positive_BG=np.arange(group_size) < np.asarray([group.num_positives for group in own])[:, None],
-        same_BGG=own_BG[:, :, None] == own_BG[:, None, :],
-        others_BC=groups.in_batch_negatives(keys_NG, gold, mine),
+        same_BGG=same_BGG,
+        others_BC=others_BC,
         peers_BN=groups.peers(keys_NG[:, 0], gold, data.text_keys(data.query_texts(block.rows)), mine)
         if any(tasks[data.task(row)].full_contrastive_weight for row in block.rows)
         else None,
@@ -173,12 +179,14 @@ def batch_loss(
     *,
     tasks: Mapping[str, TaskTrain],
     temperature: float,
+    gather_devices: int = 1,
 ) -> torch.Tensor:
     """The mean loss over this rank's queries, each with the terms and weights of its task; scalar with gradient.
 
     Documents of all ranks are in-batch candidates of the contrastive, graded and listwise terms; KL, marginal and
     pairwise terms look at the own group alone. Weights apply whatever other terms there are (the released code ignores
-    the distillation weight when it is the only term, methods.md I.8).
+    the distillation weight when it is the only term, methods.md I.8: `lone_weight`). Terms that look at gathered
+    documents are divided by `gather_devices` (see TrainConfig).
     """
     device = query_BD.device
     num_queries, group_size = batch.doc_BG.shape
@@ -211,11 +219,17 @@ def batch_loss(
     for task in sorted(set(batch.tasks_B)):
         rows = torch.tensor([row for row, of in enumerate(batch.tasks_B) if of == task], device=device)
         of_task = scored.rows(rows)
-        for setting, term in TERMS.items():
-            weight = getattr(tasks[task], setting)
-            if weight:
-                loss = loss + weight * term(of_task, tasks[task]).sum()
+        for setting, weight in term_weights(tasks[task], gather_devices).items():
+            loss = loss + weight * TERMS[setting](of_task, tasks[task]).sum()
     return loss / num_queries
+
+
+def term_weights(task: TaskTrain, gather_devices: int = 1) -> dict[str, float]:
+    """The terms of a task's loss by the setting of their weight, each with what it is multiplied with."""
+    weights = {setting: float(weight) for setting in TERMS if (weight := getattr(task, setting))}
+    if task.lone_weight == "ignored" and len(weights) == 1:
+        weights = dict.fromkeys(weights, 1.0)
+    return {setting: weight / (gather_devices if setting in GATHERED else 1) for setting, weight in weights.items()}
 
 
 @dataclass(kw_only=True)
@@ -329,3 +343,6 @@ TERMS: dict[str, Callable[[Scored, TaskTrain], torch.Tensor]] = {
     "pairwise_weight": _pairwise,
 }
 """The terms of the loss by the setting that holds their weight: per-query losses [B] of a task's queries."""
+
+GATHERED = frozenset({"contrastive_weight", "full_contrastive_weight", "graded_weight", "listwise_weight"})
+"""Those that look at the documents of all ranks."""

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, RewardModelConfig, TaskScore, identity
+from llmr_ray.config import Config, RewardModelConfig, TaskScore, identity, training_seed
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.jobs import feedback_tasks
 from llmr_ray.feedback.prompts import candidate_text
@@ -47,6 +47,8 @@ def reward_model_spec(
     """What determines the reward model. The number of workers does not: the global batch is fixed."""
     settings = identity(config.reward_model)
     del settings["model"], settings["train"]["checkpoint_interval"]
+    if settings["train"].get("seed") == config.seed:
+        del settings["train"]["seed"]
     return ArtifactSpec(
         stage="reward_model",
         version=REWARD_MODEL_VERSION,
@@ -133,7 +135,7 @@ def reward_model_recipe(config: Config) -> CrossEncoderRecipe:
     settings = config.reward_model
     return CrossEncoderRecipe(
         train=settings.train,
-        seed=config.seed,
+        seed=training_seed(config, settings.train),
         max_tokens=settings.max_tokens,
         # Of the driver: the workers of a cluster must not differ.
         precision=resolve_precision(settings.precision),

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, TaskConfig, identity, question_tasks
+from llmr_ray.config import Config, TaskConfig, identity, question_tasks, training_seed
 from llmr_ray.errors import ConfigError
 from llmr_ray.precision import training_precision
 from llmr_ray.training import running
@@ -112,11 +112,13 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
     """What determines the trained embedder. The number of workers does not: the global batch is fixed."""
     train = identity(config.train)
     del train["checkpoint_interval"]
+    # One number, wherever it is said.
+    train.pop("seed", None)
     return ArtifactSpec(
         stage="train",
         version=TRAIN_VERSION,
         config={
-            "seed": config.seed,
+            "seed": training_seed(config, config.train),
             "train": train,
             "pooling": config.embedder.pooling,
             "max_query_tokens": config.embedder.max_query_tokens,
@@ -193,7 +195,7 @@ def embedder_recipe(config: Config) -> EmbedderRecipe:
     tasks = training_tasks(config)
     return EmbedderRecipe(
         train=config.train,
-        seed=config.seed,
+        seed=training_seed(config, config.train),
         tasks={name: task.train for name, task in tasks.items()},
         instructions=instructions_of(tasks),
         pooling=config.embedder.pooling,

@@ -102,6 +102,7 @@ class Trainer:
             shares=config.batch_shares,
             mix=config.mix,
             mix_temperature=config.mix_temperature,
+            order=config.order,
         )
         self.adapters = Adapters(self.model, config.lora, seed) if config.lora.rank else None
         if checkpointing:
@@ -194,7 +195,8 @@ class Trainer:
                 "its learning_rate, raise its temperature, or look for extreme rewards in this data set."
             )
         task = self.data.task(int(block.rows[0])) if block.dataset != MIXED else MIXED
-        factor = self.paced.observe(step, task, mean_loss) if config.self_paced else 1.0
+        paced = block.dataset if config.self_paced_by == "dataset" else task
+        factor = self.paced.observe(step, paced, mean_loss) if config.self_paced else 1.0
         rate = (
             config.learning_rate
             * factor

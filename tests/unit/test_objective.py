@@ -252,3 +252,40 @@ def test_hands_are_equal_in_number_and_about_equal_in_cost():
         assert num_hands == 1 or hands.max() < unsorted.max()
     assert dealt(costs, 1).tolist() == list(range(64))
     assert dealt([9.0, 1.0, 1.0, 1.0], 2).tolist() in ([0, 3, 1, 2], [0, 1, 2, 3], [0, 2, 1, 3])
+
+
+# --- as LLM-Embedder's released code has it --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crossing(tmp_path_factory):
+    return read(crossing_table(), tmp_path_factory.mktemp("released"))
+
+
+def taken(data, block, **settings):
+    return local_batch(data, block, tasks=TASKS, group_size=4, seed=3, rank=0, world_size=1, **settings)
+
+
+def test_false_negatives_can_be_kept(crossing):
+    """Released: every document of another query is a negative, whatever its text, and a repeated one its own."""
+    plan = Plan(crossing.rows_by("dataset"), repeats={}, batch_size=8, batching="mixed", seed=3)
+    masked = taken(crossing, plan.block(0))
+    kept = taken(crossing, plan.block(0), keeps_false_negatives=True)
+    own = np.arange(32)[None, :] // 4 == np.arange(8)[:, None]
+    np.testing.assert_array_equal(kept.others_BC, ~own)
+    assert masked.others_BC.sum() < kept.others_BC.sum() == 8 * 28
+    np.testing.assert_array_equal(kept.same_BGG, np.broadcast_to(np.eye(4, dtype=bool), (8, 4, 4)))
+
+
+def test_groups_can_be_drawn_once(crossing):
+    """Released: the documents of a group are frozen in a cached map; corrected, an epoch draws anew."""
+    plan = Plan(crossing.rows_by("dataset"), repeats={}, batch_size=8, batching="mixed", seed=3)
+    drawn = {True: {}, False: {}}
+    for once, of in drawn.items():
+        for step in range(4 * plan.parts_per_epoch):
+            block = plan.block(step)
+            batch = taken(crossing, block, sampled_once=once)
+            for row, texts in zip(block.rows, batch.texts[batch.doc_BG], strict=True):
+                of.setdefault(int(row), set()).add(tuple(texts))
+    assert {len(groups) for groups in drawn[True].values()} == {1}
+    assert max(len(groups) for groups in drawn[False].values()) > 1

@@ -1,5 +1,6 @@
 """Studies: every shipped variant is a valid configuration, and tables say what the runs said."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from llmr_ray import loading
 from llmr_ray.config import Config, DatasetConfig
 from llmr_ray.errors import ConfigError
 from llmr_ray.schemas import table_of
-from llmr_ray.studies import Finished, read_study, run_study, table
+from llmr_ray.studies import Finished, Study, read_study, run_study
+from llmr_ray.study_tables import summary, table, write
 
 STUDIES = sorted((Path(__file__).parents[2] / "conf" / "studies").glob("*.yaml"))
 
@@ -18,7 +20,9 @@ STUDIES = sorted((Path(__file__).parents[2] / "conf" / "studies").glob("*.yaml")
 def test_every_variant_of_a_shipped_study_loads(path):
     """Prevents a variant of a misspelt setting, found after the variants before it have run for hours."""
     study = read_study(path)
-    loaded = [loading.load(study.config, list(overrides)) for overrides in study.variants.values()]
+    study = dataclasses.replace(study, seeds=study.seeds[:1])
+    loaded = [loading.load(study.config, cell.settings) for cell in study.cells([])]
+    loaded = [dataclasses.replace(config, name="") for config in loaded]
     assert len({loading.to_yaml(config) for config in loaded}) == len(loaded), "two variants are the same"
 
 
@@ -26,7 +30,7 @@ def result(method, mean, dataset="average", measure="score"):
     delta = None if method in ("none", "base") else {"mean": mean - 0.5, "ci95": [0.01, 0.2], "p": 0.0004, "n": 9}
     interval = [mean - 0.1, mean + 0.1]
     row = {"dataset": dataset, "measure": measure, "method": method, "mean": mean, "ci95": interval, "n": 9}
-    return row | {"delta_vs_base": delta, "task": "icl"}
+    return row | {"delta_vs_base": delta, "task": "icl", "lower_is_better": measure == "perplexity"}
 
 
 def finished(rows, metrics=(), **results):
@@ -52,20 +56,21 @@ def study(tmp_path):
 def test_a_study_is_a_run_for_each_variant_and_one_table(study, tmp_path):
     asked = []
 
-    def run(config, settings):
-        asked.append((Path(config), settings))
+    def run(config, cell):
+        asked.append((Path(config), cell.settings))
         rows = [result("none", 0.25), result("base", 0.5), result("trained", 0.5 + 0.125 * len(asked))]
         if len(asked) == 2:
             rows.insert(2, result("round_1", 0.5625))
         return finished([*rows, result("base", 0.875, dataset="boolq", measure="accuracy")])
 
-    rows = run_study(study, ["seed=7"], run, tmp_path / "out")
+    outcome = run_study(study, ["seed=7"], run, lambda known: write(study, known, tmp_path / "out"))
+    rows = outcome.rows
     assert asked == [
         ((tmp_path / "../base.yaml").resolve(), ["seed=7", "name=small-plain"]),
         ((tmp_path / "../base.yaml").resolve(), ["seed=7", "rounds=2", "name=small-two-rounds"]),
     ]
     assert len(rows) == 7
-    lines = [line for line in table(study, rows).splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in table(study, outcome).splitlines() if line.startswith("| ")][1:]
     told = [[cell.strip() for cell in line.strip("|").split("|")][:2] for line in lines]
     assert told == [
         ["None", "0.250 [0.150, 0.350]"],
@@ -79,17 +84,81 @@ def test_a_study_is_a_run_for_each_variant_and_one_table(study, tmp_path):
     assert (tmp_path / "out" / "average-score.svg").read_text().startswith("<svg")
 
 
-def test_what_is_known_is_written_after_each_variant(study, tmp_path):
-    """Prevents the last variant's failure from costing the table of the others."""
+def test_a_failed_cell_is_told_and_the_others_go_on(study, tmp_path):
+    """Prevents one variant's failure from costing the night, or its table, and from being silent."""
+    tried = []
 
-    def run(_, settings):
-        if settings[0] == "rounds=2":
-            raise ConfigError("no")
-        return finished([result("base", 0.5)])
+    def run(_, cell):
+        tried.append(cell.label)
+        if cell.settings[0] == "rounds=2" and len(tried) < 5:
+            raise ConfigError("no GPU")
+        return finished([result("base", 0.5), result("trained", 0.75)])
 
-    with pytest.raises(ConfigError, match="no"):
-        run_study(study, [], run, tmp_path / "out")
-    assert "| Base embedder | 0.500" in (tmp_path / "out" / "study.md").read_text()
+    seeded = dataclasses.replace(study, seeds=[1, 2])
+    outcome = run_study(seeded, [], run, lambda known: write(seeded, known, tmp_path / "out"))
+    assert tried == ["plain, seed 1", "Two rounds, seed 1", "plain, seed 2", "Two rounds, seed 2"]
+    record = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [(told["variant"], told["seed"], told["error"]) for told in record["failures"]] == [
+        ("Two rounds", 1, "ConfigError: no GPU"),
+        ("Two rounds", 2, "ConfigError: no GPU"),
+    ]
+    assert record["failures"][0]["trace"][-1].endswith("ConfigError: no GPU")
+    assert record["missing"] == []
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "| Base embedder | 0.500" in text
+    assert "- Two rounds, seed 1: ConfigError: no GPU" in text
+    # The same again: what failed is tried again.
+    assert run_study(seeded, [], run, lambda known: None).failures == []
+    assert len(outcome.rows) == 4
+
+
+def test_an_interrupt_is_no_failure_of_a_cell(study):
+    """Prevents Ctrl-C from being noted as a failure while the next cell starts."""
+
+    def run(_, cell):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, [], run, lambda known: None)
+
+
+def test_differences_over_seeds_are_paired_by_seed(tmp_path):
+    """Prevents the spread between seeds, common to both variants, from hiding a difference that every seed shows."""
+    study = Study(
+        name="s", title="s", config="", figures=[("qa", "nDCG@10"), ("qa", "perplexity")], reference="full",
+        variants={"full": [], "less": ["a=b"]}, seeds=[1, 2, 3], against="tokens",
+    )  # fmt: skip
+    level = {1: 0.5, 2: 0.25, 3: 0.75}
+    lost = {1: 0.125, 2: 0.25, 3: 0.1875}
+
+    def run(_, cell):
+        if cell.label == "less, seed 3":
+            raise ValueError("gone")
+        value = level[cell.seed] - (lost[cell.seed] if cell.variant == "less" else 0)
+        rows = [result("none", 20.0, "qa", "perplexity"), result("base", 0.5, "qa", "nDCG@10")]
+        rows += [result("trained", value, "qa", "nDCG@10"), result("trained", 16.0, "qa", "perplexity")]
+        told = finished(rows, [("trained", query, value) for query in "abcd"])
+        return dataclasses.replace(told, tokens=1000 if cell.variant == "full" else 10)
+
+    outcome = run_study(study, [], run, lambda known: write(study, known, tmp_path / "out"))
+    told = {(row["variant"], row["method"]): row for row in summary(outcome.rows) if row["measure"] == "nDCG@10"}
+    full, less = told["full", "trained"], told["less", "trained"]
+    assert (full["mean"], full["num_seeds"], less["num_seeds"]) == (0.5, 3, 2)
+    assert full["ci95"] == pytest.approx([0.5 - 0.6210, 0.5 + 0.6210], abs=1e-3)  # 4.3027 * .25 / sqrt(3)
+    assert full["delta_vs_reference"] is None
+    delta = less["delta_vs_reference"]
+    # -.125 and -.25: mean -.1875, t(.975, 1) = 12.706, sd .0884 / sqrt(2).
+    assert delta["mean"] == pytest.approx(-0.1875)
+    assert delta["ci95"] == pytest.approx([-0.1875 - 0.7941, -0.1875 + 0.7941], abs=1e-3)
+    assert len(less["p_over_queries"]) == 2
+    assert told["full", "base"]["ci95"] == [0.4, 0.6]
+    assert (full["tokens"], less["tokens"]) == (1000, 10)
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "less, seed 3: ValueError: gone" in text
+    assert "| LLM tokens of feedback |" in text
+    impact = (tmp_path / "out" / "impact.svg").read_text()
+    assert "+20.0%" in impact  # perplexity 16 for 20: warm
+    assert "-62.5%" in impact  # .1875 for the base's .5
 
 
 def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp_path):
@@ -100,8 +169,8 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         "variants:\n  some: [rounds=2]\n  all: []\n"
     )
 
-    def run(_, settings):
-        if settings[0] == "rounds=2":
+    def run(_, cell):
+        if cell.settings[0] == "rounds=2":
             rows = [result(method, 0.5, "qa", "nDCG@10") for method in ("base", "round_1", "trained")]
             values = [("round_1", "a", 0.25), ("round_1", "b", 0.25), ("trained", "a", 0.5), ("trained", "c", 0.25)]
             return finished(rows, values, labeling=[{"spent": 100}, {"spent": 180}])
@@ -109,7 +178,8 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         values = [("trained", query, 0.75) for query in "abc"]
         return finished(rows, values, labeling=[{"spent": 400}])
 
-    rows = run_study(read_study(tmp_path / "labels.yaml"), [], run, tmp_path / "out")
+    labels = read_study(tmp_path / "labels.yaml")
+    rows = run_study(labels, [], run, lambda known: write(labels, known, tmp_path / "out")).rows
     told = {(row["variant"], row["method"]): row for row in rows}
     assert {key: row["asked"] for key, row in told.items()} == {
         ("some", "base"): None,
@@ -136,7 +206,9 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
     ("text", "message"),
     [
         ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nreference: c\n", "must be one of the variants"),
-        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nagainst: hours\n", "over 'asked' alone"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nagainst: hours\n", "can be drawn over"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nseeds: [1, 1]\n", "twice"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nseeds: 3\n", "whole numbers"),
         ("title: a\nconfig: b\nfigures: [average score]\n", "must have the keys"),
         ("title: a\nconfig: b\nfigures: [score]\nvariants: {a: []}\n", "a data set and a measure"),
         ("title: a\nconfig: b\nfigures: [average score]\nvariants: {a b: [], A-b: []}\n", "different words"),
