@@ -118,7 +118,8 @@ class LeakageWorker:
 
     def run(self, shard: int) -> dict[str, Any]:
         """Compares one shard and commits it; returns its ledger record."""
-        counts, rows = Counts(), []
+        counts = Counts()
+        rows: list[dict[str, Any]] = []
         for table, batch in self._batches(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS):
             counts.rows_in += batch.num_rows
             found = []
