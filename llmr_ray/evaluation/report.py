@@ -133,7 +133,7 @@ REMOVED = ("duplicate_of_test", "example_of_held_out_query")
 
 def _leakage(artifacts: dict[str, Artifact], stages: list[dict[str, Any]]) -> dict[str, Any]:
     prepare = artifacts["prepare"]
-    skipped = next((stage["skipped"] for stage in stages if stage["stage"] == "prepare"), {})
+    skipped: dict[str, int] = next((stage["skipped"] for stage in stages if stage["stage"] == "prepare"), {})
     removed = {reason: skipped.get(reason, 0) for reason in REMOVED}
     found = artifacts["leakage"].read("leakage")
     return leakage_figures(found, prepare.read("queries"), removed, prepare.read("corpus"))
