@@ -197,8 +197,9 @@ def verdicts(audited: Judged) -> dict[str, Verdict]:
         query = audited.queries[str(ids[start])]
         answers = gold_answers(query["targets"]) if query["task"] in ANSWER_TASKS else []
         if answers and not np.isnan(llm_M).all():
-            best = audited.documents[doc_ids[start + int(np.nanargmax(llm_M))]]
-            flags["answer_absent"] = not holds_answer(best, answers)
+            best = np.flatnonzero(llm_M == np.nanmax(llm_M)) + start
+            texts = [audited.documents[doc_ids[place]] for place in best.tolist()]
+            flags["answer_absent"] = not any(holds_answer(text, answers) for text in texts)
         found[query["query_id"]] = Verdict(taus=taus, gammas=gammas, parts=parts, flags=flags)
     return found
 

@@ -41,7 +41,7 @@ FILTERS = {
     "against_trained": "LLM against the embedder after training",
     "against_label": "LLM against the labels of the data",
     "against_reward_model": "LLM against the reward model",
-    "answer_absent": "No desired output in the LLM's best candidate",
+    "answer_absent": "No desired output in the LLM's best candidates",
     "top_longer": "The LLM's best are much longer",
     "top_shorter": "The LLM's best are much shorter",
     "injection": "A text that talks to the judge",

@@ -39,7 +39,8 @@ const ordered = (candidates, name) => {
 const shownValue = (candidate, name) => {
   if (name === "llm" && candidate.rule) return candidate.rule.replaceAll("_", " ");
   const found = value(candidate, name);
-  return found === null ? "unknown" : String(Math.round(found * 1000) / 1000);
+  if (found === null) return name === "label" ? "no label" : "unknown";
+  return String(Math.round(found * 1000) / 1000);
 };
 
 let visible = [];
