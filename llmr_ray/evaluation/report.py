@@ -192,6 +192,12 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
+    for where in ("training", "documents"):
+        for row in results.get("leakage", {}).get(where, []):
+            if row["kinds"]:
+                told = ", ".join(f"{count} {LEAKS[kind].lower()}" for kind, count in row["kinds"].items())
+                place = "training queries" if where == "training" else "examples that may be retrieved"
+                console.print(f"{row['dataset']}: of {row['n']} test queries among {place}: {told}")
     for row in results.get("questions", []):
         dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "

@@ -1,5 +1,6 @@
 """Leakage: copies of test queries in training data and examples, against plain loops over all pairs."""
 
+import io
 import json
 import random
 import re
@@ -7,6 +8,7 @@ import unicodedata
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
@@ -26,6 +28,7 @@ from llmr_ray.evaluation.leakage import (
     rows_of_document,
     rows_of_query,
 )
+from llmr_ray.evaluation.report import print_table
 from llmr_ray.schemas import table_of
 from tests.feedback_world import make_artifact
 
@@ -202,6 +205,18 @@ def test_the_stage_finds_what_is_there_and_accounts_for_every_row(tmp_path):
         "how do I open a jar of honey\nturn it"
     }
     assert len(json.dumps(told)) > 100
+
+
+def test_the_terminal_tells_what_training_holds(tmp_path):
+    """A leak that stands in a file alone is found after the figures were believed."""
+    prepare = prepared(tmp_path)
+    found = compared(tmp_path, prepare).read("leakage")
+    console = Console(file=io.StringIO(), width=200)
+    leakage = leakage_figures(found, prepare.read("queries"), {})
+    print_table({"name": "x", "rows": [], "leakage": leakage}, console)
+    told = console.file.getvalue()
+    assert "nq: of 4 test queries among training queries: 1 same text, 1 near copy, 1 near but for numbers" in told
+    assert "piqa: of 1 test queries among examples that may be retrieved: 1 same text" in told
 
 
 def test_shards_of_any_size_say_the_same(tmp_path, monkeypatch):
