@@ -324,6 +324,18 @@ class Artifact:
         whole = pa.concat_tables(parts)
         return conform(whole, table) if table in SCHEMAS else whole
 
+    def batches(self, table: str, shard: int, columns: list[str], start: int, end: int) -> Iterator[pa.Table]:
+        """Rows [start, end) of a shard's part of a finished artifact's table, some thousand at a time."""
+        place = 0
+        with pq.ParquetFile(self.path / _part(table, shard)) as file:
+            for batch in file.iter_batches(batch_size=4096, columns=columns):
+                first, last = max(start - place, 0), min(end - place, batch.num_rows)
+                if first < last:
+                    yield pa.Table.from_batches([batch]).slice(first, last - first)
+                place += batch.num_rows
+                if place >= end:
+                    return
+
     def checked_part(self, table: str, shard: int) -> Path:
         """The file that holds a shard's part of a finished artifact's table; DataError where its bytes changed."""
         return self._checked(_part(table, shard), self.require()["files"])

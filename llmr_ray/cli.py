@@ -143,6 +143,15 @@ def evaluate(
 
 
 @app.command()
+def audit(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Writes a run's audit.html again: what the LLM rewarded, beside every other ranking of the same candidates."""
+    from llmr_ray.pipeline import write_audit_of
+
+    with exit_on_user_error():
+        typer.echo(f"audit: {write_audit_of(config, overrides or [])}")
+
+
+@app.command()
 def fetch(config: ConfigPath, overrides: Overrides = None) -> None:
     """Downloads the models and data sets that a configuration names, so that the run itself needs no network."""
     from llmr_ray.pipeline import fetch_assets

@@ -1,7 +1,8 @@
 """The configuration: frozen dataclasses, one per part, with defaults. loading.py reads them from YAML and checks them.
 
-Everything outside `runtime` is identity: it changes numbers and is hashed into artifact ids. `runtime` changes only
-speed and place and never is. This module stays light: it imports neither torch, ray nor vllm.
+Everything outside `runtime`, `budget`, `serving` and `report` is identity: it changes numbers and is hashed into
+artifact ids. These change only speed, place and what is shown, and never are. This module stays light: it imports
+neither torch, ray nor vllm.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.labeling.settings import TaskQuestions as TaskQuestions
 from llmr_ray.later import later
 from llmr_ray.runtime_config import BudgetConfig as BudgetConfig
+from llmr_ray.runtime_config import ReportConfig as ReportConfig
 from llmr_ray.runtime_config import RuntimeConfig as RuntimeConfig
 from llmr_ray.serving.settings import ServingSettings
 from llmr_ray.task_config import TaskConfig as TaskConfig
@@ -308,6 +310,8 @@ class Config:
     """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """What the report shows; never part of an artifact's id."""
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How `llmr serve` serves the run; never part of an artifact's id."""
 

@@ -23,7 +23,8 @@ from llmr_ray.artifacts import Artifact, locked
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
-from llmr_ray.evaluation import endpoint, report
+from llmr_ray.evaluation import audit_page, endpoint, report
+from llmr_ray.evaluation.published import check_names
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.jobs import ScoreJobs
@@ -48,6 +49,7 @@ class Pipeline:
     def __init__(self, config: Config, console: Console | None = None, *, allow_restart: bool = False) -> None:
         self.config = config
         self.console = console or Console()
+        check_names(config.report.reproduces)
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
         self.client = RayClient(config, resolved[config.llm.model])
@@ -198,13 +200,18 @@ class Pipeline:
             if asked is not None and client is not asked:
                 client.close()
 
-    def _report(self, record: dict[str, Any]) -> dict[str, Any]:
+    def finished(self) -> dict[str, Artifact]:
+        """Finished artifacts as the report takes them, those of the last round."""
         done = {MAKES.get(at.base_name, at.base_name): at.artifact for at in self.stages if at.artifact.is_done}
-        if "evaluate" not in done:
-            raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
         done["prepare"] = self.prepared
         if "labels" in done:
             done |= {"rewards": done["labels"], "candidates": done["select"]}
+        return done
+
+    def _report(self, record: dict[str, Any]) -> dict[str, Any]:
+        done = self.finished()
+        if "evaluate" not in done:
+            raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
         stages = [
             {"stage": stage.name, "artifact": stage.artifact.id, "seconds": manifest["seconds"], **manifest["counts"]}
             for stage in self.stages
@@ -300,6 +307,21 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
     )
     write_atomic(pipeline.run_dir / "served.json", (json.dumps(found.to_dict(), indent=1) + "\n").encode())
     return found
+
+
+def write_audit_of(path: str, overrides: list[str]) -> Path:
+    """Writes a run's audit.html again, from what it has made so far; returns its path.
+
+    Raises:
+        DataError: the run has no rewards yet, or its configuration wants no such page.
+    """
+    config = loading.load(path, overrides)
+    pipeline = Pipeline(config, Console(quiet=True))
+    if audit_page.write_audit(pipeline.run_dir, config, pipeline.finished()) is None:
+        raise DataError(
+            f"run {config.name} has no rewards to audit, or report.audit_queries is 0. Run it up to the stage 'reward'."
+        )
+    return pipeline.run_dir / "audit.html"
 
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:

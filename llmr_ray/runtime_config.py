@@ -1,4 +1,4 @@
-"""What a run may spend and where it runs: settings that change speed, place or how far it gets, never a result."""
+"""What a run may spend, where it runs and what its report shows: settings that change no result and no id."""
 
 from dataclasses import dataclass, field
 
@@ -11,6 +11,19 @@ class BudgetConfig:
     """LLM tokens computed. 0: no limit."""
     max_hours: float = 0.0
     """Hours from the first question to the LLM. 0: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report shows beside a run's own figures; never part of an artifact's id."""
+
+    audit_queries: int = 300
+    """Training queries that audit.html shows with all their candidates, by a hash of the id and in equal shares of the
+    tasks. Its counts are of all queries in any case. 0: no such page."""
+    audit_megabytes: float = 4.0
+    """Queries that would make the page's data larger are left out, the last by that hash first."""
+    reproduces: list[str] = field(default_factory=list)
+    """Published tables whose figures stand beside the run's, by their names in llmr_ray/evaluation/published.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
 from llmr_ray.config import ComparedEmbedder, Config, as_trained, question_tasks
 from llmr_ray.data import stage as data
-from llmr_ray.evaluation import agreement, look
+from llmr_ray.evaluation import agreement, leakage_stage, look
 from llmr_ray.evaluation import stage as evaluation
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
@@ -127,6 +127,8 @@ class StagePlan:
             for name, other in config.evaluate.embedders.items()
             if name in config.evaluate.methods
         }
+        spec = leakage_stage.leakage_spec(self.prepare)
+        self._add("leakage", spec, leakage_stage.run_leakage, prepare=self.prepare)
         if canaries.label_tasks(config):
             spec = canaries.canary_spec(config, self.llm, self.prepare)
             self._add("canary", spec, canaries.run_canary, client=client, prepare=self.prepare)

@@ -1,4 +1,4 @@
-"""The report of a run: results.json, a self-contained report.html, TREC files and the trained embedder."""
+"""The report of a run: results.json, self-contained report.html and audit.html, TREC files and the trained embedder."""
 
 import json
 import shutil
@@ -19,7 +19,10 @@ from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.annotators import compared, fooled_rates
+from llmr_ray.evaluation.audit_page import write_audit
+from llmr_ray.evaluation.leakage import KINDS, leakage_figures
 from llmr_ray.evaluation.look import MEASURE, read_looks
+from llmr_ray.evaluation.published import beside_published
 from llmr_ray.evaluation.results import held_out_tasks, result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
@@ -36,13 +39,14 @@ def write_report(
     command: str,
     commit: str,
 ) -> dict[str, Any]:
-    """Writes ``results.json``, ``report.html``, ``trec/`` and ``embedder/`` into the run's folder.
+    """Writes ``results.json``, ``report.html``, ``audit.html``, ``trec/`` and ``embedder/`` into the run's folder.
 
     Args:
         run_dir: the run's folder.
         config: of the run.
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
-            "agreement", "canaries", "labels", "generate" and "checkpoint" are shown where they exist.
+            "agreement", "canaries", "labels", "generate", "leakage" and "checkpoint" are shown where they exist, and
+            for the audit "embed_base", "embed_trained" and "teach".
         stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
         command: repeats the run.
         commit: of the code.
@@ -50,7 +54,8 @@ def write_report(
     Returns:
         What results.json holds: rows, stages, command, commit, seed, reading where the LLM does not simply read all
         passages, agreement where there is a reward model, annotators and canaries where LLMs label, labeling where
-        labels are made in rounds, and questions where the LLM wrote some.
+        labels are made in rounds, questions where the LLM wrote some, leakage where
+        it was looked for, published where report.reproduces names tables, and audit where it gave feedback.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -92,6 +97,12 @@ def write_report(
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     if "generate" in artifacts:
         results["questions"] = questions_told(artifacts["generate"].read("generated"))
+    if config.report.reproduces:
+        results["published"] = beside_published(config, rows)
+    if "leakage" in artifacts:
+        results["leakage"] = _leakage(artifacts, stages)
+    if (audited := write_audit(run_dir, config, artifacts)) is not None:
+        results["audit"] = audited
     write_atomic(run_dir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     queries = prepare.read("queries")
     evaluated = set(evaluate.read("metrics")["query_id"].to_pylist())
@@ -106,6 +117,26 @@ def write_report(
         with staged(run_dir / "embedder") as temporary:
             shutil.copytree(artifacts["checkpoint"].file("embedder"), temporary)
     return results
+
+
+LEAKS = {
+    "same_text": "Same text",
+    "near_text": "Near copy",
+    "in_document": "Inside a document",
+    "other_numbers": "Near but for numbers",
+}
+"""What the page calls the kinds of copies."""
+
+REMOVED = ("duplicate_of_test", "example_of_held_out_query")
+"""What `prepare` leaves out so that no test query is learned: reasons of its accounting."""
+
+
+def _leakage(artifacts: dict[str, Artifact], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    prepare = artifacts["prepare"]
+    skipped: dict[str, int] = next((stage["skipped"] for stage in stages if stage["stage"] == "prepare"), {})
+    removed = {reason: skipped.get(reason, 0) for reason in REMOVED}
+    found = artifacts["leakage"].read("leakage")
+    return leakage_figures(found, prepare.read("queries"), removed, prepare.read("corpus"))
 
 
 def _short(method: str) -> str:
@@ -161,6 +192,12 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
+    for where in ("training", "documents"):
+        for row in results.get("leakage", {}).get(where, []):
+            if row["kinds"]:
+                told = ", ".join(f"{count} {LEAKS[kind].lower()}" for kind, count in row["kinds"].items())
+                place = "training queries" if where == "training" else "examples that may be retrieved"
+                console.print(f"{row['dataset']}: of {row['n']} test queries among {place}: {told}")
     for row in results.get("questions", []):
         dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "
@@ -270,6 +307,10 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         score_floor=config.evaluate.score_floor,
         labeling=[labels_told(told) for told in results.get("labeling", [])],
         questions=results.get("questions"),
+        published=results.get("published", []),
+        audit=results.get("audit"),
+        leakage=results.get("leakage"),
+        leakage_kinds={kind: LEAKS[kind] for kind in KINDS},
         histograms=_histograms(artifacts),
         training_examples=training_examples(artifacts),
         test_examples=test_examples(artifacts, result),

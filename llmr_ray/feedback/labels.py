@@ -161,7 +161,7 @@ def checked(said: Said, passage: str, gold_answers: Sequence[str], *, check_evid
     if check_evidence and score > 0 and not is_quoted(said.evidence, passage):
         score -= 0.5
         flags.append(NOT_QUOTED)
-    if score == 1 and gold_answers and not any(_holds(text, gold_answers) for text in (passage, said.evidence)):
+    if score == 1 and gold_answers and not any(holds_answer(text, gold_answers) for text in (passage, said.evidence)):
         score = 0.5
         flags.append(NO_GOLD_ANSWER)
     return Label(score=score, evidence=said.evidence, flags=tuple(flags))
@@ -175,6 +175,12 @@ def gold_answers(targets: Sequence[str]) -> list[str]:
         for target, of_target in words.items()
         if 0 < len(of_target) <= _MAX_ANSWER_WORDS and of_target not in (["yes"], ["no"])
     ]
+
+
+def holds_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in a text, its words one after the other; case and punctuation do not count."""
+    words = f" {' '.join(_words(text))} "
+    return any(f" {' '.join(_words(answer))} " in words for answer in answers)
 
 
 def is_quoted(evidence: str, passage: str) -> bool:
@@ -222,11 +228,6 @@ def _said(entry: Any) -> Said | str:
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     required = list(properties)
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def _holds(text: str, answers: Sequence[str]) -> bool:
-    words = f" {' '.join(_words(text))} "
-    return any(f" {' '.join(_words(answer))} " in words for answer in answers)
 
 
 def _words(text: str) -> list[str]:

@@ -9,6 +9,9 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact, canonical_json
 from llmr_ray.errors import DataError
 
+_PAIRS = 65_536
+"""Pairs whose vectors are side by side in memory at a time."""
+
 
 def to_table(key: str, ids: Sequence[str] | pa.ChunkedArray, vector_ND: np.ndarray) -> pa.Table:
     """A table of two columns: the ids under the name `key`, and `embedding`.
@@ -66,6 +69,12 @@ def pair_cosines(embeddings: Artifact, query_ids: list[str], doc_ids: list[str])
     documents = embeddings.read("document_embeddings")
     documents = documents.filter(pc.is_in(documents["doc_id"], value_set=pc.unique(pa.array(doc_ids, pa.string()))))
     row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
-    document_PD = to_matrix(documents)[[row_of[doc_id] for doc_id in doc_ids]]
-    cosine_P: np.ndarray = (query_vectors(embeddings, query_ids) * document_PD).sum(axis=1)
+    number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
+    document_ND, query_QD = to_matrix(documents), query_vectors(embeddings, list(number_of))
+    document_P = np.asarray([row_of[doc_id] for doc_id in doc_ids], np.int64)
+    query_P = np.asarray([number_of[query_id] for query_id in query_ids], np.int64)
+    cosine_P = np.zeros(len(doc_ids), np.float32)
+    for start in range(0, len(doc_ids), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        cosine_P[part] = (query_QD[query_P[part]] * document_ND[document_P[part]]).sum(axis=1)
     return cosine_P

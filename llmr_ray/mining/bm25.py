@@ -71,6 +71,19 @@ class BM25:
                 scores_QK[member, : len(rows)] = scores_N[rows]
         return rows_QK, scores_QK
 
+    def scores_of(self, query: str, start: int, end: int, rows: Sequence[int]) -> np.ndarray:
+        """float32: the query's score of each of these documents of its range; 0 for one that shares no token with it.
+
+        Args:
+            query: a text.
+            start, end: its range of rows, end exclusive.
+            rows: within the range.
+        """
+        (words,) = bm25s.tokenize([query], stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False)
+        known = [self._vocabulary[word] for word in words if word in self._vocabulary]
+        scores_N = self._index(start, end).scores(np.asarray(known, np.int64))
+        return scores_N[np.asarray(rows, np.int64) - start]
+
     def _index(self, start: int, end: int) -> "_RangeIndex":
         if (start, end) in self._kept:
             self._kept.move_to_end((start, end))

@@ -40,7 +40,7 @@ def test_results_hold_every_scenario_and_method(finished: Runner) -> None:
 def test_every_stage_accounts_for_its_rows(finished: Runner) -> None:
     """Rows that vanish between stages are the failure that no table shows."""
     stages = json.loads((finished.run_dir / "results.json").read_text())["stages"]
-    assert len(stages) == 11
+    assert len(stages) == 12
     for stage in stages:
         dropped = sum(stage["quarantined"].values()) + sum(stage["skipped"].values())
         assert stage["rows_in"] == stage["ok"] + stage["cached"] + dropped, stage
@@ -84,7 +84,7 @@ def test_rerun_does_no_work_and_a_change_redoes_what_depends_on_it(finished: Run
     before = manifests(finished)
     again = finished.run()
     assert again.returncode == 0, again.stdout
-    assert again.stdout.count("done already") == 11
+    assert again.stdout.count("done already") == 12
     assert manifests(finished) == before
     plan = finished.run("--dry-run", "train.num_steps=13").stdout
     states = {line.split()[0]: line.split()[1] for line in plan.splitlines() if "/" in line and len(line.split()) == 3}
@@ -92,6 +92,27 @@ def test_rerun_does_no_work_and_a_change_redoes_what_depends_on_it(finished: Run
     assert {name for name, state in states.items() if state == "missing"} == redone
     assert {name for name, state in states.items() if state == "done"} == set(states) - redone
     assert "nothing to pay" in plan
+
+
+def test_the_report_tells_of_leakage_papers_and_rewards(finished: Runner) -> None:
+    """What is computed but not told is not checked by anyone."""
+    results = json.loads((finished.run_dir / "results.json").read_text())
+    assert {row["dataset"] for row in results["leakage"]["training"]} >= {"hotpotqa", "stdlib", "bfcl_tools"}
+    assert results["leakage"]["removed"]["example_of_held_out_query"] > 0
+    assert results["published"][0]["name"] == "llm_embedder_table_1"
+    assert results["audit"]["num_queries"]["qa"] == 6
+    assert results["audit"]["unasked"] == ["tool"]
+
+
+def test_the_audit_is_written_again_without_a_cluster(finished: Runner) -> None:
+    """A page that only a whole run can write is lost with its folder."""
+    page = finished.run_dir / "audit.html"
+    before = page.read_bytes()
+    page.unlink()
+    command = [word if word != "run" else "audit" for word in finished.command()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert page.read_bytes() == before
 
 
 def test_report_is_one_self_contained_file(finished: Runner) -> None:

@@ -1,0 +1,149 @@
+"""The stage `leakage`: every training query, and every example that may be retrieved, beside all test queries.
+
+A shard is a range of rows, training queries before documents, read in batches: memory holds the test queries and one
+batch. Runs that share what was prepared share the artifact.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmr_ray import cluster
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.config import Config
+from llmr_ray.data.example_tasks import owner_of
+from llmr_ray.evaluation.leakage import (
+    BANDS,
+    EXAMPLE_TASKS,
+    LEAKAGE_VERSION,
+    NEAR,
+    NGRAM,
+    ROWS,
+    SCHEMA,
+    WINDOW,
+    Probe,
+    Probes,
+    gravest,
+    rows_of_document,
+    rows_of_query,
+)
+
+SHARD_ROWS = 200_000
+"""Rows that one shard compares; it decides what is in a file, so it is no setting."""
+
+_COLUMNS = {"queries": ["query_id", "dataset", "split", "query"], "corpus": ["doc_id", "task", "text", "meta"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows of one part of what was prepared; `first` is the place of its first row among all that are compared."""
+
+    table: str
+    part: int
+    first: int
+    num_rows: int
+
+
+def leakage_spec(prepare: Artifact) -> ArtifactSpec:
+    """What determines what is found: the data, and what counts as a copy."""
+    return ArtifactSpec(
+        stage="leakage",
+        version=LEAKAGE_VERSION,
+        config={"near": NEAR, "ngram": NGRAM, "bands": BANDS, "rows": ROWS, "window": WINDOW, "shard": SHARD_ROWS},
+        inputs={"prepare": prepare.id},
+    )
+
+
+def run_leakage(config: Config, artifact: Artifact, prepare: Artifact) -> None:
+    """Writes the table `leakage`. rows_in counts training and other queries, and documents of tasks with examples."""
+    started = time.monotonic()
+    compared = pieces(prepare)
+    total = sum(piece.num_rows for piece in compared)
+    num_shards = max(1, -(-total // SHARD_ROWS))
+    pending = artifact.pending(num_shards)
+    if num_shards == 1:
+        # Of a small run comparing takes less time than starting an actor.
+        for shard in pending:
+            LeakageWorker(artifact, prepare, compared).run(shard)
+    else:
+        cluster.map_shards(
+            pending,
+            LeakageWorker,
+            {"artifact": artifact, "prepare": prepare, "compared": compared},
+            num_actors=config.runtime.mine_actors,
+            purpose="leakage",
+        )
+    artifact.commit(num_shards, seconds=time.monotonic() - started)
+
+
+def pieces(prepare: Artifact) -> list[Piece]:
+    """What is compared: the queries of every part, then the documents of parts whose queries take examples."""
+    ledger = prepare.ledger()
+    with_examples = [
+        part
+        for part in sorted(ledger)
+        if set(prepare.read("queries", part)["task"].unique().to_pylist()) & set(EXAMPLE_TASKS)
+    ]
+    wanted = [("queries", part) for part in sorted(ledger)] + [("corpus", part) for part in with_examples]
+    found, first = [], 0
+    for table, part in wanted:
+        num_rows = ledger[part]["rows"].get(table, 0)
+        found.append(Piece(table=table, part=part, first=first, num_rows=num_rows))
+        first += num_rows
+    return found
+
+
+class LeakageWorker:
+    """Compares shards: shard n is rows [n * SHARD_ROWS, (n + 1) * SHARD_ROWS) of all pieces in a row."""
+
+    def __init__(self, artifact: Artifact, prepare: Artifact, compared: list[Piece]) -> None:
+        self.artifact, self.prepare, self.compared = artifact, prepare, compared
+        queries = prepare.read("queries")
+        self.probes = Probes(
+            [
+                Probe(
+                    query_id=row["query_id"],
+                    dataset=row["dataset"],
+                    task=row["task"],
+                    text=row["query"],
+                    targets=tuple(row["targets"]),
+                )
+                for row in queries.filter(pc.equal(queries["split"], "test")).to_pylist()
+            ]
+        )
+
+    def run(self, shard: int) -> dict[str, Any]:
+        """Compares one shard and commits it; returns its ledger record."""
+        counts = Counts()
+        rows: list[dict[str, Any]] = []
+        for table, batch in self._batches(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS):
+            counts.rows_in += batch.num_rows
+            found = []
+            for row in batch.to_pylist():
+                if table == "queries" and row["split"] != "train":
+                    counts.skipped["held_out_query"] += 1
+                elif table == "corpus" and row["task"] not in EXAMPLE_TASKS:
+                    counts.skipped["document_is_no_example"] += 1
+                else:
+                    counts.ok += 1
+                    found += self._compared(table, row)
+            # At most one row for each test query and data set stays in memory.
+            rows = gravest([*rows, *found])
+        return self.artifact.write_shard(shard, {"leakage": pa.Table.from_pylist(rows, SCHEMA)}, counts)
+
+    def _compared(self, table: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+        if table == "queries":
+            return rows_of_query(self.probes, row)
+        return rows_of_document(self.probes, row["doc_id"], owner_of(row["meta"]) or "", row["text"])
+
+    def _batches(self, first: int, last: int) -> Iterator[tuple[str, pa.Table]]:
+        """The rows [first, last) of all pieces in a row, in batches of one table."""
+        for piece in self.compared:
+            start, end = max(first, piece.first) - piece.first, min(last, piece.first + piece.num_rows) - piece.first
+            if start < end:
+                for batch in self.prepare.batches(piece.table, piece.part, _COLUMNS[piece.table], start, end):
+                    yield piece.table, batch
