@@ -10,12 +10,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskQuestions, TaskScore, TaskTrain, TrainConfig
+from llmr_ray.config import (
+    Config,
+    RewardModelConfig,
+    RuntimeConfig,
+    TaskQuestions,
+    TaskScore,
+    TaskTrain,
+    TrainConfig,
+    question_tasks,
+)
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
-    "pooling": ("auto", "cls", "mean", "last"),
+    "pooling": ("auto", "cls", "mean", "last", "decoder"),
+    "similarity": ("cosine", "dot"),
     "precision": ("auto", "float32", "bfloat16"),
     "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
@@ -176,8 +186,23 @@ def _check_run(config: Config) -> None:
     if config.labeling.enabled or config.annotators:
         _check_labeling(config)
     _check_reading(config)
+    _check_embedder(config)
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
+
+
+def _check_embedder(config: Config) -> None:
+    if config.embedder.pooling == "decoder":
+        raise ConfigError(
+            "embedder.pooling is 'decoder', but what is trained is saved for sentence-transformers, which has no class "
+            "that runs a decoder. Name such an embedder under evaluate.embedders, and train with cls, mean or last."
+        )
+    cosines = {"labeling.enabled": config.labeling.enabled, "questions.num_documents": bool(question_tasks(config))}
+    if config.embedder.similarity == "dot" and (found := [setting for setting, is_set in cosines.items() if is_set]):
+        raise ConfigError(
+            f"embedder.similarity is 'dot', but {found[0]} has margins of cosines, which inner products do not keep "
+            "to. Take cosine."
+        )
 
 
 def _check_labels(task: str, score: TaskScore) -> None:
