@@ -63,12 +63,18 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderConfig:
-    """The base embedder: any BERT-like or sentence-transformers model (methods.md A.2)."""
+    """The base embedder: any BERT-like, T5 or sentence-transformers model (methods.md A.2)."""
 
     model: str = "minilm-l6"
     """An asset's name, a local folder or a hub name."""
     pooling: str = "auto"
-    """auto (what the folder says; mean otherwise), cls, mean or last."""
+    """auto (what the folder says; mean otherwise), cls, mean or last; of one that is only compared also decoder: what a
+    T5's decoder makes of the text in its first step (AAR, methods.md D)."""
+    similarity: str = later("cosine")
+    """cosine: embeddings have unit norm. dot: they keep their length, which counts (Contriever, AAR, RetroMAE),
+    whatever the model's folder says; train.temperature then divides inner products (AAR: 1)."""
+    pool_instruction: bool = later(True)
+    """False: an instruction's tokens are read and not pooled (Instructor). As LLM-Embedder ran it, they are pooled."""
     max_query_tokens: int = 64
     """Longer queries are cut on the right. Published: 256."""
     max_document_tokens: int = 64
@@ -151,7 +157,7 @@ class TrainConfig:
     schedule: str = "linear"
     """linear decay to 0, or constant, after a linear warm-up."""
     temperature: float = 0.02
-    """Divides cosines (or a cross-encoder's logits) in every loss. Published: 0.01."""
+    """Divides similarities (or a cross-encoder's logits) in every loss. Published: 0.01."""
     matryoshka_dimensions: list[int] = field(default_factory=list)
     """The loss is the mean over embeddings cut to these sizes, beside the whole one (2205.13147); none: the whole."""
     max_grad_norm: float = 1.0
@@ -314,6 +320,12 @@ class Config:
     """What the report shows; never part of an artifact's id."""
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How `llmr serve` serves the run; never part of an artifact's id."""
+
+
+def later_identity(value: Any) -> dict[str, Any]:
+    """Of `identity`, the fields that came `later` and are not at their default: for stages that name the others."""
+    named = {item.name for item in dataclasses.fields(value) if item.metadata.get("later")}
+    return {name: set_to for name, set_to in identity(value).items() if name in named}
 
 
 def question_tasks(config: Config) -> dict[str, TaskQuestions]:

@@ -10,12 +10,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llmr_ray.config import Config, RewardModelConfig, RuntimeConfig, TaskQuestions, TaskScore, TaskTrain, TrainConfig
+from llmr_ray.config import (
+    Config,
+    RewardModelConfig,
+    RuntimeConfig,
+    TaskQuestions,
+    TaskScore,
+    TaskTrain,
+    TrainConfig,
+    question_tasks,
+)
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
-    "pooling": ("auto", "cls", "mean", "last"),
+    "pooling": ("auto", "cls", "mean", "last", "decoder"),
+    "similarity": ("cosine", "dot"),
     "precision": ("auto", "float32", "bfloat16", "int8"),
     "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
@@ -23,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "feedback": ("none", "likelihood", "rank", "label"),
     "samples": ("fresh", "shared"),
     "normalization": ("mean", "sum"),
-    "positive": ("first", "random", "teacher", "teacher_gold"),
+    "positive": ("first", "random", "teacher", "teacher_gold", "gold_and_teacher"),
     "negatives": ("random", "first", "lowest", "highest"),
     "tie_policy": ("strict", "sorted"),
     "position0": ("gold_first", "by_reward"),
@@ -165,7 +175,8 @@ def _check_run(config: Config) -> None:
         _check_turns(f"tasks.{name}.train", task.train)
         _check_labels(name, task.score)
         _check_questions(name, task.questions)
-        if (task.score.same_task or task.score.same_label) and not config.reward_model.model:
+        unasked = task.score.same_task or task.score.same_label or task.score.num_first
+        if unasked and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
     if config.index.least_recall > 1 or not config.index.num_links:
         raise ConfigError("index.least_recall is a share of 1 at the most, and index.num_links at least 1.")
@@ -182,13 +193,33 @@ def _check_run(config: Config) -> None:
     if config.labeling.enabled or config.annotators:
         _check_labeling(config)
     _check_reading(config)
+    _check_embedder(config)
     if config.reward_model.precision == "int8":
         raise ConfigError("reward_model.precision is 'int8', but 8 bits are for embedding alone. Take auto.")
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
 
 
+def _check_embedder(config: Config) -> None:
+    if config.embedder.pooling == "decoder":
+        raise ConfigError(
+            "embedder.pooling is 'decoder', but what is trained is saved for sentence-transformers, which has no class "
+            "that runs a decoder. Name such an embedder under evaluate.embedders, and train with cls, mean or last."
+        )
+    cosines = {"labeling.enabled": config.labeling.enabled, "questions.num_documents": bool(question_tasks(config))}
+    if config.embedder.similarity == "dot" and (found := [setting for setting, is_set in cosines.items() if is_set]):
+        raise ConfigError(
+            f"embedder.similarity is 'dot', but {found[0]} has margins of cosines, which inner products do not keep "
+            "to. Take cosine."
+        )
+
+
 def _check_labels(task: str, score: TaskScore) -> None:
+    if score.feedback == "label" and score.num_first:
+        raise ConfigError(
+            f"tasks.{task}.score.num_first leaves candidates without the LLM's word, but a label is no rank that they "
+            f"could be below. Mine fewer (tasks.{task}.mine)."
+        )
     if score.feedback == "label" and task not in LABEL_TASKS:
         raise ConfigError(
             f"tasks.{task}.score.feedback is label, but only candidates of {', '.join(LABEL_TASKS)} are passages that "
@@ -299,8 +330,9 @@ def _check_without_rewards(where: str, task: TaskTrain) -> None:
     }
     if found := [setting for setting, is_set in needs_numbers.items() if is_set]:
         raise ConfigError(
-            f"{where}.score.same_task and same_label leave documents without a reward, with which {where}.train."
-            f"{found[0]} has no finite loss. Change it, or set reward_model.model, which scores every document."
+            f"{where}.score.same_task, same_label and num_first leave documents without a reward, with which "
+            f"{where}.train.{found[0]} has no finite loss. Change it, or set reward_model.model, which scores every "
+            "document."
         )
 
 

@@ -59,6 +59,9 @@ class TaskScore:
     num_candidates: int = later(0)
     """The LLM is asked about so many candidates of a query, gold ones and then drawn ones (LLM-R, B.4: 32 of 100); a
     reward model scores them all. 0: all."""
+    num_first: int = later(0)
+    """likelihood and rank: the LLM is asked about the first so many candidates of a query, gold ones and then the best
+    of each source; the others are candidates that rank below all of these (AAR, D.2 and D.5: 10 of 100). 0: all."""
     max_queries: int = later(0)
     """The LLM is asked about so many queries at the most, by equal shares of the data sets that have so many (LLM-R,
     B.4: 200,000); a reward model scores the others. 0: all."""
@@ -85,6 +88,9 @@ class TaskGroup:
     """Drop a query whose best and worst reward differ by no more than this."""
     same_label_negatives: bool = True
     """False: in classification, an example of the query's own data set and label is never its negative (LLM-R, B.8)."""
+    with_gold: bool = later(True)
+    """False: what the data labels relevant plays no part, a candidate like others, whose place the LLM alone decides
+    (REPLUG, Atlas). With mine.with_gold=false it is no candidate either unless it is found."""
     pseudo_weight: float = later(1.0)
     """What a label that the retriever gave itself weighs in the losses of graded labels, beside one of the LLM at 1
     (methods.md C.3). 0: it is a document of the group whose label nothing is learned from."""
@@ -95,8 +101,12 @@ class TaskTrain:
     """Sampling and losses of one task (methods.md A.5)."""
 
     positive: str = "first"
-    """first (gold), random (of the gold ones), teacher (best reward of all) or teacher_gold (best of the gold ones). A
-    query that has rewards but no gold document always takes teacher."""
+    """first (gold), random (of the gold ones), teacher (best reward of all), teacher_gold (best of the gold ones) or
+    gold_and_teacher (the gold ones and the num_preferred best of all: AAR; with num_positives). A query that has
+    rewards but no gold document takes teacher in place of first, random and teacher_gold."""
+    num_preferred: int = later(2)
+    """gold_and_teacher: so many documents that the LLM likes best are positives beside the gold ones, and none of them
+    a negative (AAR: 2)."""
     num_positives: int = 1
     """How many of them a group may hold, each against the negatives alone (AAR, D.6); the rest of the group are
     negatives."""
@@ -145,7 +155,10 @@ class TaskTrain:
     @property
     def learns_from_rewards(self) -> bool:
         """Whether a loss, or the choice of a document, needs rewards."""
-        by_reward = self.positive in ("teacher", "teacher_gold") or self.negatives in ("lowest", "highest")
+        by_reward = self.positive in ("teacher", "teacher_gold", "gold_and_teacher") or self.negatives in (
+            "lowest",
+            "highest",
+        )
         return self._weights_on_rewards > 0 or by_reward
 
     @property

@@ -35,8 +35,12 @@ def indexed(
     cuts: list[int] | None = None,
     embedder: str = "model",
     config: Config | None = None,
+    **settings: str,
 ) -> Artifact:
-    """An index of some documents (d0, d1, ...), cut into shards; its embeddings and corpus are beside it."""
+    """An index of some documents (d0, d1, ...), cut into shards; its embeddings and corpus are beside it.
+
+    settings: further ones of the embeddings.
+    """
     rows = rows or [document(f"d{row}", row) for row in range(len(vector_ND))]
     prepare = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={"name": name}, inputs={}))
     prepare.begin()
@@ -44,7 +48,7 @@ def indexed(
     for shard, part in enumerate((rows[:half], rows[half:])):
         prepare.write_shard(shard, {"corpus": table_of("corpus", part)}, Counts(rows_in=len(part), ok=len(part)))
     prepare.commit(2, seconds=0)
-    settings = {"pooling": "mean", "precision": "float32"}
+    settings = {"pooling": "mean", "precision": "float32"} | settings
     inputs = {"embedder": embedder, "prepare": prepare.id}
     embeddings = Artifact(root, ArtifactSpec(stage="embed", version=1, config=settings, inputs=inputs))
     embeddings.begin()
@@ -64,7 +68,7 @@ def _built(config: Config, root: Path, embeddings: Artifact, cuts: list[int]) ->
     return index
 
 
-def base_of(root: Path, num_documents: int = 300) -> tuple[Config, Asset]:
+def base_of(root: Path, num_documents: int = 300, **embedder: Any) -> tuple[Config, Asset]:
     """A collection named c of a small run in `root`."""
     config = Config(
         datasets={"one": DatasetConfig(task="qa"), "two": DatasetConfig(task="chat")},
@@ -72,7 +76,7 @@ def base_of(root: Path, num_documents: int = 300) -> tuple[Config, Asset]:
             "qa": TaskConfig(query_instruction="query : ", document_instruction="document : "),
             "chat": TaskConfig(query_instruction="a a a ", document_instruction="z z "),
         },
-        embedder=EmbedderConfig(max_query_tokens=8, max_document_tokens=12, precision="float32"),
+        embedder=EmbedderConfig(max_query_tokens=8, max_document_tokens=12, precision="float32", **embedder),
         runtime=RuntimeConfig(artifact_root=str(root), object_store_mb=256),
     )
     rng = np.random.default_rng(0)

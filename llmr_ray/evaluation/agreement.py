@@ -17,7 +17,7 @@ from llmr_ray.config import Config
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.significance import estimate, paired_difference
 from llmr_ray.frames import PAIR, frame_of
-from llmr_ray.index.vectors import pair_cosines
+from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.training.pairs import is_held_out
 
 AGREE_VERSION = 1
@@ -105,9 +105,9 @@ def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str
 
 
 def _similarities(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
-    """An embedder's rewards of pairs: their cosine similarities."""
-    cosine_P = pair_cosines(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
-    return pairs.set_column(pairs.schema.get_field_index("reward"), "reward", pa.array(cosine_P))
+    """An embedder's rewards of pairs: their similarities."""
+    similarity_P = pair_similarities(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
+    return pairs.set_column(pairs.schema.get_field_index("reward"), "reward", pa.array(similarity_P))
 
 
 def rank_agreement(rewards: pa.Table, llm_scores: pa.Table) -> dict[str, float]:

@@ -121,7 +121,7 @@ def measure(sets: Sequence[LookSet], encode: Encode) -> Measured:
 
     Args:
         sets: what is searched.
-        encode: (texts, task, "query" or "document") -> unit-norm float32 [n, D].
+        encode: (texts, task, "query" or "document") -> float32 [n, D].
     """
     means = {}
     for of in sets:

@@ -16,7 +16,7 @@ from mteb.models.model_meta import ModelMeta
 from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import resolve
-from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig
+from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig, later_identity
 from llmr_ray.errors import DataError
 from llmr_ray.index.searcher import Searcher
 from llmr_ray.index.stage import EmbedWorker, embed_spec, index_spec, run_embed, run_index
@@ -79,6 +79,7 @@ class RaySearch:
                     settings.max_document_tokens,
                     task.query_instruction,
                     task.document_instruction,
+                    *later_identity(settings).items(),
                 ]
             ).encode()
         )
@@ -92,7 +93,7 @@ class RaySearch:
             revision=revision.hexdigest()[:12],
             max_tokens=settings.max_document_tokens,
             framework=["PyTorch"],
-            similarity_fn_name="cosine",
+            similarity_fn_name=self._config.embedder.similarity,
             use_instructions=bool(task.query_instruction or task.document_instruction),
             **dict.fromkeys(unknown.split()),
         )
@@ -147,7 +148,7 @@ class RaySearch:
             top_ranked: of a reranking task: the documents to score, by query.
 
         Returns:
-            query id -> document id -> cosine.
+            query id -> document id -> similarity.
 
         Raises:
             DataError: no corpus was indexed, a query is no text, or top_ranked names documents that are not there.

@@ -226,10 +226,12 @@ def vote_rows(answers: Sequence[tuple[Ask, Sequence[LLMResult]]]) -> list[Row]:
 
 
 def _one_by_one(config: Config, question: Ask) -> Ask:
-    """Cosines are divided by the temperature at which they are trained, other scores by 1 as in REPLUG."""
+    """Cosines, and what this run trains, are divided by the temperature of training, other scores by 1 as in REPLUG."""
     if not _has_passages(question):
         return question
-    temperature = config.train.temperature if is_embedder(question.method) else 1.0
+    other = config.evaluate.embedders.get(question.method)
+    is_trained_at = is_embedder(question.method) and (other is None or other.similarity == "cosine")
+    temperature = config.train.temperature if is_trained_at else 1.0
     requests = tuple(
         knowledge.request(
             f"{question.requests[0].request_id}#{rank}",

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -109,9 +110,12 @@ def evaluate_spec(
             f"{config.evaluate.search_depth}. Raise it to {head}."
         )
     reading.check_room(config)
+    # A table of baselines names more of them than a run compares.
+    used = others & set(config.evaluate.methods)
     # Intervals are made by the report; their number of samples changes no table.
     idle = {"bootstrap_samples"} | (set() if config.evaluate.reading == "evidence" else {"score_floor"})
-    evaluate = {key: value for key, value in identity(config.evaluate).items() if key not in idle}
+    settings = replace(config.evaluate, embedders={name: config.evaluate.embedders[name] for name in sorted(used)})
+    evaluate = {key: value for key, value in identity(settings).items() if key not in idle}
     inputs = {"prepare": prepare.id, "llm": llm.fingerprint}
     for name in sorted(set(embeddings) & needed):
         inputs |= {f"embeddings_{name}": embeddings[name].id, f"index_{name}": indexes[name].id}

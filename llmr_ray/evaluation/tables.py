@@ -41,7 +41,7 @@ def is_trained(method: str) -> bool:
 
 
 def is_embedder(method: str) -> bool:
-    """Whether a method ranks by the cosines of an embedder: the base, a trained one, or one that is only compared."""
+    """Whether a method ranks by an embedder's similarities: the base, a trained one, or one that is only compared."""
     return method == "base" or is_trained(method) or not is_reserved(method)
 
 

@@ -59,7 +59,7 @@ def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, llm: LLM
     return Job(
         query=query,
         documents=tuple(documents),
-        rules=tuple(rule_of(settings, query, document) for document in documents),
+        rules=tuple(rule_of(settings, query, document, place) for place, document in enumerate(documents)),
         settings=settings,
         target=desired_output(query, settings, seed),
         max_candidate_tokens=llm.max_candidate_tokens,

@@ -67,7 +67,7 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
         queries = sum(min(size, share) for size in sizes)
         # One more than mined: the gold document.
         mined = mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1
-        asked = min(mined, settings.num_candidates or mined)
+        asked = min(mined, settings.num_candidates or mined, settings.num_first or mined)
         pairs = queries * asked
         if settings.feedback == "label":
             tokens = queries * _labels(settings, asked, config.llm.max_candidate_tokens)

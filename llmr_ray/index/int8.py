@@ -36,7 +36,7 @@ QUERIES, DOCUMENTS = 256, 256
 """Of a tile: its products take 256 KiB."""
 
 NORM = 1.001
-"""Norms of documents are at the most this (shards.NORM_TOLERANCE)."""
+"""Norms of documents are at the most this (shards.NORM_TOLERANCE), times `largest_norm` where they may be long."""
 
 ROUNDING = 2.0**-20
 """Of a bound for unit vectors, for all that is computed in float32 around the integer product."""
@@ -76,11 +76,19 @@ class Codes:
         error_N: float32, the norm of what the code leaves out.
         vector_ND: float32, the vectors themselves.
         num_threads: that search side by side, each with queries of its own.
+        largest_norm: of the vectors; 1 where they have unit norm.
     """
 
     def __init__(
-        self, code_ND: np.ndarray, scale_N: np.ndarray, error_N: np.ndarray, vector_ND: np.ndarray, num_threads: int
+        self,
+        code_ND: np.ndarray,
+        scale_N: np.ndarray,
+        error_N: np.ndarray,
+        vector_ND: np.ndarray,
+        num_threads: int,
+        largest_norm: float = 1.0,
     ) -> None:
+        self._largest_norm = largest_norm
         self._code_ND, self._scale_N, self._error_N, self._vector_ND = code_ND, scale_N, error_N, vector_ND
         self._pool = ThreadPoolExecutor(num_threads, initializer=_one_thread) if num_threads > 1 else None
 
@@ -124,7 +132,7 @@ class Codes:
         norm_Q = np.linalg.norm(query_QD.astype(np.float64), axis=1)
         # Both in units of the query's scale: what multiplies a document's error, and the rest of the bound.
         slope_Q = ((norm_Q + error_Q) / scale_Q).astype(np.float32)
-        slack_Q = ((NORM * error_Q + ROUNDING * (norm_Q + error_Q)) / scale_Q).astype(np.float32)
+        slack_Q = (self._largest_norm * (NORM * error_Q + ROUNDING * (norm_Q + error_Q)) / scale_Q).astype(np.float32)
         room = max(2048, 4 * k) + DOCUMENTS
         kept = _Kept(len(query_QD), room, k)
         codes, queries = torch.from_numpy(self._code_ND), torch.from_numpy(code_QD)
@@ -151,7 +159,7 @@ class Codes:
                 kept.limits_Q,
                 kept.thresholds_Q,
             )
-        error_Q = (self._vector_ND.shape[1] * 2.0**-23 * norm_Q).astype(np.float32)
+        error_Q = (self._largest_norm * self._vector_ND.shape[1] * 2.0**-23 * norm_Q).astype(np.float32)
         counts_Q = kept.counts_Q
         kernels.narrow(
             self._vector_ND,
@@ -202,7 +210,7 @@ def quantize(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return code_ND, scale_N, error_N
 
 
-def open_codes(shard: Path, sha256: str, vector_ND: np.ndarray, num_threads: int) -> Codes:
+def open_codes(shard: Path, sha256: str, vector_ND: np.ndarray, num_threads: int, largest_norm: float = 1.0) -> Codes:
     """The codes of a shard, from the file beside it, which is made when it is missing, damaged or of another shard.
 
     They are derived from the shard and no part of the artifact. Where the folder cannot be written they stay in memory.
@@ -212,20 +220,22 @@ def open_codes(shard: Path, sha256: str, vector_ND: np.ndarray, num_threads: int
         sha256: of it.
         vector_ND: its vectors.
         num_threads: see Codes.
+        largest_norm: see Codes.
     """
     path, note = shard.with_suffix(".int8"), shard.with_suffix(".int8.json")
     size, dimension = vector_ND.shape
     of = {"of": sha256, "version": _VERSION, "shape": [size, dimension]}
     if not _is_whole(path, note, of):
         if not os.access(shard.parent, os.W_OK):
-            return Codes(*quantize(vector_ND), vector_ND, num_threads)
+            return Codes(*quantize(vector_ND), vector_ND, num_threads, largest_norm)
         with staged(path) as temporary:
             _write(vector_ND, temporary)
         write_atomic(note, canonical_json({**of, "sha256": sha256_file(path)}).encode())
     raw: np.ndarray = np.memmap(path, np.uint8, "c")
     cut = size * dimension
     scale_N, error_N = raw[cut : cut + 4 * size].view(np.float32), raw[cut + 4 * size :].view(np.float32)
-    return Codes(raw[:cut].view(np.int8).reshape(size, dimension), scale_N, error_N, vector_ND, num_threads)
+    code_ND = raw[:cut].view(np.int8).reshape(size, dimension)
+    return Codes(code_ND, scale_N, error_N, vector_ND, num_threads, largest_norm)
 
 
 def _is_whole(path: Path, note: Path, of: dict[str, Any]) -> bool:

@@ -1,9 +1,9 @@
 """FAISS shards: contiguous blocks of the corpus as IndexFlatIP files, searched exactly inside ranges of rows.
 
 FAISS finds candidates fast, but breaks ties in the order of its heap, sums in float32 and checks no file. So shards
-are checked when built (finite, unit norm) and when opened (sha256), and a search fetches a few more than k, scores
-them again as `topk` defines, and widens until no document left out could belong to the result. The result is that of
-`topk.exact_topk`, whatever the number of shards, threads or duplicates.
+are checked when built (finite; unit norm where the similarity is cosine) and when opened (sha256), and a search fetches
+a few more than k, scores them again as `topk` defines, and widens until no document left out could belong to the
+result. The result is that of `topk.exact_topk`, whatever the number of shards, threads or duplicates.
 
 A range is a contiguous slice of the flat vectors, which FAISS searches in place: no selector, no copy. Where only some
 documents may be found (filters, deletions), few of them are copied out and searched alone, block by block; of many the
@@ -39,9 +39,10 @@ from llmr_ray.index.topk import (
     pair_scores,
     select_topk,
 )
+from llmr_ray.index.vectors import is_unit_norm
 
 NORM_TOLERANCE = 1e-3
-"""Embeddings must have unit norm within this; the error bound of a search relies on it."""
+"""Embeddings that are compared by cosine must have unit norm within this; the error bound of a search relies on it."""
 
 SPARE = 32
 """Documents fetched beyond k before the exact comparison."""
@@ -68,21 +69,26 @@ def set_threads(num_threads: int) -> None:
     faiss.omp_set_num_threads(num_threads)
 
 
-def write_shard(vector_ND: np.ndarray, path: Path) -> None:
+def write_shard(vector_ND: np.ndarray, path: Path, *, unit_norm: bool = True) -> None:
     """Writes a block of embeddings as an IndexFlatIP file, atomically.
 
+    Args:
+        vector_ND: float32.
+        path: the file.
+        unit_norm: they are compared by cosine.
+
     Raises:
-        DataError: no rows, NaN or infinite values, or rows that do not have unit norm.
+        DataError: no rows, NaN or infinite values, or rows that do not have unit norm where they should.
     """
     if vector_ND.ndim != 2 or not len(vector_ND):
         raise DataError(f"an index shard needs rows, but the embeddings have the shape {vector_ND.shape}.")
     check_finite(vector_ND, "embeddings")
     norms = np.linalg.norm(vector_ND, axis=1)
     bad = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
-    if len(bad):
+    if unit_norm and len(bad):
         raise DataError(
             f"{len(bad)} embeddings do not have unit norm; row {bad[0]} has {norms[bad[0]]:.4f}. Scores would favour "
-            "long vectors; embed again."
+            "long vectors; embed again, or with embedder.similarity: dot where the length is meant to count."
         )
     index = faiss.IndexFlatIP(vector_ND.shape[1])
     index.add(np.ascontiguousarray(vector_ND, np.float32))
@@ -135,7 +141,8 @@ def open_shards(
         shard = _opened(index, files, number, first_row + extra["cuts"][number], effort)
         if shard.num_rows >= int8.MIN_ROWS and _wants_codes(how.scan):
             path = index.file(file_name(number))
-            shard.codes = int8.open_codes(path, files[f"files/{path.name}"]["sha256"], shard.vector_ND, how.num_threads)
+            sha256 = files[f"files/{path.name}"]["sha256"]
+            shard.codes = int8.open_codes(path, sha256, shard.vector_ND, how.num_threads, shard.largest_norm)
         opened.append(shard)
     return opened
 
@@ -156,7 +163,8 @@ def open_built(index: Artifact, cuts: Sequence[int]) -> list["Shard"]:
 def _opened(index: Artifact, files: Mapping[str, Any], number: int, first_row: int, effort: int | None) -> "Shard":
     """A shard whose files are listed with their checksums; without an effort, to be searched exactly."""
     name = f"files/{file_name(number)}"
-    shard = Shard(index.path / name, first_row, files[name]["sha256"])
+    unit_norm = is_unit_norm(index.spec.config)
+    shard = Shard(index.path / name, first_row, files[name]["sha256"], unit_norm=unit_norm)
     name = f"files/{proposals_name(number)}"
     if effort is not None and name in files:
         shard.proposals = Proposals(index.path / name, files[name]["sha256"], settings_of(index), effort)
@@ -165,7 +173,9 @@ def _opened(index: Artifact, files: Mapping[str, Any], number: int, first_row: i
 
 def settings_of(index: Artifact) -> IndexConfig:
     """The settings that an index was made by."""
-    return IndexConfig(**{name: value for name, value in index.spec.config.items() if name != "seed"})
+    return IndexConfig(
+        **{name: value for name, value in index.spec.config.items() if name not in ("seed", "similarity")}
+    )
 
 
 class Shard:
@@ -175,12 +185,13 @@ class Shard:
         path: the file.
         first_row: corpus row of its first document.
         sha256: what the manifest says of the file. FAISS itself loads a file with flipped bits without complaint.
+        unit_norm: what `write_shard` was told.
 
     Raises:
         DataError: the bytes are not those that were committed.
     """
 
-    def __init__(self, path: Path, first_row: int, sha256: str) -> None:
+    def __init__(self, path: Path, first_row: int, sha256: str, *, unit_norm: bool = True) -> None:
         if not path.exists() or sha256_file(path) != sha256:
             raise DataError(f"{path} is missing or its bytes changed since it was committed. Build the index again.")
         index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -190,6 +201,8 @@ class Shard:
         self.dimension = int(self._index.d)
         flat = faiss.rev_swig_ptr(index.get_xb(), self.num_rows * self.dimension)
         self.vector_ND = flat.reshape(self.num_rows, self.dimension)
+        self.largest_norm = 1.0 if unit_norm else _largest_norm(self.vector_ND)
+        """Of a document: what errors of scores are in proportion to."""
         self.proposals: Proposals | None = None
         """What proposes documents where the index is approximate; the vectors here are its exact scores."""
         self.codes: Codes | None = None
@@ -297,13 +310,13 @@ class Shard:
     def _scan(self, query_MD: np.ndarray, fetch: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, float]:
         """FAISS's own top `fetch` of rows [start, end): scores, rows from `start`, and the largest error of a score.
 
-        The error is that of a unit document with a unit query: float32 sums of D products are off by less than
-        D * 2**-24 in any order, twice that with the rounding of the exact score.
+        The error is that of the longest document with a unit query: float32 sums of D products are off by less than
+        D * 2**-24 times the norms in any order, twice that with the rounding of the exact score.
         """
         if self._gpu is not None and end - start >= GPU_MIN_ROWS and fetch <= GPU_MAX_FETCH:
             # Tensor cores may round the factors to TF32: 10 bits of mantissa each.
             scores_MF, found_MF = self._gpu.search(query_MD, start, end, fetch)
-            return scores_MF, found_MF, 2.0**-9
+            return scores_MF, found_MF, 2.0**-9 * self.largest_norm
         return self._scan_copy(self.vector_ND[start:end], query_MD, fetch)
 
     def _scan_copy(
@@ -311,12 +324,12 @@ class Shard:
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """`_scan` of vectors in memory, by the CPU."""
         scores_MF, found_MF = faiss.knn(query_MD, vector_CD, fetch, metric=faiss.METRIC_INNER_PRODUCT)
-        return scores_MF, found_MF, self.dimension * 2.0**-23
+        return scores_MF, found_MF, self.dimension * 2.0**-23 * self.largest_norm
 
 
 Scan = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, float]]
 """(queries [M, D], F) -> the F best scores [M, F] and rows of a scan that may round, and the largest error of a score
-for unit vectors."""
+for unit queries."""
 
 
 def _settled(query_MD: np.ndarray, vector_RD: np.ndarray, k: int, scan: Scan) -> tuple[np.ndarray, np.ndarray]:
@@ -347,6 +360,12 @@ def _attempt(
     # settled. Else (near ties, duplicates, few that are allowed) it is not.
     margin_M = error * np.linalg.norm(query_MD, axis=1)
     return rows_MK, scores_MK, scores_MK[:, -1] <= scan_MF[:, -1] + margin_M
+
+
+def _largest_norm(vector_ND: np.ndarray) -> float:
+    """The norm of the longest vector, rounded up."""
+    blocks = range(0, len(vector_ND), GATHER_ROWS)
+    return max(float(np.linalg.norm(vector_ND[first : first + GATHER_ROWS], axis=1).max()) for first in blocks) * 1.001
 
 
 def _moved(rows: np.ndarray, first_row: int) -> np.ndarray:

@@ -17,14 +17,14 @@ import pyarrow as pa
 from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, TaskConfig, identity
+from llmr_ray.config import Config, TaskConfig, identity, later_identity
 from llmr_ray.data.text import document_text
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index import approximate, recall, shards
 from llmr_ray.index.approximate import is_approximate
 from llmr_ray.index.rows import read_rows
-from llmr_ray.index.vectors import encoder_of, to_matrix, to_table
+from llmr_ray.index.vectors import encoder_of, how_pooled, is_unit_norm, to_matrix, to_table
 from llmr_ray.precision import resolve_precision
 
 EMBED_VERSION = 3
@@ -53,6 +53,7 @@ def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSp
                 task: [config.tasks[task].query_instruction, config.tasks[task].document_instruction] for task in tasks
             },
             "shard_rows": SHARD_ROWS,
+            **later_identity(config.embedder),
         },
         inputs={"embedder": embedder.fingerprint, "prepare": prepare.id},
     )
@@ -114,10 +115,9 @@ class EmbedWorker:
         }
         self.embedder = Embedder(
             embedder_path,
-            pooling=artifact.spec.config["pooling"],
             max_query_tokens=self.max_tokens["query"],
             max_document_tokens=self.max_tokens["document"],
-            precision=artifact.spec.config["precision"],
+            **how_pooled(artifact.spec.config),
         )
 
     def run(self, shard: int) -> dict[str, Any]:
@@ -163,8 +163,11 @@ class EmbedWorker:
 
 
 def index_spec(config: Config, embeddings: Artifact) -> ArtifactSpec:
-    """What determines an index: the embeddings, and where it is not exact, its settings and the seed of its samples."""
+    """What determines an index: the embeddings, and where it is not exact, its settings and the seed of its samples.
+    That embeddings do not have unit norm is in its settings too, for whoever opens it."""
     settings = {**identity(config.index), "seed": config.seed} if is_approximate(config.index) else {}
+    if not is_unit_norm(embeddings.spec.config):
+        settings["similarity"] = embeddings.spec.config["similarity"]
     return ArtifactSpec(stage="index", version=INDEX_VERSION, config=settings, inputs={"embeddings": embeddings.id})
 
 
@@ -233,7 +236,8 @@ class IndexWorker:
         table = read_rows(self.embeddings, "document_embeddings", start, end)
         vector_ND = to_matrix(table)
         files = [shards.file_name(shard)]
-        shards.write_shard(vector_ND, self.artifact.file(files[0]))
+        unit_norm = is_unit_norm(self.artifact.spec.config)
+        shards.write_shard(vector_ND, self.artifact.file(files[0]), unit_norm=unit_norm)
         if is_approximate(self.settings):
             path = self.artifact.file(shards.proposals_name(shard))
             if approximate.write_proposals(vector_ND, self.artifact.file(TRAINED), self.settings, path):

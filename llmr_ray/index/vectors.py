@@ -1,6 +1,7 @@
 """Embeddings as Arrow tables (plain fixed_size_list<float32>, so that any tool reads them), and who made them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +43,21 @@ def to_matrix(table: pa.Table) -> np.ndarray:
     return values.reshape(-1, column.type.list_size)
 
 
+def how_pooled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of an `embed` artifact, those by which tokens become a vector, as Embedder takes them; what is
+    not there was at its default."""
+    names = ("pooling", "precision", "similarity", "pool_instruction")
+    return {name: settings[name] for name in names if name in settings}
+
+
+def is_unit_norm(settings: Mapping[str, Any]) -> bool:
+    """Whether the vectors of an `embed` or `index` artifact of these settings have unit norm."""
+    return settings.get("similarity", "cosine") == "cosine"
+
+
 def encoder_of(embeddings: Artifact) -> str:
     """Names the encoder of an `embed` artifact: vectors of equal names may be compared, others may not."""
-    settings = embeddings.spec.config
-    return canonical_json(
-        {"embedder": embeddings.spec.inputs["embedder"]} | {key: settings[key] for key in ("pooling", "precision")}
-    )
+    return canonical_json({"embedder": embeddings.spec.inputs["embedder"]} | how_pooled(embeddings.spec.config))
 
 
 def query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
@@ -64,8 +74,9 @@ def query_vectors(embeddings: Artifact, query_ids: Sequence[str]) -> np.ndarray:
     return to_matrix(table)[[row_of[query_id] for query_id in query_ids]]
 
 
-def pair_cosines(embeddings: Artifact, query_ids: list[str], doc_ids: list[str]) -> np.ndarray:
-    """Cosine similarities of P pairs of a query and a document: float32 [P]."""
+def pair_similarities(embeddings: Artifact, query_ids: list[str], doc_ids: list[str]) -> np.ndarray:
+    """Inner products, which are cosines unless the embedder's similarity is dot, of P pairs of a query and a document:
+    float32 [P]."""
     documents = embeddings.read("document_embeddings")
     documents = documents.filter(pc.is_in(documents["doc_id"], value_set=pc.unique(pa.array(doc_ids, pa.string()))))
     row_of = {doc_id: row for row, doc_id in enumerate(documents["doc_id"].to_pylist())}
@@ -73,8 +84,8 @@ def pair_cosines(embeddings: Artifact, query_ids: list[str], doc_ids: list[str])
     document_ND, query_QD = to_matrix(documents), query_vectors(embeddings, list(number_of))
     document_P = np.asarray([row_of[doc_id] for doc_id in doc_ids], np.int64)
     query_P = np.asarray([number_of[query_id] for query_id in query_ids], np.int64)
-    cosine_P = np.zeros(len(doc_ids), np.float32)
+    similarity_P = np.zeros(len(doc_ids), np.float32)
     for start in range(0, len(doc_ids), _PAIRS):
         part = slice(start, start + _PAIRS)
-        cosine_P[part] = (query_QD[query_P[part]] * document_ND[document_P[part]]).sum(axis=1)
-    return cosine_P
+        similarity_P[part] = (query_QD[query_P[part]] * document_ND[document_P[part]]).sum(axis=1)
+    return similarity_P

@@ -20,7 +20,7 @@ from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.jobs import feedback_tasks
 from llmr_ray.frames import PAIR, frame_of
-from llmr_ray.index.vectors import pair_cosines
+from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.labeling.calibration import RETRIEVER, Thresholds, calibrate, is_calibration
 from llmr_ray.labeling.calibration import with_probability as probable
 from llmr_ray.labeling.rounds import (
@@ -134,7 +134,7 @@ def _offered(config: Config, prepare: Artifact, mined: pa.Table, labels: Artifac
 
 def with_cosine(pairs: pa.Table, embeddings: Artifact) -> pa.Table:
     """Pairs with the column cosine, float32."""
-    cosine_P = pair_cosines(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
+    cosine_P = pair_similarities(embeddings, pairs["query_id"].to_pylist(), pairs["doc_id"].to_pylist())
     return pairs.append_column("cosine", pa.array(cosine_P))
 
 

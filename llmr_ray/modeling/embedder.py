@@ -1,4 +1,4 @@
-"""The embedder: any BERT-like encoder, loaded, pooled and saved by sentence-transformers, batched here.
+"""The embedder: any encoder, loaded, pooled and saved by sentence-transformers, batched here.
 
 Tensor legend: B texts of a batch, D embedding size, n texts of a call.
 """
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 """Our names of the poolings and those of sentence-transformers; `auto` keeps what the folder says."""
 
+DECODER = "decoder"
+"""The pooling that is none of sentence-transformers': see decoder_step.py."""
+
 _MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 """What determines embeddings: weights, configuration and tokenizer. Not the README."""
 
@@ -36,7 +39,8 @@ def fingerprint_of(folder: Path) -> str:
 
 
 class Embedder(TextModel):
-    """A text encoder with unit-norm output, for inference and as the module that is trained.
+    """A text encoder, for inference and as the module that is trained. Its output has unit norm unless `similarity` is
+    dot.
 
     Pooling and normalisation are in float32 whatever the precision (bfloat16 weights would turn embeddings by 0.07 rad;
     autocast keeps cosines above 0.9999).
@@ -44,7 +48,11 @@ class Embedder(TextModel):
     Args:
         path: a sentence-transformers folder, or a plain transformers folder (mean pooling unless `pooling` says
             otherwise). Weights must be safetensors.
-        pooling: auto (what the folder says), cls, mean or last.
+        pooling: auto (what the folder says), cls, mean, last, or decoder (of an encoder-decoder: its decoder's first
+            step; cannot be saved).
+        similarity: cosine, or dot: embeddings keep their length, whatever the folder says.
+        pool_instruction: False: the tokens of an instruction are read and not pooled (Instructor). `tokenize` tells
+            them apart: token t that is not to be pooled is given as ~t, a negative number.
         max_query_tokens: stored in saved models as the limit of queries.
         max_document_tokens: the same for documents.
         precision: auto, float32, bfloat16, or int8 (for inference: where a gradient is asked for, it is float32).
@@ -60,15 +68,20 @@ class Embedder(TextModel):
         path: str | Path,
         *,
         pooling: str = "auto",
+        similarity: str = "cosine",
+        pool_instruction: bool = True,
         max_query_tokens: int,
         max_document_tokens: int,
         precision: str = "auto",
         device: str | None = None,
     ) -> None:
         super().__init__(path, precision=precision, device=device)
-        self.module = _load(self.path, self.device)
+        self.pooling, self.pool_instruction = pooling, pool_instruction
+        self.module = _load(self.path, self.device, pooling)
         self.tokenizer = self.module.tokenizer
-        _set_pooling(self.module, pooling)
+        _set_similarity(self.module, similarity)
+        if not pool_instruction:
+            _pooling_layer(self.module, "pool_instruction is false").include_prompt = False
         longest = max(max_query_tokens, max_document_tokens)
         self._make_ready(longest, "embedder.max_query_tokens and embedder.max_document_tokens")
         self.module.max_seq_length = longest
@@ -98,7 +111,11 @@ class Embedder(TextModel):
         return fingerprint_of(self.path)
 
     def tokenize(self, texts: Sequence[str], *, instruction: str, max_tokens: int) -> list[list[int]]:
-        """Token ids of ``instruction + text``, special tokens included, cut on the right to `max_tokens`."""
+        """Token ids of ``instruction + text``, special tokens included, cut on the right to `max_tokens`.
+
+        Those that are not to be pooled are negative, see `pool_instruction`: as many as the instruction has alone,
+        without a special token at its end (as INSTRUCTOR and sentence-transformers count).
+        """
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -109,11 +126,21 @@ class Embedder(TextModel):
             return_token_type_ids=False,
         )
         ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        if self.pool_instruction or not instruction:
+            return ids
+        alone: list[int] = self.tokenizer(instruction)["input_ids"]
+        count = len(alone) - (alone[-1] in self.tokenizer.all_special_ids)
+        # One token stays to be pooled where a text is cut within its instruction.
+        return [[~token for token in row[:-1][:count]] + row[min(count, len(row) - 1) :] for row in ids]
 
     def _of_padded(self, features: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        ids_BL = features["input_ids"]
+        if not self.pool_instruction:
+            features["input_ids"] = ids_BL.where(ids_BL >= 0, ~ids_BL)
         with self._autocast():
             features = self.module[0](features)
+        if not self.pool_instruction:
+            features["attention_mask"] = features["attention_mask"] * (ids_BL >= 0)
         return self._pooled(features)
 
     def _of_packed(self, features: dict[str, Any], bounds: "torch.Tensor") -> "torch.Tensor":
@@ -127,8 +154,12 @@ class Embedder(TextModel):
             features = module(features)
         return features["sentence_embedding"]
 
+    def _find_packing(self) -> int | None:
+        # Tokens that are not pooled, and the decoder, are told of by the padding mask alone.
+        return super()._find_packing() if self.pool_instruction and self.pooling != DECODER else None
+
     def encode(self, texts: list[str], *, instruction: str, max_tokens: int, batch_tokens: int) -> np.ndarray:
-        """Embeds texts for search: float32 [n, D], unit norm, in input order.
+        """Embeds texts for search: float32 [n, D] in input order, unit norm unless the similarity is dot.
 
         Args:
             texts: n texts.
@@ -145,40 +176,64 @@ class Embedder(TextModel):
         Args:
             folder: created; the caller makes it atomic.
             prompts: instructions by prompt name, for example "query", "document", "qa-query".
+
+        Raises:
+            ConfigError: the pooling is `decoder`, for which there is no built-in class.
         """
+        if self.pooling == DECODER:
+            raise ConfigError(
+                "an embedder with pooling 'decoder' cannot be saved: no built-in class of sentence-transformers runs a "
+                "decoder. It can be compared (evaluate.embedders), not trained."
+            )
         self.module.prompts = {"query": "", "document": "", **prompts}
         self.module.save_pretrained(str(folder), create_model_card=False)
         readable_weights(folder)
 
 
-def _load(path: Path, device: "torch.device") -> "SentenceTransformer":
+def _load(path: Path, device: "torch.device", pooling: str) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.base.modules import Transformer
+
+    from llmr_ray.modeling.decoder_step import DecoderStep
 
     with loading(path, "an embedder") as missing:
         module = SentenceTransformer(
             str(path), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
         )
+        if pooling == DECODER:
+            _pooling_layer(module, "pooling is 'decoder'")
+            module = SentenceTransformer(modules=[module[0], DecoderStep(path)], device=str(device))
     # No embedding uses BERT's pooler; where a folder lacks it, it would be random weights in every saved model.
     require_weights(path, [name for name in missing if not name.startswith("pooler.")])
     if not isinstance(module[0], Transformer) or not getattr(module.tokenizer, "is_fast", False):
         raise ResourceError(f"{path} is not a transformer with a fast tokenizer, which this embedder needs.")
-    if not isinstance(module[-1], Normalize):
-        module.append(Normalize())
     if getattr(module[0].model, "pooler", None) is not None:
         module[0].model.pooler = None
+    if pooling not in ("auto", DECODER):
+        if pooling not in POOLINGS:
+            raise ConfigError(f"pooling is '{pooling}', but must be auto, {', '.join(POOLINGS)} or {DECODER}.")
+        _pooling_layer(module, f"pooling is '{pooling}'").pooling_mode = POOLINGS[pooling]
     return module.float()
 
 
-def _set_pooling(module: "SentenceTransformer", pooling: str) -> None:
+def _pooling_layer(module: "SentenceTransformer", setting: str) -> Any:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    if pooling == "auto":
-        return
     found = [part for part in module if isinstance(part, Pooling)]
-    if pooling not in POOLINGS or not found:
-        raise ConfigError(
-            f"pooling is '{pooling}', but must be auto, {', '.join(POOLINGS)}"
-            f"{'' if found else ', and this model has no pooling layer to set'}."
-        )
-    found[0].pooling_mode = POOLINGS[pooling]
+    if not found:
+        raise ConfigError(f"{setting}, but this model has no pooling layer to set.")
+    return found[0]
+
+
+def _set_similarity(module: "SentenceTransformer", similarity: str) -> None:
+    from sentence_transformers.base.modules import Normalize
+
+    if similarity not in ("cosine", "dot"):
+        raise ConfigError(f"similarity is '{similarity}', but must be cosine or dot.")
+    is_normalized = isinstance(module[-1], Normalize)
+    if similarity == "cosine" and not is_normalized:
+        module.append(Normalize())
+    if similarity == "dot":
+        if is_normalized:
+            del module[-1]
+        module.similarity_fn_name = "dot"

@@ -7,7 +7,7 @@ import numpy as np
 from llmr_ray.config import Config
 
 Encode = Callable[[list[str], str, str], np.ndarray]
-"""(n texts, task, "query" or "document") -> unit-norm float32 [n, D]."""
+"""(n texts, task, "query" or "document") -> float32 [n, D], unit norm unless embedder.similarity is dot."""
 
 
 def text_encoder(model: str, config: Config) -> Encode:
@@ -21,6 +21,8 @@ def text_encoder(model: str, config: Config) -> Encode:
     embedder = Embedder(
         model,
         pooling=config.embedder.pooling,
+        similarity=config.embedder.similarity,
+        pool_instruction=config.embedder.pool_instruction,
         max_query_tokens=limits["query"],
         max_document_tokens=limits["document"],
         precision=config.embedder.precision,

@@ -38,7 +38,7 @@ class Encoder(Protocol):
     """Embeds queries."""
 
     async def encode(self, prompted: Sequence[Prompted]) -> np.ndarray:
-        """float32 [Q, D], unit norm."""
+        """float32 [Q, D]."""
 
     async def rank(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Logits of pairs of a query and a document: float32 [n]."""

@@ -12,6 +12,7 @@ from llmr_ray.artifacts import sha256_file
 from llmr_ray.assets import resolve
 from llmr_ray.config import Config
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.index.vectors import how_pooled
 from llmr_ray.modeling.embedder import fingerprint_of
 from llmr_ray.serving.settings import ServingSettings
 
@@ -20,7 +21,7 @@ Prompted = tuple[str, str, int]
 
 SIDES = ("query", "document")
 
-_OF_EVERY_VECTOR = ("pooling", "precision", "max_query_tokens", "max_document_tokens")
+_LIMITS = ("max_query_tokens", "max_document_tokens")
 
 MODEL_FILES = "files/embedder"
 """Where a checkpoint has its embedder."""
@@ -30,13 +31,13 @@ MODEL_FILES = "files/embedder"
 class EncoderSpec:
     """How the vectors of a collection were made, and so how its queries must be.
 
-    encoder: names it, as vectors.encoder_of does. path: the model's folder. instructions: task -> side -> instruction.
+    encoder: names it, as vectors.encoder_of does. path: the model's folder. pooled: vectors.how_pooled. instructions:
+    task -> side -> instruction.
     """
 
     encoder: str
     path: str
-    pooling: str
-    precision: str
+    pooled: dict[str, Any]
     max_tokens: dict[str, int]
     instructions: dict[str, dict[str, str]]
 
@@ -59,7 +60,8 @@ def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
     config = specs[0]["config"]
     instructions: dict[str, dict[str, str]] = {}
     for spec in specs:
-        same = all(spec["config"][name] == config[name] for name in _OF_EVERY_VECTOR)
+        same = how_pooled(spec["config"]) == how_pooled(config)
+        same &= all(spec["config"][name] == config[name] for name in _LIMITS)
         found = {task: dict(zip(SIDES, both, strict=True)) for task, both in spec["config"]["instructions"].items()}
         if not same or any(instructions.get(task, both) != both for task, both in found.items()):
             raise DataError("the segments of a snapshot were embedded in different ways; no query fits them all.")
@@ -67,8 +69,7 @@ def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
     return EncoderSpec(
         encoder=manifest["encoder"],
         path="",
-        pooling=config["pooling"],
-        precision=config["precision"],
+        pooled=how_pooled(config),
         max_tokens={side: config[f"max_{side}_tokens"] for side in SIDES},
         instructions=instructions,
     )
@@ -136,15 +137,14 @@ class TextEncoder:
         self._batch_tokens = settings.encode_batch_tokens
         self._embedder = Embedder(
             spec.path,
-            pooling=spec.pooling,
             max_query_tokens=spec.max_tokens["query"],
             max_document_tokens=spec.max_tokens["document"],
-            precision=spec.precision,
+            **spec.pooled,
         )
         self.dimension = self._embedder.dimension
 
     def encode(self, prompted: Sequence[Prompted]) -> np.ndarray:
-        """Embeds n texts: float32 [n, D], unit norm, in their order."""
+        """Embeds n texts: float32 [n, D] in their order."""
         tokens: list[list[int]] = [[]] * len(prompted)
         groups: dict[tuple[str, int], list[int]] = {}
         for row, (_, instruction, max_tokens) in enumerate(prompted):

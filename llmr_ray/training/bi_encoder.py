@@ -36,6 +36,8 @@ class EmbedderRecipe:
     tasks: Mapping[str, TaskTrain]
     instructions: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     pooling: str = "auto"
+    similarity: str = "cosine"
+    pool_instruction: bool = True
     max_query_tokens: int
     max_document_tokens: int
     precision: str = "auto"
@@ -46,6 +48,8 @@ class EmbedderRecipe:
         return Embedder(
             folder,
             pooling=self.pooling,
+            similarity=self.similarity,
+            pool_instruction=self.pool_instruction,
             max_query_tokens=self.max_query_tokens,
             max_document_tokens=self.max_document_tokens,
             precision=self.precision,
@@ -146,7 +150,7 @@ class EmbeddingBatch:
                 temperature=train.temperature,
                 gather_devices=train.gather_devices,
             )
-            for cut in nested(output, train.matryoshka_dimensions)
+            for cut in nested(output, train.matryoshka_dimensions, unit_norm=self.recipe.similarity == "cosine")
         ]
         return torch.stack(each).mean()
 
@@ -160,17 +164,19 @@ class EmbeddingBatch:
         return [margin, float(len(rewarded_BG)), float(spared), nearness(output)]
 
 
-def nested(embedding_TD: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    """The embeddings whole and cut to their first dimensions, each of unit norm."""
-    return [embedding_TD, *(torch.nn.functional.normalize(embedding_TD[:, :size], dim=1) for size in sizes)]
+def nested(embedding_TD: torch.Tensor, sizes: list[int], *, unit_norm: bool = True) -> list[torch.Tensor]:
+    """The embeddings whole and cut to their first dimensions, each of unit norm where the whole ones are."""
+    cut = [embedding_TD[:, :size] for size in sizes]
+    return [embedding_TD, *((torch.nn.functional.normalize(part, dim=1) for part in cut) if unit_norm else cut)]
 
 
 def nearness(embedding_TD: torch.Tensor) -> float:
     """Mean of exp(-2 |x - y|^2) over pairs of texts (at most the first 512); its log is the uniformity of 2005.10242.
 
-    1 where all texts lie on one point; the spread-out embeddings of a good retriever are near exp(-4).
+    x and y are of unit norm, or made so. 1 where all texts lie on one point; the spread-out embeddings of a good
+    retriever are near exp(-4).
     """
-    some = embedding_TD[:512].float()
+    some = torch.nn.functional.normalize(embedding_TD[:512].float(), dim=1)
     near = torch.exp(4 * (some @ some.T - 1))
     pairs = len(some) * (len(some) - 1)
     return float((near.sum() - near.diagonal().sum()) / pairs) if pairs else 1.0

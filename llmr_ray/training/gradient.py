@@ -20,7 +20,7 @@ LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Encoder(Protocol):
-    """Embeds texts in passes: unit-norm float32 [T, D] in their order."""
+    """Embeds texts in passes: float32 [T, D] in their order."""
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
         """All texts, in as many passes as `batches` cuts them into."""

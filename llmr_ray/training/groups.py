@@ -16,6 +16,9 @@ from llmr_ray.errors import DataError
 GOLD, CANDIDATE, SAME_LABEL = "gold", "candidate", "same_label"
 """Roles of a query's documents; one of the query's own label may be a positive, but no negative (LLM-R, B.8)."""
 
+GOLD_AND_TEACHER = "gold_and_teacher"
+"""The positive policy that takes gold documents and those that the LLM prefers (AAR, methods.md D.3)."""
+
 POSITIVES_OF_GOLD = ("first", "random", "teacher_gold")
 """Positive policies that choose among gold documents; a query without any takes `teacher` where it has rewards."""
 
@@ -74,7 +77,8 @@ def reject_reason(
             return "too_few_documents"
     # The positive of `teacher` may be any document: where it could be a negative too, another must remain.
     others = np.setdiff1d(pool.keys, pool.spared_keys)
-    spare = 1 if positive == "teacher" and _teacher_is_spare(pool) else 0
+    by_teacher = positive == "teacher" or (positive == GOLD_AND_TEACHER and not pool.is_gold.any())
+    spare = 1 if by_teacher and _teacher_is_spare(pool) else 0
     return "no_negative" if len(others) <= spare else None
 
 
@@ -97,6 +101,7 @@ def sample(
     num_positives: int = 1,
     top_positives: int = 1,
     bottom_negatives: int = 0,
+    num_preferred: int = 2,
     turn: int = 0,
 ) -> tuple[np.ndarray, int]:
     """Positions in the pool of the positives and then the negatives, int64 [G], and how many positives there are.
@@ -109,7 +114,9 @@ def sample(
         pool: the query's documents.
         size: G.
         positive: first or random (of the gold documents), teacher (best reward of all), teacher_gold (best of the gold
-            ones). Ties go to the first. A pool with rewards but without gold documents always takes teacher.
+            ones), gold_and_teacher (the gold ones, then the `num_preferred` best of all; none of them is a negative).
+            Ties go to the first. A pool with rewards but without gold documents takes teacher in place of first,
+            random and teacher_gold.
         num_positives: at the most; they are of different texts, and one text is always left to be a negative.
         negatives: random (without replacement), first (pool order), lowest or highest (by reward, ties in pool order).
         rng: the only source of randomness.
@@ -117,17 +124,18 @@ def sample(
             negative (LLM-R: 3).
         bottom_negatives: negatives are taken in turn from the first so many of their order (LLM-R: 16 of the lowest);
             0: always the first ones.
+        num_preferred: gold_and_teacher only: texts of best reward that are positives, gold ones among them (AAR: 2).
         turn: rises by one with each epoch.
 
     Raises:
         DataError: the pool admits no positive or no negative; `reject_reason` tells beforehand.
     """
-    ranked = _positives(pool, _policy(pool, positive), rng)
-    ranked = ranked[np.sort(np.unique(pool.keys[ranked], return_index=True)[1])]
+    ranked = _of_different_texts(pool, _positives(pool, _policy(pool, positive), rng, num_preferred))
     distinct = np.sort(np.unique(pool.keys, return_index=True)[1])
     others = distinct[~np.isin(pool.keys[distinct], pool.spared_keys)]
     wanted = min(num_positives, size - 1)
-    for count in range(max(1, min(max(wanted, top_positives), len(ranked))), 0, -1):
+    liked = len(ranked) if positive == GOLD_AND_TEACHER else min(max(wanted, top_positives), len(ranked))
+    for count in range(max(1, liked), 0, -1):
         preferred = ranked[:count]
         eligible = others[~np.isin(pool.keys[others], pool.keys[preferred])]
         if len(eligible):
@@ -149,11 +157,22 @@ def sample(
     return np.concatenate([chosen, np.resize(eligible[:num_negatives], num_negatives)]).astype(np.int64), len(chosen)
 
 
-def _positives(pool: Pool, policy: str, rng: np.random.Generator) -> np.ndarray:
+def _of_different_texts(pool: Pool, places: np.ndarray) -> np.ndarray:
+    """The first place of each text, in their order."""
+    return places[np.sort(np.unique(pool.keys[places], return_index=True)[1])]
+
+
+def _positives(pool: Pool, policy: str, rng: np.random.Generator, num_preferred: int) -> np.ndarray:
     """What may be a positive, the preferred first."""
     if policy == "teacher":
         return np.argsort(-_rewards(pool, "positive: teacher"), kind="stable")
     gold = np.flatnonzero(pool.is_gold)
+    if policy == GOLD_AND_TEACHER:
+        rewards = _rewards(pool, "positive: gold_and_teacher")
+        order = np.argsort(-rewards, kind="stable")
+        # What ranks below all that have a reward is preferred by nobody.
+        best = _of_different_texts(pool, order[np.isfinite(rewards[order])])[:num_preferred]
+        return np.concatenate([gold, best])
     if not len(gold):
         raise DataError(f"a training pool has no gold document, which the positive policy '{policy}' needs.")
     if policy == "random":

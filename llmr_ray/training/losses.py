@@ -1,7 +1,7 @@
 """The training losses, as pure functions of similarities: contrastive, distilled from rewards, and on graded labels.
 
 Tensor legend: B queries of this rank, G documents of a query's group (position 0 is the chosen positive), C documents
-of all ranks. `sim` is cosine / temperature; half types are widened to float32. Every function returns one loss per
+of all ranks. `sim` is similarity / temperature; half types are widened to float32. Every function returns one loss per
 query; the batch's loss is their mean over all queries of all ranks.
 
 What may serve as a negative is decided once for all losses (methods.md I.7):

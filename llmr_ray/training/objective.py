@@ -89,6 +89,7 @@ def sample_groups(
             num_positives=task.num_positives,
             top_positives=task.top_positives,
             bottom_negatives=task.bottom_negatives,
+            num_preferred=task.num_preferred,
             turn=epoch + seed_of(seed, "turn", query_id),
             rng=np.random.default_rng(seed_of(seed, "group", epoch, query_id)),
         )

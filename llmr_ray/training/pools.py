@@ -116,7 +116,7 @@ def group_row(
     rewards = [found["reward"][n] for n in places] if needs_rewards else None
     # What the LLM labels fully relevant is as good as gold: never a negative. What the data says then plays no part.
     by_llm = task.score.feedback == "label"
-    gold = [found["reward"][n] == 1 if by_llm else found["gold"][n] for n in places]
+    gold = [found["reward"][n] == 1 if by_llm else found["gold"][n] and task.group.with_gold for n in places]
     bars = is_classification and not task.group.same_label_negatives and query["gold_option"] is not None
     roles = [
         GOLD if is_gold else SAME_LABEL if bars and has_label(document, query) else CANDIDATE

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, TaskConfig, identity, question_tasks, training_seed
+from llmr_ray.config import Config, TaskConfig, identity, later_identity, question_tasks, training_seed
 from llmr_ray.errors import ConfigError
 from llmr_ray.precision import training_precision
 from llmr_ray.training import running
@@ -124,6 +124,7 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
             "max_query_tokens": config.embedder.max_query_tokens,
             "max_document_tokens": config.embedder.max_document_tokens,
             "precision": training_precision(config.embedder.precision),
+            **later_identity(config.embedder),
             "tasks": {name: identity(task.train) for name, task in training_tasks(config).items()},
             "prompts": saved_prompts(config),
         },
@@ -199,6 +200,8 @@ def embedder_recipe(config: Config) -> EmbedderRecipe:
         tasks={name: task.train for name, task in tasks.items()},
         instructions=instructions_of(tasks),
         pooling=config.embedder.pooling,
+        similarity=config.embedder.similarity,
+        pool_instruction=config.embedder.pool_instruction,
         max_query_tokens=config.embedder.max_query_tokens,
         max_document_tokens=config.embedder.max_document_tokens,
         # Of the driver: the workers of a cluster must not differ.

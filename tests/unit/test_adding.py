@@ -1,9 +1,12 @@
 """Documents added from files and segments merged: the jobs' workers, called one after the other in this process."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS
@@ -11,8 +14,10 @@ from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
 from llmr_ray.index import adding, collection
 from llmr_ray.index.filters import Comparison
-from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of
+from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of, read_manifest
 from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.serving.models import TextEncoder, encoder_spec
+from llmr_ray.serving.settings import ServingSettings
 from tests.collections_world import base_of, rows_of, write
 from tests.tiny import tiny_bert
 
@@ -38,6 +43,39 @@ def everything(root: Path) -> dict[str, tuple[str | None, str | None]]:
     documents = snapshot.documents(rows[0, : snapshot.num_documents], with_text=True)
     assert len({document.doc_id for document in documents}) == snapshot.num_documents
     return {document.doc_id: (document.title, document.text) for document in documents}
+
+
+def test_lengths_count_from_the_embedder_to_what_is_served(tmp_path: Path) -> None:
+    """A collection of inner products, and instructions that are not pooled: one place that normalises or averages
+    otherwise than the others gives scores of another model. The oracle is transformers alone."""
+    root = tmp_path / "artifacts"
+    config, asset = base_of(root, similarity="dot", pool_instruction=False)
+    adding.add(config.runtime, "c", write(tmp_path / "new.jsonl", rows_of(0, 20)))
+    place = folder_of(root, "c")
+    manifest = read_manifest(place, current(place))
+    encoder = TextEncoder(encoder_spec(root, manifest), ServingSettings())
+    query = encoder.encode([("a b", "query : ", 8), ("a b", "a a a ", 8), ("c", "query : ", 8)])
+    snapshot = OpenSnapshot(root, "c", manifest["id"])
+    rows, scores = snapshot.search(query, snapshot.num_documents, allowed=[None] * 3)
+    documents = snapshot.documents(rows[0], with_text=True)
+
+    tokenizer, model = AutoTokenizer.from_pretrained(asset.path), AutoModel.from_pretrained(asset.path).eval()
+
+    def embedded(instruction: str, text: str, limit: int) -> np.ndarray:
+        ids = tokenizer(instruction + text, truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            hidden = model(ids).last_hidden_state[0]
+        return hidden[len(tokenizer(instruction)["input_ids"]) - 1 if instruction else 0 :].mean(dim=0).numpy()
+
+    asked = [embedded(*of) for of in (("query : ", "a b", 8), ("a a a ", "a b", 8), ("query : ", "c", 8))]
+    np.testing.assert_allclose(query, asked, atol=1e-5)
+    of_chat = {f"d{row}" for row in range(0, 300, 3)}
+    tasks = ["chat" if document.doc_id in of_chat else "qa" for document in documents]
+    instructions = [config.tasks[task].document_instruction for task in tasks]
+    found = [embedded(before, document.text, 12) for before, document in zip(instructions, documents, strict=True)]
+    np.testing.assert_allclose(scores[0], np.stack(found) @ asked[0], atol=1e-4)
+    assert (np.diff(scores[0]) <= 0).all()
+    assert json.loads(manifest["encoder"])["similarity"] == "dot"
 
 
 def test_added_documents_are_found_and_bad_lines_counted(tmp_path: Path) -> None:

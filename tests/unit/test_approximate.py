@@ -42,10 +42,12 @@ def corpus() -> np.ndarray:
     return (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
 
 
-def built(root: Path, docs: np.ndarray, num_shards: int = 2, **settings: object) -> Artifact:
+def built(
+    root: Path, docs: np.ndarray, num_shards: int = 2, similarity: str = "cosine", **settings: object
+) -> Artifact:
     config = Config(index=IndexConfig(**settings), runtime=RuntimeConfig(index_shards=num_shards))
     rows = [document(f"d{row}", row, meta=json.dumps({"n": row})) for row in range(len(docs))]
-    flat = indexed(root, docs, rows)
+    flat = indexed(root, docs, rows, **({} if similarity == "cosine" else {"similarity": similarity}))
     embeddings = Artifact.found(root, flat.spec.inputs["embeddings"])
     index = Artifact(root, index_spec(config, embeddings))
     index.begin()
@@ -57,6 +59,20 @@ def searched(index: Artifact, queries: np.ndarray, scopes: np.ndarray, k: int) -
     opened = shards.open_shards(index, range(index.require()["num_shards"]))
     assert all(shard.proposals is not None for shard in opened)
     return merge_topk([shard.search(queries, scopes, k) for shard in opened], k)
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "hnsw"])
+def test_vectors_of_any_length_are_found_by_inner_product(tmp_path: Path, kind: str) -> None:
+    """Lists by direction alone must not lose long vectors of another direction without that being measured."""
+    docs = corpus() * np.random.default_rng(2).uniform(2, 6, (ROWS, 1)).astype(np.float32)
+    index = built(tmp_path, docs, kind=kind, similarity="dot")
+    assert index.require()["extra"]["recall"]["recall@10"] >= 0.95
+    queries = docs[:50]
+    rows, scores = searched(index, queries, np.tile([[0, ROWS]], (50, 1)), 10)
+    exact = exact_topk(queries, docs, np.tile([[0, ROWS]], (50, 1)), 10)[1]
+    assert (scores >= exact[:, -1:]).mean() >= 0.9
+    for query, found, score in zip(queries, rows, scores, strict=True):
+        np.testing.assert_array_equal(score, pair_scores(query, docs[found]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,6 +77,51 @@ def test_negative_policies(policy, expected):
     assert draw(REWARDED, size=3, negatives=policy)[1:].tolist() == expected
 
 
+def union_naively(of, num_preferred):
+    """D+ of AAR, by a loop: the texts of gold documents, and those of the highest finite rewards."""
+    gold = {int(key) for key, is_gold in zip(of.keys, of.is_gold, strict=True) if is_gold}
+    best = []
+    for place in sorted(range(len(of.keys)), key=lambda place: (-of.rewards[place], place)):
+        if np.isfinite(of.rewards[place]) and of.keys[place] not in best and len(best) < num_preferred:
+            best.append(int(of.keys[place]))
+    return gold | set(best)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_positives_of_people_and_llm_together(seed):
+    """Prevents what the LLM prefers among the negatives, a third best where gold is among the two best (the union is
+    of two then, methods.md D.3), and a preference for what nobody asked about."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(4, 9))
+    rewards = rng.choice([0.1, 0.2, 0.3, 0.4, -np.inf], size, p=[0.2, 0.2, 0.2, 0.2, 0.2])
+    rewards[0] = 0.25
+    of = pool(rng.integers(0, 9, size), gold=rng.choice(size, int(rng.integers(0, 3)), replace=False), rewards=rewards)
+    if reject_reason(of, positive="gold_and_teacher", min_reward=None, min_margin=-1) is not None:
+        liked = union_naively(of, 1) if not of.is_gold.any() else union_naively(of, 0)
+        assert not set(of.keys.tolist()) - liked
+        return
+    chosen, found = sample(
+        of, size=8, positive="gold_and_teacher", negatives="random", rng=rng, num_positives=7, num_preferred=2
+    )
+    positives, negatives = set(of.keys[chosen[:found]].tolist()), set(of.keys[chosen[found:]].tolist())
+    expected = union_naively(of, 2)
+    if set(of.keys.tolist()) - expected:
+        assert positives == expected
+    assert positives <= expected
+    assert len(positives) == found
+    assert negatives
+    assert not positives & negatives
+    assert not negatives & union_naively(of, 0)
+
+
+def test_of_more_positives_than_a_group_holds_none_is_a_negative():
+    """Prevents the LLM's second choice from being pushed away where the group has room for the gold document alone."""
+    chosen, found = sample(
+        REWARDED, size=6, positive="gold_and_teacher", negatives="first", rng=np.random.default_rng(0), num_positives=1
+    )
+    assert (chosen[:found].tolist(), set(chosen[found:].tolist())) == ([1], {4, 5})
+
+
 def test_gold_documents_and_their_texts_are_never_negatives():
     """Prevents teaching that a correct passage is wrong, under its own id or as a copy under another."""
     copies = pool([1, 2, 1, 3, 2, 4, 5], gold=[0, 1])
@@ -358,6 +403,15 @@ def test_groups_are_joined_on_ids_with_gold_from_labels_and_candidates():
     assert (row["doc_ids"], row["docs"], row["rewards"]) == (["d2", "d0", "d3"], ["two", "T zero", "three"], None)
     assert without == 0
     table_of("groups", [row])
+
+
+def test_where_labels_of_the_data_play_no_part_gold_is_a_candidate():
+    """Prevents the document that the LLM should place from being left out of its distribution (REPLUG, Atlas)."""
+    qrels, candidates, rewards, corpus = tables()
+    found = join_pools(qrels, candidates, rewards, corpus)["a"]
+    query = {"query_id": "a", "task": "qa", "dataset": "x", "query": "?", "split": "train"}
+    row, _ = group_row(query, task("likelihood", positive="teacher", with_gold=False), found, corpus)
+    assert (row["doc_ids"], row["roles"]) == (["d2", "d3"], ["candidate", "candidate"])
 
 
 @pytest.mark.parametrize(

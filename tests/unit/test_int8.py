@@ -18,12 +18,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "MIN_ROWS", 300)
 
 
-def opened(folder: Path, docs: np.ndarray, num_threads: int = 1) -> shards.Shard:
+def opened(folder: Path, docs: np.ndarray, num_threads: int = 1, *, unit_norm: bool = True) -> shards.Shard:
     path = folder / "x.faiss"
     if not path.exists():
-        shards.write_shard(docs, path)
-    shard = shards.Shard(path, 0, sha256_file(path))
-    shard.codes = int8.open_codes(path, sha256_file(path), shard.vector_ND, num_threads)
+        shards.write_shard(docs, path, unit_norm=unit_norm)
+    shard = shards.Shard(path, 0, sha256_file(path), unit_norm=unit_norm)
+    shard.codes = int8.open_codes(path, sha256_file(path), shard.vector_ND, num_threads, shard.largest_norm)
     return shard
 
 
@@ -35,16 +35,18 @@ def outliers(rng: np.random.Generator) -> np.ndarray:
     return (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize("vectors", ["none", "some", "many", "near", "all", "outliers"])
+@pytest.mark.parametrize("vectors", ["none", "some", "many", "near", "all", "outliers", "long"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_the_scan_equals_the_oracle(tmp_path: Path, vectors: str, num_threads: int) -> None:
     """A bound that is too narrow by a rounding loses a document once in a million searches."""
     rng = np.random.default_rng(0)
-    docs = outliers(rng) if vectors == "outliers" else corpus(rng, vectors)
+    docs = outliers(rng) if vectors in ("outliers", "long") else corpus(rng, vectors)
+    if vectors == "long":
+        docs *= rng.uniform(1, 90, (ROWS, 1)).astype(np.float32)
     queries = np.concatenate([unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]])
     edges = np.sort(rng.integers(0, ROWS + 1, (len(queries) - 270, 2)), axis=1)
     scopes = np.concatenate([np.tile([[0, ROWS]], (265, 1)), [[0, 400]] * 5, edges])
-    shard = opened(tmp_path, docs, num_threads)
+    shard = opened(tmp_path, docs, num_threads, unit_norm=vectors != "long")
     for k in (1, 10, 300, 1100):
         for mine, oracle in zip(shard.search(queries, scopes, k), exact_topk(queries, docs, scopes, k), strict=True):
             np.testing.assert_array_equal(mine, oracle)

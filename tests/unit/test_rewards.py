@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from llmr_ray.config import TaskScore
+from llmr_ray.config import LLMConfig, TaskScore
 from llmr_ray.errors import DataError
+from llmr_ray.feedback.jobs import make_job
 from llmr_ray.feedback.rewards import distinct_draws, likelihood, rank_of, rank_reward, reward_rows
-from llmr_ray.feedback.rules import OTHER_LABEL, OTHER_TASK, rule_of
+from llmr_ray.feedback.rules import FURTHER, OTHER_LABEL, OTHER_TASK, rule_of
 from llmr_ray.schemas import table_of
 
 SAMPLES_WITHOUT = [-1.2, -0.8, -2.0, -1.5]
@@ -136,3 +137,12 @@ def test_rules_compare_tasks_and_then_the_labels_of_classifications(dataset, of,
     """Options differ from row to row: only where labels are a task's own words does another one mean "worse"."""
     document = {"text": text, "meta": None if of is None else json.dumps({"dataset": of})}
     assert rule_of(TaskScore(**settings), {"dataset": dataset, "targets": ["Yes"]}, document) == expected
+
+
+def test_the_llm_is_asked_about_the_first_candidates_alone():
+    """AAR's negatives come from below the ten that the LLM sees; asked about, they would cost ten times as much."""
+    documents = [{"doc_id": f"d{n}", "text": "x", "meta": None, "title": None} for n in range(5)]
+    query = {"query_id": "q", "dataset": "x", "task": "qa", "targets": ["y"]}
+    job = make_job(query, documents, TaskScore(num_first=2), LLMConfig(), seed=0)
+    assert job.rules == (None, None, FURTHER, FURTHER, FURTHER)
+    assert [document["doc_id"] for document in job.asked] == ["d0", "d1"]

@@ -76,6 +76,24 @@ def test_a_coarse_first_scan_does_not_change_the_result(tmp_path: Path, monkeypa
         np.testing.assert_array_equal(mine, oracle)
 
 
+@pytest.mark.parametrize("duplicates", ["none", "some", "near", "all"])
+@pytest.mark.parametrize("length", [0.01, 300.0])
+def test_lengths_that_count_do_not_change_what_is_exact(tmp_path: Path, duplicates: str, length: float) -> None:
+    """An error bound for unit vectors is too narrow for long ones: ties would go to the wrong document."""
+    rng = np.random.default_rng(0)
+    docs = corpus(rng, duplicates) * np.float32(length)
+    if duplicates in ("none", "some"):
+        docs *= rng.uniform(0.2, 1, (1500, 1)).astype(np.float32)
+        docs[3] = 0
+    path = tmp_path / "x.faiss"
+    shards.write_shard(docs, path, unit_norm=False)
+    shard = shards.Shard(path, 0, sha256_file(path), unit_norm=False)
+    queries, scopes = np.concatenate([unit(rng, 30, 48), docs[:10]]), np.repeat([[0, 1500]], 40, axis=0)
+    for mine, oracle in zip(shard.search(queries, scopes, 20), exact_topk(queries, docs, scopes, 20), strict=True):
+        np.testing.assert_array_equal(mine, oracle)
+    assert shard.largest_norm >= np.linalg.norm(docs, axis=1).max()
+
+
 def test_fillers_get_no_offset(tmp_path: Path) -> None:
     """-1 plus a shard's first row is a real, wrong document (methods.md, trap 28)."""
     docs = unit(np.random.default_rng(3), 600, 16)

@@ -95,6 +95,36 @@ def test_an_embedder_that_is_only_compared_has_its_own_instructions(tmp_path):
     assert [name for name in without if stages[name].artifact.id != without[name].artifact.id] == ["evaluate"]
 
 
+def test_how_tokens_are_pooled_changes_what_is_made_by_it_alone(tmp_path):
+    """Prevents vectors of two kinds under one id, and old artifacts under new ones."""
+    before = plan(tmp_path)
+    spec = before["embed_base"].artifact.spec
+    limits = {"pooling", "max_query_tokens", "max_document_tokens", "precision", "instructions", "shard_rows"}
+    assert set(spec.config) == limits
+    assert set(before["train"].artifact.spec.config) == {
+        *("seed", "train", "pooling", "max_query_tokens", "max_document_tokens", "precision", "tasks", "prompts")
+    }
+    assert before["index_base"].artifact.spec.config == {}
+    for change in ({"similarity": "dot"}, {"pool_instruction": False}):
+        after = plan(tmp_path, embedder=dataclasses.replace(CONFIG.embedder, **change))
+        changed = [name for name in before if before[name].artifact.id != after[name].artifact.id]
+        assert changed == [name for name in before if name != "prepare"]
+        for stage in ("embed_base", "train"):
+            config = before[stage].artifact.spec.config
+            assert after[stage].artifact.spec.config == config | change
+    assert after["index_base"].artifact.spec.config == {}
+    dot = plan(tmp_path, embedder=dataclasses.replace(CONFIG.embedder, similarity="dot"))
+    assert dot["index_trained"].artifact.spec.config == {"similarity": "dot"}
+
+
+def test_a_table_of_baselines_costs_what_is_compared(tmp_path):
+    """Prevents evaluations that are done again because a row was added to a table that they do not use."""
+    one, other = ComparedEmbedder(model="other"), ComparedEmbedder(model="another", similarity="dot")
+    few = plan(tmp_path, evaluate=EvaluateConfig(methods=["base", "E5"], embedders={"E5": one}))
+    many = plan(tmp_path, evaluate=EvaluateConfig(methods=["base", "E5"], embedders={"A": other, "E5": one}))
+    assert [stage.artifact.id for stage in few.values()] == [stage.artifact.id for stage in many.values()]
+
+
 def test_another_llm_may_read_than_the_one_whose_feedback_trains(tmp_path):
     """Prevents rankings by one LLM that are judged by it where another was asked for."""
     same, apart = plan(tmp_path), plan(tmp_path, reader=LLMConfig(model="other"))
