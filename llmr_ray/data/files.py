@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmr_ray.data.records import MAX_LINE_BYTES, Bad, excerpt_of, open_bytes, read_json_lines, read_lines
+from llmr_ray.data.splits import SPLITS
 from llmr_ray.errors import DataError
 
 Row = dict[str, Any]
@@ -57,7 +58,8 @@ def tables_of(folder: Path, name: str) -> list[Path]:
 
 
 def files_of_splits(path: Path) -> list[tuple[str | None, Path]]:
-    """The files of a data set of rows, with the split that their names say: a folder's, or the one that is given.
+    """The files of a data set of rows, with the split that their names say: a folder's in the order of the splits, or
+    the one that is given.
 
     Raises:
         DataError: there is no such file.
@@ -70,7 +72,7 @@ def files_of_splits(path: Path) -> list[tuple[str | None, Path]]:
             f"there is no file of rows in {path}: one that begins with train, dev or test and ends with "
             f"{', '.join(_SUFFIXES)}. Name the file itself, or rename it."
         )
-    return found
+    return sorted(found, key=lambda item: (SPLITS.index(item[0]), item[1].name))
 
 
 def read_tables(paths: list[Path]) -> Rows:
