@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from llmr_ray.data import validation_cli
 from llmr_ray.errors import exit_on_user_error
+from llmr_ray.export import export_cli
 from llmr_ray.feedback import scores_cli
 from llmr_ray.index import index_cli
 from llmr_ray.serving import serving_cli
@@ -21,6 +23,8 @@ app.add_typer(scores_cli.app, name="scores")
 app.add_typer(serving_cli.keys, name="keys")
 app.command()(serving_cli.serve)
 app.add_typer(index_cli.app, name="index")
+app.command()(validation_cli.validate)
+app.command()(export_cli.export)
 
 ConfigPath = Annotated[str, typer.Argument(help="A YAML file, for example conf/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.num_steps=50.")]

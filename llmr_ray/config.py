@@ -46,7 +46,8 @@ class DatasetConfig:
     max_text_chars: int = 20_000
     """Longer texts are quarantined, not cut: a 1 MB passage is a defect of the data."""
     candidates: str = later("")
-    """llm_r only: the file of candidates beside the others, for example bm25_train.jsonl.gz; see mine.num_given."""
+    """A file of candidates beside the others, see mine.num_given. llm_r: for example bm25_train.jsonl.gz; jsonl and
+    mteb: a TREC run. The other sources have theirs in the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

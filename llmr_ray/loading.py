@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("vllm", "transformers", "openai"),
     "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "feedback": ("none", "likelihood", "rank", "label"),
+    "feedback": ("none", "likelihood", "rank", "label", "given"),
     "samples": ("fresh", "shared"),
     "normalization": ("mean", "sum"),
     "positive": ("first", "random", "teacher", "teacher_gold", "gold_and_teacher"),
@@ -185,6 +185,11 @@ def _check_run(config: Config) -> None:
     if config.reward_model.model:
         _check_reward_model(config.reward_model, config.runtime)
         tasks = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
+        if given := sorted(task for task in tasks if config.tasks[task].score.feedback == "given"):
+            raise ConfigError(
+                f"reward_model.model is set, but the rewards of {', '.join(given)} come with the data (score.feedback: "
+                "given) and need no model in between. Leave reward_model.model empty, or let the LLM give the feedback."
+            )
         if all(config.tasks[task].score.feedback == "none" for task in tasks):
             raise ConfigError(
                 f"reward_model.model is set, but none of the tasks that train {sorted(tasks)} has LLM feedback for it "

@@ -65,7 +65,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "qrels": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("relevance", _I)]),
     # Candidates that come with the data; documents that the corpus lacks may be among them.
-    "given": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("retrieval_score", _F)]),
+    "given": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("retrieval_score", _F, nullable=True)]),
+    # What the makers of the data had a teacher say of such candidates (score.feedback: given).
+    "given_rewards": pa.schema([_field("query_id", _S), _field("doc_id", _S), _field("reward", _F)]),
     "quarantine": pa.schema(
         [_field("dataset", _S), _field("row", _S), _field("reason", _S), _field("excerpt", _S, nullable=True)]
     ),
@@ -171,6 +173,7 @@ KEYS: dict[str, list[str]] = {
     "corpus": ["doc_id"],
     "qrels": ["query_id", "doc_id"],
     "given": ["query_id", "doc_id"],
+    "given_rewards": ["query_id", "doc_id"],
     "candidates": ["query_id", "doc_id"],
     "llm_scores": ["query_id", "doc_id", "kind"],
     "rewards": ["query_id", "doc_id"],

@@ -19,7 +19,8 @@ class TaskMine:
     num_random: int = 0
     """Documents drawn from the query's range of the pool."""
     num_given: int = later(0)
-    """Best of the candidates that come with the data (datasets.*.candidates), before all other sources."""
+    """Best of the candidates that come with the data (in its rows, or in datasets.*.candidates), before all other
+    sources."""
     with_gold: bool = later(True)
     """Documents that the data labels relevant are candidates whether found or not. False: only what is found (ARL2,
     whose labels come from the LLM)."""
@@ -36,7 +37,8 @@ class TaskScore:
     """LLM feedback of one task (methods.md A.4)."""
 
     feedback: str = "none"
-    """none, likelihood (of the desired output), rank (rank-aware reward) or label (by the LLM in words, C.1)."""
+    """none, likelihood (of the desired output), rank (rank-aware reward), label (by the LLM in words, C.1), or given:
+    scores of a teacher that come with the data (teacher_scores), for which no LLM is asked."""
     samples: str = "shared"
     """rank only. fresh: N outputs are drawn per candidate; shared: the outputs drawn without retrieval are rescored."""
     num_samples: int = 10

@@ -11,8 +11,9 @@ import bz2
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
@@ -123,6 +124,55 @@ def example(
         meta=meta,
     )
     yield Document(doc_id=doc_id, pool=POOL, text=f"{text}\n{outputs[0]}", from_query=query_id, meta=meta)
+
+
+def with_passages(
+    dataset: str, category: str, queries: Iterable[Query], passages: Iterable[tuple[str, str] | Bad]
+) -> Iterator[Record]:
+    """A published pool of examples, each with the query it was made from, and then the queries, each with its own.
+
+    Args:
+        dataset: whose examples they are.
+        category: of its task.
+        queries: of all splits.
+        passages: id and contents (input, newline, output), or what is no passage.
+    """
+    by_text: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        by_text[query.query].append(query)
+    own: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    for passage in passages:
+        if isinstance(passage, Bad):
+            yield passage
+            continue
+        doc_id, contents = passage
+        made_from = _made_from(contents, by_text)
+        if made_from is not None:
+            is_own = contents == "\n".join((made_from.query, *made_from.targets[:1]))
+            (own if is_own else alike).setdefault(made_from.query_id, doc_id)
+        yield Document(
+            doc_id=doc_id,
+            pool=POOL,
+            text=contents,
+            from_query=None if made_from is None else made_from.query_id,
+            meta={"dataset": dataset, "category": category},
+        )
+    for query in (query for same_input in by_text.values() for query in same_input):
+        yield replace(query, self_doc_id=own.get(query.query_id, alike.get(query.query_id)))
+
+
+def _made_from(contents: str, queries: Mapping[str, Sequence[Query]]) -> Query | None:
+    """The query whose input and output a passage holds; else one that has its input, of the test split if any."""
+    end = contents.find("\n")
+    while end >= 0:
+        alike = queries.get(contents[:end], ())
+        if alike:
+            held = [query for query in alike if query.split == "test"]
+            same = [query for query in alike if query.targets[:1] == (contents[end + 1 :],)]
+            return (held or same or alike)[0]
+        end = contents.find("\n", end + 1)
+    return None
 
 
 def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row: Row) -> Iterator[Record]:

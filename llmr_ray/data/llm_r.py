@@ -11,24 +11,21 @@ input is left out of the pool, unlike in the published evaluation: it holds the 
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
-from llmr_ray.data.examples import POOL, gold_option
+from llmr_ray.data.examples import POOL, gold_option, with_passages
 from llmr_ray.data.records import (
     Bad,
     BadRow,
-    Document,
     Query,
     Record,
     Skip,
     Source,
     check_text,
     check_texts,
-    read_gzip_lines,
+    read_json_lines,
 )
 from llmr_ray.errors import ConfigError, DataError
 
@@ -36,7 +33,7 @@ Row = dict[str, Any]
 
 _NAMED = re.compile(rb'"task_name"\s*:\s*"')
 
-Given = tuple[tuple[str, float], ...]
+Given = tuple[tuple[str, float | None], ...]
 """Candidates of a query and their scores, best first."""
 
 
@@ -52,7 +49,7 @@ def read_llm_r(source: Source) -> Iterator[Record]:
         )
     task = TASKS[source.name]
     given = _given(source)
-    queries: dict[str, list[Query]] = defaultdict(list)
+    queries: list[Query] = []
     for split in ("train", "test"):
         for where, row in _rows(source, f"{split}.jsonl.gz"):
             try:
@@ -60,40 +57,17 @@ def read_llm_r(source: Source) -> Iterator[Record]:
             except BadRow as bad:
                 query = bad.at(where)
             if isinstance(query, Query):
-                queries[query.query].append(query)
+                queries.append(query)
             else:
                 yield query
-    own: dict[str, str] = {}
-    alike: dict[str, str] = {}
-    for where, row in _rows(source, "passages.jsonl.gz"):
-        if isinstance(row, Bad):
-            yield row
-            continue
-        try:
-            doc_id, contents = _passage(source, row)
-        except BadRow as bad:
-            yield bad.at(where)
-            continue
-        made_from = _made_from(contents, queries)
-        if made_from is not None:
-            is_own = contents == f"{made_from.query}\n{made_from.targets[0]}"
-            (own if is_own else alike).setdefault(made_from.query_id, doc_id)
-        yield Document(
-            doc_id=doc_id,
-            pool=POOL,
-            text=contents,
-            from_query=None if made_from is None else made_from.query_id,
-            meta={"dataset": source.name, "category": task.category},
-        )
-    for query in (query for same_input in queries.values() for query in same_input):
-        yield replace(query, self_doc_id=own.get(query.query_id, alike.get(query.query_id)))
+    yield from with_passages(source.name, task.category, queries, _passages(source))
 
 
 def _rows(source: Source, file: str) -> Iterator[tuple[str, Row | Bad]]:
     """The rows of a file that are of the data set's task; those that name no task are bad rows of every data set."""
     # Most lines are other tasks', and parsing them all for each of thirty tasks would take hours.
     own = f'"{source.name}"'.encode()
-    for where, row in read_gzip_lines(source.path / file, lambda line: own in line or not _NAMED.search(line)):
+    for where, row in read_json_lines(source.path / file, lambda line: own in line or not _NAMED.search(line)):
         if isinstance(row, Bad):
             yield where, row
         elif not isinstance(row.get("task_name"), str):
@@ -141,29 +115,24 @@ def _query(source: Source, task: ExampleTask, split: str, row: Row, given: Mappi
     )
 
 
-def _passage(source: Source, row: Row) -> tuple[str, str]:
-    identity = check_text(row.get("id"), "id", 100)
-    if not identity.isdecimal():
-        raise BadRow("bad_id", identity)
-    return _doc_id(identity), check_text(row.get("contents"), "contents", source.config.max_text_chars)
+def _passages(source: Source) -> Iterator[tuple[str, str] | Bad]:
+    """Ids and contents of the task's passages."""
+    for where, row in _rows(source, "passages.jsonl.gz"):
+        if isinstance(row, Bad):
+            yield row
+            continue
+        try:
+            identity = check_text(row.get("id"), "id", 100)
+            if not identity.isdecimal():
+                raise BadRow("bad_id", identity)
+            yield _doc_id(identity), check_text(row.get("contents"), "contents", source.config.max_text_chars)
+        except BadRow as bad:
+            yield bad.at(where)
 
 
 def _doc_id(identity: str) -> str:
     """Rows of the file are candidates of every task, so their ids do not name one."""
     return f"llm_r:{identity}"
-
-
-def _made_from(contents: str, queries: Mapping[str, Sequence[Query]]) -> Query | None:
-    """The query whose input and output a passage holds; else one that has its input, of the test split if any."""
-    end = contents.find("\n")
-    while end >= 0:
-        alike = queries.get(contents[:end], ())
-        if alike:
-            held = [query for query in alike if query.split == "test"]
-            same = [query for query in alike if query.targets[0] == contents[end + 1 :]]
-            return (held or same or alike)[0]
-        end = contents.find("\n", end + 1)
-    return None
 
 
 def _given(source: Source) -> dict[str, Given]:

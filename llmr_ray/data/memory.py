@@ -8,7 +8,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmr_ray.assets import stdlib_files
 from llmr_ray.data.records import (
@@ -27,6 +27,9 @@ from llmr_ray.data.records import (
 )
 from llmr_ray.data.splits import lowest
 from llmr_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MIN_SESSIONS = 3
 """Pairs of speakers that met less often have no long-term memory to test."""
@@ -148,21 +151,42 @@ def read_stdlib(source: Source) -> Iterator[Record]:
     be retrieved ends before the recent window begins, continuation included, so nothing the LLM sees anyway (and
     nothing of the future) is ever retrieved. Files are split as a whole.
     """
+    tokenizer = text_tokenizer(source)
+    for path in stdlib_files(source.path):
+        name = path.relative_to(source.path).as_posix()
+        yield from text_records(source, tokenizer, name, path.read_text(encoding="ascii"))
+
+
+def text_tokenizer(source: Source) -> "Tokenizer":
+    """The LLM's tokenizer; ConfigError where there is none."""
     from tokenizers import Tokenizer
 
     model = source.tokenizer / "tokenizer.json"
     if not model.exists():
-        raise ConfigError(f"the source 'stdlib' cuts text by the LLM's tokens, but there is no {model}.")
-    tokenizer = Tokenizer.from_file(str(model))
-    for path in stdlib_files(source.path):
-        name = path.relative_to(source.path).as_posix()
-        whole = path.read_text(encoding="ascii")
-        text = whole[max(0, len(whole) - MAX_CHARS) :]
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        yield from _chunks(source, name, text, [start for start, _ in encoding.offsets])
+        raise ConfigError(
+            f"the source '{source.config.source}' cuts text by the LLM's tokens, but there is no {model}."
+        )
+    return Tokenizer.from_file(str(model))
 
 
-def _chunks(source: Source, name: str, text: str, starts: list[int]) -> Iterator[Record]:
+def text_records(
+    source: Source, tokenizer: "Tokenizer", name: str, whole: str, split: str | None = None
+) -> Iterator[Record]:
+    """A long text as a pool of its chunks, and as queries its last ones (methods.md A.7).
+
+    Args:
+        source: the data set.
+        tokenizer: of the LLM.
+        name: of the text, unique in the data set.
+        whole: the text; the end of it is used.
+        split: where the data fixes it.
+    """
+    text = whole[max(0, len(whole) - MAX_CHARS) :]
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    yield from _chunks(source, name, text, [start for start, _ in encoding.offsets], split)
+
+
+def _chunks(source: Source, name: str, text: str, starts: list[int], split: str | None = None) -> Iterator[Record]:
     """Chunks of a text whose tokens begin at `starts`; full chunks only, counted from the end of the text."""
     number = min(len(starts) // CHUNK_TOKENS, MAX_CHUNKS)
     cuts = [starts[len(starts) - CHUNK_TOKENS * (number - k)] for k in range(number)] + [len(text)]
@@ -186,6 +210,7 @@ def _chunks(source: Source, name: str, text: str, starts: list[int]) -> Iterator
             context="".join(chunks[k - WINDOW_CHUNKS + 1 : k]),
             pool=pool,
             split_key=name,
+            split=split,
             history_end=history_end,
             meta={"file": name, "chunk": k},
         )

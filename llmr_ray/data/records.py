@@ -9,14 +9,18 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from llmr_ray.config import DatasetConfig
 from llmr_ray.errors import DataError
 
 EXCERPT_CHARS = 160
+
+MAX_LINE_BYTES = 256 * 2**20
+"""A line beyond this is no row: without a bound, a file without line breaks would have to fit in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,8 @@ class Query:
 
     split_key: rows with one key go to one split (a dialogue's pair, a file, a shared passage). split: fixed by the
     data. qrels: relevance of documents. related: documents that are kept for this query besides its qrels.
-    self_doc_id: the document made from this very row. given: candidates that come with the data, best first, with their
-    scores.
+    self_doc_id: the document made from this very row. given: candidates that come with the data, best first, with
+    their retrieval scores (None: the data has none). given_rewards: what a teacher of the data's makers scored them.
     """
 
     query_id: str
@@ -52,7 +56,8 @@ class Query:
     qrels: tuple[tuple[str, int], ...] = ()
     related: tuple[str, ...] = ()
     self_doc_id: str | None = None
-    given: tuple[tuple[str, float], ...] = ()
+    given: tuple[tuple[str, float | None], ...] = ()
+    given_rewards: tuple[tuple[str, float], ...] = ()
     meta: dict[str, Any] | None = None
 
 
@@ -155,7 +160,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}. Check `path` of the data set.") from error
+        raise unreadable(path, error) from error
 
 
 def read_json(path: Path) -> Any:
@@ -174,31 +179,45 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    """(row name, object or Bad) for each line that is not blank; a broken line costs only itself.
+def read_json_lines(
+    path: Path, wanted: Callable[[bytes], bool] | None = None
+) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    """(row name, object or Bad) for each line that is not blank, or is `wanted`; a broken line costs only itself.
 
-    Reasons: invalid_utf8, invalid_json, not_an_object.
+    The file, which may be compressed (.gz), need not fit in memory. Reasons: invalid_utf8, invalid_json,
+    not_an_object.
+
+    Raises:
+        DataError: the file cannot be read, or was cut short.
     """
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if line.strip():
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip() and (wanted is None or wanted(line)):
             row = f"{path.name}:{number}"
             yield row, parse_json_line(row, line)
 
 
-def read_gzip_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    """`read_json_lines` of a compressed file that need not fit in memory, without the lines that are not wanted.
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file or of a compressed one (.gz); those beyond MAX_LINE_BYTES come in pieces."""
+    with open_bytes(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
 
-    Raises:
-        DataError: the file cannot be read or was cut short.
-    """
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file for reading, decompressed where it ends with .gz; DataError where it cannot be read or was cut short."""
     try:
-        with gzip.open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and wanted(line):
-                    row = f"{path.name}:{number}"
-                    yield row, parse_json_line(row, line)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}. Check `path`, or fetch the file again.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What to tell of a file that cannot be read."""
+    if path.suffix == ".gz" and not isinstance(error, FileNotFoundError):
+        return DataError(f"{path} is not a whole gzip file: {error}. Check `path`, or fetch the file again.")
+    return DataError(f"{path} cannot be read: {error}. Check `path` of the data set.")
 
 
 def parse_json_line(row: str, line: bytes) -> dict[str, Any] | Bad:

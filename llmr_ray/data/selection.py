@@ -38,6 +38,7 @@ class Selected:
     corpus: list[dict[str, Any]]
     qrels: list[dict[str, Any]]
     given: list[dict[str, Any]]
+    given_rewards: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     counts: Counts
 
@@ -130,6 +131,11 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
             {"query_id": query.query_id, "doc_id": doc_id, "retrieval_score": score}
             for query in chosen
             for doc_id, score in query.given
+        ],
+        given_rewards=[
+            {"query_id": query.query_id, "doc_id": doc_id, "reward": reward}
+            for query in chosen
+            for doc_id, reward in query.given_rewards
         ],
         quarantine=[
             {"dataset": data.name, "row": bad.row, "reason": bad.reason, "excerpt": bad.excerpt} for bad in data.bad

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator
 
+from llmr_ray.config import DatasetConfig
 from llmr_ray.data.examples import read_icl
-from llmr_ray.data.jsonl import read_jsonl
+from llmr_ray.data.jsonl import read_jsonl, read_mteb
 from llmr_ray.data.knowledge import read_hotpotqa, read_squad
+from llmr_ray.data.llm_embedder import read_llm_embedder
 from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.memory import read_bfcl_memory, read_chitchat, read_stdlib
 from llmr_ray.data.records import Record, Source
+from llmr_ray.data.toolbench import read_toolbench
 from llmr_ray.data.tools import read_bfcl_tools
+from llmr_ray.data.training_rows import read_flag_embedding, read_kl_rows, read_tevatron
 from llmr_ray.errors import ConfigError
 
 SOURCES: dict[str, Callable[[Source], Iterator[Record]]] = {
@@ -21,10 +25,26 @@ SOURCES: dict[str, Callable[[Source], Iterator[Record]]] = {
     "llm_r": read_llm_r,
     "bfcl_tools": read_bfcl_tools,
     "jsonl": read_jsonl,
+    "mteb": read_mteb,
+    "llm_embedder": read_llm_embedder,
+    "toolbench": read_toolbench,
+    "flag_embedding": read_flag_embedding,
+    "tevatron": read_tevatron,
+    "kl_rows": read_kl_rows,
 }
 
-TOKENIZED = frozenset({"stdlib"})
-"""Sources whose rows depend on the LLM's tokenizer."""
+_WITH_CANDIDATES = frozenset({"llm_embedder", "flag_embedding", "tevatron", "kl_rows"})
+"""Sources whose rows hold candidates."""
+
+
+def is_tokenized(dataset: DatasetConfig) -> bool:
+    """Whether a data set's rows depend on the LLM's tokenizer: texts are cut by its tokens."""
+    return dataset.source == "stdlib" or (dataset.source == "llm_embedder" and dataset.task == "lrlm")
+
+
+def brings_candidates(dataset: DatasetConfig) -> bool:
+    """Whether a data set's queries have given candidates (mine.num_given)."""
+    return bool(dataset.candidates) or dataset.source in _WITH_CANDIDATES
 
 
 def reader(name: str) -> Callable[[Source], Iterator[Record]]:

@@ -19,7 +19,7 @@ from llmr_ray.config import Config, DatasetConfig, PrepareConfig, identity
 from llmr_ray.data.examples import POOL
 from llmr_ray.data.records import Source
 from llmr_ray.data.selection import collect, held_out_texts, in_order, select
-from llmr_ray.data.sources import TOKENIZED, reader
+from llmr_ray.data.sources import is_tokenized, reader
 from llmr_ray.errors import ConfigError
 from llmr_ray.schemas import table_of
 
@@ -46,7 +46,7 @@ def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
                 f"'_', '.' and '-', and '{POOL}' is the pool of examples. Rename it."
             )
     inputs = {f"dataset:{name}": assets[dataset.path].fingerprint for name, dataset in config.datasets.items()}
-    if any(dataset.source in TOKENIZED for dataset in config.datasets.values()):
+    if any(map(is_tokenized, config.datasets.values())):
         inputs["tokenizer"] = assets[config.llm.model].fingerprint
     settings = {name: identity(dataset) for name, dataset in config.datasets.items()}
     for entry in settings.values():
@@ -119,8 +119,11 @@ class PrepareWorker:
             "qrels": [row for part in selected for row in part.qrels],
             "quarantine": [row for part in selected for row in part.quarantine],
         }
-        given = [row for part in selected for row in part.given]
+        brought = {
+            "given": [row for part in selected for row in part.given],
+            "given_rewards": [row for part in selected for row in part.given_rewards],
+        }
         # Written only where there are any: most sources bring none.
-        rows |= {"given": given} if given else {}
+        rows |= {name: table for name, table in brought.items() if table}
         tables = {name: table_of(name, table) for name, table in rows.items()}
         return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))

@@ -17,6 +17,9 @@ from llmr_ray.frames import PAIR, frame_of
 
 Row = Mapping[str, Any]
 
+GIVEN = "given"
+"""score.feedback, and reward_source, of what the makers of the data had a teacher say."""
+
 SHARD_QUERIES = 256
 """Queries of one shard of llm_scores: LLM work is dear, so shards are smaller than elsewhere."""
 
@@ -77,10 +80,16 @@ def desired_output(query: Row, settings: TaskScore, seed: int) -> str | None:
 
 
 def feedback_tasks(config: Config) -> dict[str, TaskScore]:
-    """Settings of the tasks that this run's data sets use and that have LLM feedback."""
+    """Settings of the tasks that this run's data sets use and whose feedback the LLM gives."""
     used = sorted({dataset.task for dataset in config.datasets.values()})
     settings = {task: config.tasks[task].score for task in used}
-    return {task: score for task, score in settings.items() if score.feedback != "none"}
+    return {task: score for task, score in settings.items() if score.feedback not in ("none", GIVEN)}
+
+
+def given_tasks(config: Config) -> list[str]:
+    """The tasks that this run's data sets use and whose rewards come with the data, sorted."""
+    used = {dataset.task for dataset in config.datasets.values()}
+    return sorted(task for task in used if config.tasks[task].score.feedback == GIVEN)
 
 
 class ScoreJobs:

@@ -1,6 +1,6 @@
 """From log-probabilities to rewards: likelihood and rank-aware reward (methods.md A.4). Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,26 @@ def reward_rows(
                     "reward_source": row["error"] or ("label" if is_label else "llm"),
                 }
             )
+    return _comparable(rewarded.values(), counts)
+
+
+def given_reward_rows(given_rows: Sequence[Mapping[str, Any]], source: str) -> tuple[list[dict[str, object]], Counts]:
+    """The rewards rows of rewards that came with the data, but of queries with fewer than two of them.
+
+    Args:
+        given_rows: rows of given_rewards, all of a query's among them.
+        source: what their reward_source is.
+    """
+    rewarded: dict[str, list[dict[str, object]]] = {}
+    for row in given_rows:
+        rewarded.setdefault(row["query_id"], []).append({**row, "reward_source": source})
+    return _comparable(rewarded.values(), Counts(rows_in=len(given_rows)))
+
+
+def _comparable(rewarded: Iterable[list[dict[str, object]]], counts: Counts) -> tuple[list[dict[str, object]], Counts]:
+    """The rows of queries that have something to compare; the others are counted."""
     rows: list[dict[str, object]] = []
-    for of_query in rewarded.values():
+    for of_query in rewarded:
         if len(of_query) < 2:
             counts.skipped["the query has fewer than 2 rewarded documents"] += len(of_query)
         elif all(row["reward"] is None for row in of_query):

@@ -2,16 +2,22 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, identity
+from llmr_ray.errors import DataError
 from llmr_ray.feedback.engine import asked_identity
-from llmr_ray.feedback.jobs import SHARD_QUERIES, ScoreJobs, feedback_tasks
+from llmr_ray.feedback.jobs import GIVEN, SHARD_QUERIES, ScoreJobs, feedback_tasks, given_tasks
 from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient
-from llmr_ray.feedback.rewards import reward_rows
+from llmr_ray.feedback.rewards import given_reward_rows, reward_rows
 from llmr_ray.feedback.scoring import ask_jobs, score_rows
 from llmr_ray.schemas import table_of
 
@@ -85,13 +91,21 @@ def reward_spec(config: Config, prepare: Artifact, llm_scores: Artifact) -> Arti
     return ArtifactSpec(
         stage="reward",
         version=REWARD_VERSION,
-        config={"kinds": {task: settings.feedback for task, settings in feedback_tasks(config).items()}},
+        config={
+            "kinds": {task: settings.feedback for task, settings in feedback_tasks(config).items()},
+            **({"given": given} if (given := given_tasks(config)) else {}),
+        },
         inputs={"prepare": prepare.id, "llm_scores": llm_scores.id},
     )
 
 
 def run_reward(config: Config, artifact: Artifact, prepare: Artifact, llm_scores: Artifact) -> None:
-    """Writes rewards, shard by shard of llm_scores (a query's rows are all in one). rows_in counts llm_scores rows."""
+    """Writes rewards, shard by shard of llm_scores (a query's rows are all in one), and then one shard of those that
+    came with the data. rows_in counts rows of llm_scores and of given_rewards.
+
+    Raises:
+        DataError: a task's rewards are said to come with the data, and there are none.
+    """
     started = time.monotonic()
     kinds = {task: settings.feedback for task, settings in feedback_tasks(config).items()}
     queries = prepare.read("queries")
@@ -100,8 +114,33 @@ def run_reward(config: Config, artifact: Artifact, prepare: Artifact, llm_scores
         for query_id, task in zip(queries["query_id"].to_pylist(), queries["task"].to_pylist(), strict=True)
         if task in kinds
     }
-    num_shards = llm_scores.require()["num_shards"]
+    scored_shards = llm_scores.require()["num_shards"]
+    given = given_tasks(config)
+    num_shards = scored_shards + bool(given)
     for shard in artifact.pending(num_shards):
-        rows, counts = reward_rows(llm_scores.read("llm_scores", shard).to_pylist(), kind_of)
+        if shard < scored_shards:
+            rows, counts = reward_rows(llm_scores.read("llm_scores", shard).to_pylist(), kind_of)
+        else:
+            rows, counts = given_reward_rows(_given_rewards(prepare, queries, given), GIVEN)
         artifact.write_shard(shard, {"rewards": table_of("rewards", rows)}, counts)
     artifact.commit(num_shards, seconds=time.monotonic() - started)
+
+
+def _given_rewards(prepare: Artifact, queries: pa.Table, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of given_rewards of the training queries of some tasks; each of these must have some."""
+    if "given_rewards" not in prepare.require()["rows"]:
+        raise DataError(
+            f"score.feedback of {', '.join(tasks)} is '{GIVEN}', but no data set brings scores of a teacher. Read "
+            "files that have them (source: llm_embedder, flag_embedding or kl_rows), or let the LLM give the feedback."
+        )
+    is_meant = pc.and_(pc.is_in(queries["task"], value_set=pa.array(tasks)), pc.equal(queries["split"], "train"))
+    wanted = queries.filter(is_meant)
+    given = prepare.read("given_rewards")
+    given = given.filter(pc.is_in(given["query_id"], value_set=wanted["query_id"].combine_chunks()))
+    with_rewards = wanted.filter(pc.is_in(wanted["query_id"], value_set=given["query_id"].combine_chunks()))
+    if without := sorted(set(tasks) - set(with_rewards["task"].to_pylist())):
+        raise DataError(
+            f"score.feedback of {', '.join(without)} is '{GIVEN}', but no training query of it has a teacher's scores. "
+            "Name files that have them, or set its feedback to likelihood, rank or none."
+        )
+    return given.to_pylist()

@@ -23,8 +23,8 @@ class Found:
     """What one source offers a query, best first.
 
     source: "given", "dense", "bm25" or "random". num: how many candidates it may add. rows: corpus rows, MISSING ones
-    are passed over. scores: retrieval scores, or None where the source has none. skip_top: this many of the best are
-    left out, whatever they are (a document's rank counts from 1 in the retriever's own list).
+    are passed over. scores: retrieval scores (NaN: the data gives none), or None where the source has none. skip_top:
+    this many of the best are left out, whatever they are (a document's rank counts from 1 in the retriever's own list).
     """
 
     source: str
@@ -111,13 +111,17 @@ def union(
                         row=row,
                         source=source.source,
                         rank=position + 1 if ranked else None,
-                        retrieval_score=float(source.scores[position]) if source.scores is not None else None,
+                        retrieval_score=_score_at(source.scores, position),
                     )
                 )
                 taken.add(row)
                 texts[key] = "candidate_text"
                 added += 1
     return candidates, excluded
+
+
+def _score_at(scores: np.ndarray | None, position: int) -> float | None:
+    return None if scores is None or np.isnan(scores[position]) else float(scores[position])
 
 
 def own_first(

@@ -18,6 +18,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import BM25Config, Config, TaskMine, identity
 from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
+from llmr_ray.data.sources import brings_candidates
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
@@ -48,11 +49,12 @@ def mine_spec(
         ConfigError: a task wants given candidates, but no data set of it names a file of them.
     """
     tasks = sorted({dataset.task for dataset in config.datasets.values()})
-    given = {dataset.task for dataset in config.datasets.values() if dataset.candidates}
+    given = {dataset.task for dataset in config.datasets.values() if brings_candidates(dataset)}
     without = [task for task in tasks if config.tasks[task].mine_in(again=again).num_given and task not in given]
     if without:
         raise ConfigError(
-            f"tasks.{without[0]}.mine.num_given is set, but none of the task's data sets names a file of `candidates`."
+            f"tasks.{without[0]}.mine.num_given is set, but none of the task's data sets brings candidates: its "
+            "source has none, and it names no file of `candidates`."
         )
     return ArtifactSpec(
         stage="mine",
@@ -250,6 +252,8 @@ def _meta(query: dict[str, Any]) -> dict[str, Any]:
 def _given_rows(given: pa.Table, row_of: dict[str, int]) -> dict[str, tuple[list[int], list[float]]]:
     """Corpus rows and scores of each query's given candidates, in order; what the corpus lacks is MISSING."""
     result: dict[str, tuple[list[int], list[float]]] = {}
+    retrieval_scores = given["retrieval_score"].fill_null(float("nan"))
+    given = given.set_column(given.column_names.index("retrieval_score"), "retrieval_score", retrieval_scores)
     for entry in given.to_pylist():
         rows, scores = result.setdefault(entry["query_id"], ([], []))
         rows.append(row_of.get(entry["doc_id"], MISSING))

@@ -1,0 +1,1 @@
+"""What a run made, in the formats of other projects."""
