@@ -34,7 +34,7 @@ from llmr_ray.evaluation.injection import PATTERNS, suspicions
 from llmr_ray.evaluation.significance import estimate
 from llmr_ray.feedback.labels import gold_answers, holds_answer
 from llmr_ray.frames import PAIR, frame_of
-from llmr_ray.index.vectors import pair_cosines
+from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.mining.bm25 import BM25
 from llmr_ray.schemas import PSEUDO
 
@@ -147,7 +147,7 @@ def judged(config: Config, artifacts: Mapping[str, Artifact]) -> Judged:
         vectors = artifacts.get(f"embed_{name}")
         known = _unknown(pairs)
         if vectors is not None:
-            cosines = pair_cosines(vectors, pairs["query_id"].to_list(), pairs["doc_id"].to_list())
+            cosines = pair_similarities(vectors, pairs["query_id"].to_list(), pairs["doc_id"].to_list())
             known = pl.Series(cosines, dtype=pl.Float64)
         pairs = pairs.with_columns(known.alias(name))
     if "teach" in artifacts:

@@ -22,7 +22,7 @@ from llmr_ray.evaluation.audit import filters, judged, summary, verdicts
 from llmr_ray.evaluation.audit_page import safe_json, sampled, write_audit
 from llmr_ray.evaluation.concordance import alpha, alpha_interval, alpha_parts, pairs_of, relative_ranks
 from llmr_ray.evaluation.injection import suspicions
-from llmr_ray.index.vectors import pair_cosines, to_table
+from llmr_ray.index.vectors import pair_similarities, to_table
 from llmr_ray.labeling.canaries import ATTACKS
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import PSEUDO, table_of
@@ -141,7 +141,7 @@ def test_every_ranking_is_what_its_own_code_says(run):
     assert set(zip(pairs["query_id"], pairs["doc_id"], strict=True)) == asked
     assert judged(config, artifacts).unasked == ["tool"]
     ids = pairs["query_id"].to_list(), pairs["doc_id"].to_list()
-    assert pairs["base"].to_list() == pytest.approx(pair_cosines(artifacts["embed_base"], *ids).tolist())
+    assert pairs["base"].to_list() == pytest.approx(pair_similarities(artifacts["embed_base"], *ids).tolist())
     rewards = artifacts["rewards"].read("rewards").to_pylist()
     reward = {(row["query_id"], row["doc_id"]): row["reward"] for row in rewards}
     gold = {(row["query_id"], row["doc_id"]) for row in artifacts["prepare"].read("qrels").to_pylist()}
