@@ -103,7 +103,7 @@ class Study:
             overrides: for all variants, before their own.
         """
         found = []
-        seeds: Sequence[int | None] = self.seeds or [None]
+        seeds: Sequence[int | None] = self.seeds or (None,)
         for seed in seeds:
             for variant, own in self.variants.items():
                 # A reward model is trained as well; where there is none its setting changes nothing.

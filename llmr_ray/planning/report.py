@@ -37,7 +37,7 @@ def told(config: Config, assumed: Assumptions, *, gpu: str, simulated: bool) -> 
 def text(plan_told: dict[str, Any]) -> str:
     """The same for a terminal."""
     stages = plan_told["stages"]
-    rows = [["stage", "work", "tokens", "FLOPs", "GPU memory", "storage"]]
+    rows = [["stage", "work", "tokens", "FLOPs", "memory of each", "storage"]]
     for stage in stages:
         numbers = [_short(stage["tokens"]), _short(stage["flops"])]
         kept = [_bytes(stage["memory_bytes"]), _bytes(stage["storage_bytes"])]

@@ -307,7 +307,7 @@ def _evaluate(config: Config, assumed: Assumptions) -> Work:
         weights=llm.parameters,
         memory_bytes=2 * llm.parameters + config.runtime.llm_kv_cache_gb * 2**30,
         storage_bytes=queries * len(evaluate.methods) * evaluate.search_depth * 40.0,
-        shards=max(1, -(-prompts // 64)),
+        shards=max(_shards(queries), -(-prompts // 64)),
         cpu_seconds=queries * len(evaluate.methods) / 50,
         gpus=max(1, round(config.runtime.llm_gpus)),
     )
