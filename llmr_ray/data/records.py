@@ -193,7 +193,7 @@ def read_json_lines(
     for number, line in enumerate(read_lines(path), 1):
         if line.strip() and (wanted is None or wanted(line)):
             row = f"{path.name}:{number}"
-            yield row, parse_json_line(row, line)
+            yield row, parse_json_line(row, line.rstrip(b"\r\n"))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

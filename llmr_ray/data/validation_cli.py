@@ -66,6 +66,6 @@ def _show(result: "Validated") -> None:
     for reason, number in result.rejected.most_common():
         typer.echo(f"  REJECTED: {number:,} {reason}. {ADVICE[reason]}")
         for example in result.examples[reason]:
-            typer.echo(f"    {example.row}  {example.excerpt or ''}")
+            typer.echo(f"    {example.row}  {' '.join((example.excerpt or '').split())}")
     share = result.rejected.total() / result.num_rows
     typer.echo(f"  {share:.2%} of {result.num_rows:,} rows rejected" if result.rejected else "  no row is rejected")

@@ -59,6 +59,7 @@ def test_wrong_settings_are_refused(override: str, message: str) -> None:
         ("reward_model.train.temperature=0", "divided"),
         ("reward_model.top_positives=0", "at least 1"),
         ("reward_model.held_out_fraction=1", "no query"),
+        ("tasks.qa.score.feedback=given", "come with the data"),
     ],
 )
 def test_settings_of_a_reward_model_are_checked_where_there_is_one(override: str, message: str) -> None:

@@ -74,7 +74,7 @@ def test_rejected_rows_are_told(tmp_path: Path) -> None:
     (nq,) = run(archive, "--name", "nq", "--json", code=3)
     assert nq["rejected"] == {"invalid_json": 1, "scores_length": 1, "unknown_document": 1}
     assert nq["examples"]["scores_length"][0]["row"] == "train.json:5"
-    assert (nq["num_documents"], nq["num_queries"], nq["num_with_rewards"]) == (6, {"train": 3, "test": 1}, 1)
+    assert (nq["num_documents"], nq["num_queries"], nq["num_with_rewards"]) == (5, {"train": 3, "test": 1}, 1)
     # The accounting: every record is a document, a query, left out or rejected.
     parts = nq["num_documents"] + sum(nq["num_queries"].values())
     assert nq["num_rows"] == parts + sum(nq["left_out"].values()) + sum(nq["rejected"].values())
