@@ -261,7 +261,7 @@ def _read_rows(path: Path, split: str | None, found: Judgements) -> None:
             query, document = identity_of(row, ("query-id", "query_id")), identity_of(row, ("corpus-id", "doc_id"))
             if query is None or document is None:
                 raise BadRow("missing_field", "query-id or corpus-id")
-            found.add(query, document, int(row.get("score", row.get("relevance", 1))), split)
+            found.add(query, document, _relevance(row), split)
         except BadRow as bad:
             found.bad.append(bad.at(where))
         except (TypeError, ValueError):
@@ -281,3 +281,8 @@ def _read_run(path: Path, given: dict[str, list[tuple[float, str]]]) -> Iterator
                 yield Bad(row=f"{path.name}:{number}", reason="bad_run_line", excerpt=" ".join(cells)[:160])
             continue
         given[query].append((score, document))
+
+
+def _relevance(row: dict[str, Any]) -> int:
+    relevance: Any = row.get("score", row.get("relevance", 1))
+    return int(relevance)

@@ -139,7 +139,7 @@ def _given(source: Source) -> dict[str, Given]:
     """Candidates by query id from the file that the data set names, without those whose score is no number."""
     if not source.config.candidates:
         return {}
-    result = {}
+    result: dict[str, Given] = {}
     for where, row in _rows(source, source.config.candidates):
         if isinstance(row, Bad):
             raise DataError(f"{where}: {row.reason} {row.excerpt!r}. Fetch the file of candidates again.")

@@ -184,7 +184,8 @@ def _apis(row: dict[str, Any]) -> tuple[list[Passage], list[Passage]]:
         wanted = {(str(tool), str(api)) for tool, api in row.get("relevant APIs") or []}
     except (TypeError, ValueError) as error:
         raise BadRow("not_a_pair", f"relevant APIs: {row.get('relevant APIs')!r}") from error
-    relevant, others = [], []
+    relevant: list[Passage] = []
+    others: list[Passage] = []
     for api in listed:
         is_wanted = (str(api.get("tool_name")), str(api.get("api_name"))) in wanted
         (relevant if is_wanted else others).append(Passage(text=api_text(api)))

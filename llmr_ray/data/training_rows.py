@@ -125,7 +125,7 @@ def _tevatron(row: Row) -> Parts:
 
 
 def _objects(row: Row, names: tuple[str, ...]) -> list[Passage]:
-    value = next((row[name] for name in names if row.get(name) is not None), [])
+    value: Any = next((row[name] for name in names if row.get(name) is not None), [])
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRow("not_an_object", f"{names[0]}: {value!r}")
     return [
