@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmr_ray.data.examples import example
 from llmr_ray.data.files import Row, Rows, read_rows, read_tables, split_named, tables_in, tables_of
