@@ -55,6 +55,7 @@ def stages_of(study: Study, root: Path) -> dict[str, dict[str, Stage]]:
         config = loading.load(study.config, cell.settings)
         names = [config.embedder.model, config.llm.model, *(dataset.path for dataset in config.datasets.values())]
         names += [config.reader.model] if config.reader else []
+        names += [compared.model for compared in config.evaluate.embedders.values()]
         assets = {name: Asset(name=name, kind="model", path=root, fingerprint=f"of {name}") for name in names}
         found[cell.label] = {stage.name: stage for stage in StagePlan(config, assets, "llm", "reader").stages}
     return found
