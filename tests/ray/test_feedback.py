@@ -139,6 +139,7 @@ class SleepyActor(pool.EngineActor):
         return pool.EngineActor.compute(self, chunk, route)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_replaced(local_ray, tmp_path, llm, monkeypatch):
     """A driver bug that freezes one GPU must cost its chunk and a time-out, not the night."""
     monkeypatch.setattr(pool, "EngineActor", SleepyActor)
