@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
@@ -30,6 +31,7 @@ from llmr_ray.data.records import (
     one_line,
     read_bytes,
     read_json_lines,
+    records_of,
 )
 from llmr_ray.errors import ConfigError, DataError
 
@@ -75,14 +77,7 @@ def read_icl(source: Source) -> Iterator[Record]:
         )
     task = TASKS[source.name]
     sample = SAMPLES.get(source.name) or _own_rows(source.name, task)
-    for where, row in sample.rows(source, sample.file):
-        if isinstance(row, Bad):
-            yield row
-            continue
-        try:
-            yield from _records(source, task, sample, where, row)
-        except BadRow as bad:
-            yield bad.at(where)
+    yield from records_of(sample.rows(source, sample.file), partial(_records, source, task, sample))
 
 
 def _own_rows(name: str, task: ExampleTask) -> Sample:

@@ -57,6 +57,11 @@ def tables_of(folder: Path, name: str) -> list[Path]:
     return tables_in(folder / name) or [path for path in tables_in(folder) if named.match(path.name)]
 
 
+def has_splits(folder: Path) -> bool:
+    """Whether a folder holds a table whose name begins with a split's."""
+    return any(split_named(file.name) for file in tables_in(folder))
+
+
 def files_of_splits(path: Path) -> list[tuple[str | None, Path]]:
     """The files of a data set of rows, with the split that their names say: a folder's in the order of the splits, or
     the one that is given.

@@ -16,14 +16,14 @@ rank score tag), whose documents are the queries' given candidates.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmr_ray.data.examples import example
 from llmr_ray.data.files import Row, Rows, read_rows, read_tables, split_named, tables_in, tables_of
-from llmr_ray.data.passages import identity_of
+from llmr_ray.data.passages import identity_of, whole_text
 from llmr_ray.data.records import (
     Bad,
     BadRow,
@@ -33,12 +33,11 @@ from llmr_ray.data.records import (
     Source,
     check_text,
     check_texts,
-    one_line,
     read_json_lines,
     read_lines,
+    records_of,
 )
 from llmr_ray.data.splits import SPLITS
-from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError, DataError
 
 TASKS = ("qa", "convsearch", "icl", "tool")
@@ -70,7 +69,7 @@ def read_jsonl(source: Source) -> Iterator[Record]:
     queries = folder / "queries.jsonl" if source.path.is_dir() else source.path
     corpus = folder / "corpus.jsonl"
     if source.config.task == "icl" and not (source.path.is_dir() and corpus.exists()):
-        yield from _each(read_json_lines(queries), lambda where, row: _example(source, where, row))
+        yield from records_of(read_json_lines(queries), lambda where, row: _example(source, where, row))
         return
     if not corpus.exists():
         raise DataError(f"data set '{source.name}': there is no {corpus} to retrieve from.")
@@ -104,20 +103,9 @@ def _check_task(source: Source) -> None:
         )
 
 
-def _each(rows: Rows, read: Callable[[str, Row], Iterable[Record]]) -> Iterator[Record]:
-    for where, row in rows:
-        if isinstance(row, Bad):
-            yield row
-            continue
-        try:
-            yield from read(where, row)
-        except BadRow as wrong:
-            yield wrong.at(where)
-
-
 def _collection(source: Source, folder: Path, corpus: Rows, queries: Rows, judgements: Judgements) -> Iterator[Record]:
     documents: set[str] = set()
-    for record in _each(corpus, lambda where, row: [_document(source, where, row)]):
+    for record in records_of(corpus, lambda where, row: [_document(source, where, row)]):
         if isinstance(record, Document):
             documents.add(record.doc_id)
         yield record
@@ -125,15 +113,13 @@ def _collection(source: Source, folder: Path, corpus: Rows, queries: Rows, judge
     given: dict[str, list[tuple[float, str]]] = defaultdict(list)
     if source.config.candidates:
         yield from _read_run(folder / source.config.candidates, given)
-    yield from _each(queries, lambda where, row: [_query(source, where, row, judgements, given, documents)])
+    yield from records_of(queries, lambda where, row: [_query(source, where, row, judgements, given, documents)])
 
 
 def _document(source: Source, where: str, row: Row) -> Document:
-    limit = source.config.max_text_chars
-    text = check_text(row.get("text"), "text", limit).strip()
-    title = one_line(check_text(row["title"], "title", limit)) if row.get("title") else None
+    text = whole_text(row.get("text"), row.get("title"), source.config.max_text_chars)
     identity = _identity(row, ("doc_id", "_id", "docid", "id"), where)
-    return Document(doc_id=_name(source, identity), pool=source.name, text=document_text(title, text))
+    return Document(doc_id=_name(source, identity), pool=source.name, text=text)
 
 
 def _query(

@@ -14,12 +14,13 @@ beside its rows as ``corpus.json`` or Parquet.
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
 from llmr_ray.data.examples import POOL, gold_option, with_passages
-from llmr_ray.data.files import Row, Rows, files_of_splits, is_table, read_rows, read_tables, split_named, tables_of
+from llmr_ray.data.files import Row, Rows, files_of_splits, has_splits, read_rows, read_tables, tables_of
 from llmr_ray.data.memory import text_records, text_tokenizer
 from llmr_ray.data.passages import (
     Identities,
@@ -28,12 +29,13 @@ from llmr_ray.data.passages import (
     RowQuery,
     answers_of,
     identity_of,
+    is_score,
     query_records,
     scores_of,
     text_id,
     texts_of,
 )
-from llmr_ray.data.records import Bad, BadRow, Document, Query, Record, Skip, Source, check_text
+from llmr_ray.data.records import Bad, BadRow, Document, Query, Record, Skip, Source, check_text, records_of
 from llmr_ray.errors import ConfigError, DataError
 
 FOLDERS = {
@@ -71,7 +73,7 @@ def folder_of(source: Source) -> Path:
     inner = "icl" if source.config.task == "icl" else source.name
     places = [path, path / inner, *(path / folder / inner for folder in FOLDERS[source.config.task])]
     for place in places:
-        if any(is_table(file) and split_named(file.name) for file in (place.iterdir() if place.is_dir() else [])):
+        if has_splits(place):
             return place
     raise DataError(
         f"data set '{source.name}': no train, dev or test file in {', '.join(map(str, places))}. `path` is the "
@@ -102,12 +104,6 @@ def _corpus(source: Source, folder: Path) -> Rows:
     return read_tables(files)
 
 
-def _rows(source: Source) -> Iterator[tuple[str, str | None, Row | Bad]]:
-    for split, file in _files(source):
-        for where, row in read_rows(file):
-            yield where, split, row
-
-
 def _identity(row: Row, where: str, split: str | None) -> str:
     identity = identity_of(row, ("query_id", "qid")) or where
     return f"{split}:{identity}" if split else identity
@@ -116,18 +112,16 @@ def _identity(row: Row, where: str, split: str | None) -> str:
 def _each_row(source: Source, read: Callable[[str, str | None, str, Row], Iterator[Record]]) -> Iterator[Record]:
     """What `read` makes of each row, given its place, split, id and content; exact repetitions are skipped."""
     identities = Identities()
-    for where, split, row in _rows(source):
-        if isinstance(row, Bad):
-            yield row
-            continue
-        try:
-            unique = identities.take(_identity(row, where, split), row)
-            if unique is None:
-                yield Skip(row=where, reason="repeated_row")
-            else:
-                yield from read(where, split, unique, row)
-        except BadRow as bad:
-            yield bad.at(where)
+
+    def read_once(split: str | None, where: str, row: Row) -> Iterator[Record]:
+        unique = identities.take(_identity(row, where, split), row)
+        if unique is None:
+            yield Skip(row=where, reason="repeated_row")
+        else:
+            yield from read(where, split, unique, row)
+
+    for split, file in _files(source):
+        yield from records_of(read_rows(file), partial(read_once, split))
 
 
 # --- qa, convsearch, tool --------------------------------------------------------------------------------------------
@@ -242,7 +236,7 @@ def _memory(source: Source, where: str, split: str | None, identity: str, row: R
     for number, text in enumerate(texts):
         name = f"{where} candidate {number}"
         reward = rewards[number] if rewards is not None else None
-        if rewards is not None and not _is_finite(reward):
+        if rewards is not None and not is_score(reward):
             yield Skip(row=name, reason="candidate_without_score")
             continue
         try:
@@ -274,10 +268,6 @@ def _memory(source: Source, where: str, split: str | None, identity: str, row: R
         given=tuple((document.doc_id, None) for document in documents if document.doc_id not in relevant),
         given_rewards=tuple(teacher),
     )
-
-
-def _is_finite(reward: float | None) -> bool:
-    return reward is not None and abs(reward) < float("inf")
 
 
 # --- icl -------------------------------------------------------------------------------------------------------------
@@ -363,7 +353,7 @@ def _example_query(
     for number, text in enumerate([*positives, *negatives]):
         name = f"{where} candidate {number}"
         reward = rewards[number] if rewards is not None else None
-        if rewards is not None and not _is_finite(reward):
+        if rewards is not None and not is_score(reward):
             fate.append(Skip(row=name, reason="candidate_without_score"))
             continue
         try:

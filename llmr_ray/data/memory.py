@@ -24,6 +24,7 @@ from llmr_ray.data.records import (
     one_line,
     read_json,
     read_json_lines,
+    records_of,
 )
 from llmr_ray.data.splits import lowest
 from llmr_ray.errors import ConfigError, DataError
@@ -250,14 +251,8 @@ def read_bfcl_memory(source: Source) -> Iterator[Record]:
     for _, row in read_json_lines(source.path / "possible_answer" / "BFCL_v4_memory.json"):
         if not isinstance(row, Bad):
             gold[row.get("id")] = row
-    for where, row in read_json_lines(source.path / "BFCL_v4_memory.json"):
-        if isinstance(row, Bad):
-            yield row
-            continue
-        try:
-            yield _memory_query(source, row, gold.get(row.get("id"), {}), turns)
-        except BadRow as bad:
-            yield bad.at(where)
+    rows = read_json_lines(source.path / "BFCL_v4_memory.json")
+    yield from records_of(rows, lambda _, row: [_memory_query(source, row, gold.get(row.get("id"), {}), turns)])
 
 
 def _memory_query(source: Source, row: dict[str, Any], gold: dict[str, Any], turns: dict[str, list[str]]) -> Record:

@@ -49,11 +49,11 @@ class Passages:
         self.source = source
         self.limit = source.config.max_text_chars
         self._prefix = source.name if prefix is None else prefix
-        self._texts: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
         self._rows: list[str | None] = []
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._digests)
 
     def corpus_row(self, where: str, row: dict[str, Any] | Bad) -> Record:
         """A row of the corpus: a document, or what is wrong with it. Call it for every row, so that rows count right.
@@ -66,59 +66,53 @@ class Passages:
         try:
             # A text's own name for it, in the order in which formats have them.
             text = row.get("text", row.get("contents"))
-            whole = whole_text(text, row.get("title"), self.limit)
-            passage = Passage(text=whole, identity=identity_of(row, ("docid", "doc_id", "_id")))
-            known = self.find(passage)
+            identity = identity_of(row, ("docid", "doc_id", "_id"))
+            doc_id, document = self.taken(Passage(text=text, title=row.get("title"), identity=identity))
         except BadRow as bad:
             return bad.at(where)
-        if known is not None:
-            self._rows[-1] = known
-            return Skip(row=where, reason="repeated_text")
-        document = self.add(whole, passage.identity)
-        self._rows[-1] = document.doc_id
-        return document
+        self._rows[-1] = doc_id
+        return Skip(row=where, reason="repeated_text") if document is None else document
 
-    def find(self, passage: Passage) -> str | None:
-        """The id of a passage's document, or None where it is new (then it has a text); BadRow if it cannot be used.
+    def check(self, passage: Passage) -> None:
+        """BadRow if a passage cannot be used: for its text, unknown_document or other_text_of_id."""
+        self._find(passage)
+
+    def taken(self, passage: Passage) -> tuple[str, Document | None]:
+        """A passage's document, which is handed out where it is new; BadRow if the passage cannot be used.
 
         Its own text counts before its row of the corpus: texts were written with the row, numbers may be of another
-        corpus. Reasons beside those of texts: unknown_document, other_text_of_id.
+        corpus.
         """
+        doc_id, document = self._find(passage)
+        if document is not None:
+            self._digests[doc_id] = text_id(document.text)
+        return doc_id, document
+
+    def _find(self, passage: Passage) -> tuple[str, Document | None]:
         in_corpus = None
         if passage.row is not None and 0 <= passage.row < len(self._rows):
             in_corpus = self._rows[passage.row]
         if passage.text is None:
-            if passage.identity is not None and (named := self._name("", passage.identity)) in self._texts:
-                return named
+            if passage.identity is not None and (named := self._name(passage.identity)) in self._digests:
+                return named, None
             if in_corpus is None:
                 raise BadRow("unknown_document", passage.identity if passage.row is None else f"row {passage.row}")
-            return in_corpus
+            return in_corpus, None
         whole = whole_text(passage.text, passage.title, self.limit)
-        doc_id = self._name(whole, passage.identity)
-        text = self._texts.get(doc_id)
-        if text is None:
-            return in_corpus
-        if text != text_id(whole):
+        digest = text_id(whole)
+        doc_id = self._name(digest if passage.identity is None else passage.identity)
+        known = self._digests.get(doc_id)
+        if known is None:
+            if in_corpus is not None:
+                return in_corpus, None
+            return doc_id, Document(doc_id=doc_id, pool=self.source.name, text=whole)
+        if known != digest:
             raise BadRow("other_text_of_id", f"{passage.identity}: {whole}")
-        return doc_id
+        return doc_id, None
 
-    def add(self, whole: str, identity: str | None) -> Document:
-        """A new document."""
-        doc_id = self._name(whole, identity)
-        self._texts[doc_id] = text_id(whole)
-        return Document(doc_id=doc_id, pool=self.source.name, text=whole)
-
-    def taken(self, passage: Passage) -> tuple[str, Document | None]:
-        """A passage's document, which is handed out where it is new."""
-        doc_id = self.find(passage)
-        if doc_id is not None:
-            return doc_id, None
-        document = self.add(whole_text(passage.text, passage.title, self.limit), passage.identity)
-        return document.doc_id, document
-
-    def _name(self, whole: str, identity: str | None) -> str:
+    def _name(self, identity: str) -> str:
         # A document is named by every row that has it: one string serves all.
-        return sys.intern(f"{self._prefix}:{text_id(whole) if identity is None else identity}")
+        return sys.intern(f"{self._prefix}:{identity}")
 
 
 def identity_of(row: dict[str, Any], names: Sequence[str]) -> str | None:
@@ -178,7 +172,7 @@ def query_records(passages: Passages, where: str, row: RowQuery) -> Iterator[Rec
     source = passages.source
     text = check_text(row.text, "query", passages.limit).strip()
     for positive in row.positives:
-        passages.find(positive)
+        passages.check(positive)
     rewards = [0.0] * (len(row.positives) + len(row.negatives)) if row.rewards is None else row.rewards
     documents: dict[str, float | None] = {}
     relevant: list[str] = []
@@ -186,7 +180,7 @@ def query_records(passages: Passages, where: str, row: RowQuery) -> Iterator[Rec
         is_positive = number < len(row.positives)
         side, place = ("positive", number) if is_positive else ("negative", number - len(row.positives))
         name = f"{where} {side} {place}"
-        is_scored = reward is not None and math.isfinite(reward)
+        is_scored = is_score(reward)
         if not is_scored and not is_positive:
             yield Skip(row=name, reason="candidate_without_score")
             continue
@@ -239,6 +233,11 @@ def scores_of(row: dict[str, Any], name: str, number: int) -> list[float | None]
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise BadRow("not_a_number", f"{name}: {value!r}")
     return [None if value is None else float(value) for value in values]
+
+
+def is_score(value: float | None) -> bool:
+    """Whether a teacher said something of a candidate: neither nothing nor NaN nor infinity."""
+    return value is not None and math.isfinite(value)
 
 
 def texts_of(row: dict[str, Any], name: str) -> list[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS
-from llmr_ray.data.files import files_of_splits, is_table, read_rows, split_named, tables_of
+from llmr_ray.data.files import files_of_splits, has_splits, is_table, read_rows, tables_of
 from llmr_ray.data.llm_embedder import FOLDERS
 from llmr_ray.data.records import read_lines
 from llmr_ray.data.toolbench import instruction_files
@@ -90,7 +90,7 @@ def _of_folder(path: Path) -> list[DataFiles] | None:
         return [DataFiles(name=name_of(path), source="jsonl" if is_own else "mteb", task=task, path=path)]
     if (path / "queries.jsonl").exists():
         return [DataFiles(name=name_of(path), source="jsonl", task="icl", path=path)]
-    if not _has_splits(path):
+    if not has_splits(path):
         return None
     source, task = _of_row(_first_row(files_of_splits(path)[0][1]), path)
     if source == "llm_embedder" and task == "icl":
@@ -104,7 +104,7 @@ def _archive(path: Path) -> list[DataFiles]:
     for task, folders in FOLDERS.items():
         places = [path / folder for folder in folders] + ([path] if path.name in folders else [])
         for place in places:
-            datasets = [item for item in sorted(place.iterdir()) if _has_splits(item)] if place.is_dir() else []
+            datasets = [item for item in sorted(place.iterdir()) if has_splits(item)] if place.is_dir() else []
             for item in datasets:
                 if task == "icl":
                     found += _icl(item, path)
@@ -116,10 +116,6 @@ def _archive(path: Path) -> list[DataFiles]:
 def _icl(folder: Path, path: Path) -> list[DataFiles]:
     files = [*tables_of(folder, "corpus"), *(file for _, file in files_of_splits(folder))]
     return [DataFiles(name=name, source="llm_embedder", task="icl", path=path) for name in tasks_named(files)]
-
-
-def _has_splits(path: Path) -> bool:
-    return path.is_dir() and any(is_table(file) and split_named(file.name) for file in path.iterdir())
 
 
 def _of_row(row: Mapping[str, Any], folder: Path) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,21 @@ class BadRow(Exception):
     def at(self, row: str) -> Bad:
         """The record for this row."""
         return Bad(row=row, reason=self.reason, excerpt=self.excerpt)
+
+
+def records_of(
+    rows: Iterable[tuple[str, dict[str, Any] | Bad]], read: Callable[[str, dict[str, Any]], Iterable[Record]]
+) -> Iterator[Record]:
+    """What `read` makes of each row, given its name and content; a row in which it finds something bad (BadRow) costs
+    only itself."""
+    for where, row in rows:
+        if isinstance(row, Bad):
+            yield row
+            continue
+        try:
+            yield from read(where, row)
+        except BadRow as bad:
+            yield bad.at(where)
 
 
 def excerpt_of(value: Any) -> str:

@@ -14,12 +14,13 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmr_ray.data.files import is_table, read_rows
+from llmr_ray.data.files import Row, is_table, read_rows
 from llmr_ray.data.passages import Identities, Passage, Passages, RowQuery, identity_of, query_records
-from llmr_ray.data.records import Bad, BadRow, Record, Skip, Source, open_bytes, read_json
+from llmr_ray.data.records import Bad, BadRow, Record, Skip, Source, open_bytes, read_json, records_of
 from llmr_ray.errors import ConfigError, DataError
 
 MAX_CELL_CHARS = 10_000_000
@@ -128,32 +129,33 @@ def _instructions(source: Source) -> Iterator[Record]:
         )
     for file in files:
         group = file.name.partition("_query")[0]
-        held = _test_ids(source.path, group)
-        number = -1
-        for where, row in read_rows(file):
-            number += 1
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                own = identity_of(row, ("query_id",)) or str(number)
-                unique = identities.take(f"{group}-{own}", row)
-                if unique is None:
-                    yield Skip(row=where, reason="repeated_row")
-                    continue
-                relevant, others = _apis(row)
-                text = row.get("query")
-                parts = RowQuery(
-                    identity=unique,
-                    split=("test" if own in held else "train") if held else None,
-                    text=text[0] if isinstance(text, list) and text else text,
-                    positives=relevant,
-                )
-                # The other APIs of its list are in the catalogue, but no more its negatives than any.
-                yield from _catalogue(passages, where, others)
-                yield from query_records(passages, where, parts)
-            except BadRow as bad:
-                yield bad.at(where)
+        read = partial(_instruction, passages, identities, group, _test_ids(source.path, group))
+        yield from records_of(read_rows(file), read)
+
+
+def _instruction(
+    passages: Passages, identities: Identities, group: str, held: set[str], where: str, row: Row
+) -> Iterator[Record]:
+    # A row without an id is known by its place, from 0: what the files of ids count with.
+    own = identity_of(row, ("query_id",)) or str(int(where.rpartition(":")[2]) - 1)
+    unique = identities.take(f"{group}-{own}", row)
+    if unique is None:
+        yield Skip(row=where, reason="repeated_row")
+        return
+    relevant, others = _apis(row)
+    text = row.get("query")
+    # The other APIs of its list are in the catalogue, but no more its negatives than any.
+    yield from _catalogue(passages, where, others)
+    yield from query_records(
+        passages,
+        where,
+        RowQuery(
+            identity=unique,
+            split=("test" if own in held else "train") if held else None,
+            text=text[0] if isinstance(text, list) and text else text,
+            positives=relevant,
+        ),
+    )
 
 
 def instruction_files(path: Path) -> list[Path]:

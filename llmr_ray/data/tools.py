@@ -5,6 +5,7 @@ retrieves from all of them, not from the few it was shipped with.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from llmr_ray.data.records import (
@@ -18,6 +19,7 @@ from llmr_ray.data.records import (
     check_text,
     one_line,
     read_json_lines,
+    records_of,
 )
 
 GOLD_FILES = (
@@ -46,21 +48,22 @@ def read_bfcl_tools(source: Source) -> Iterator[Record]:
     """
     tools: dict[str, str] = {}
     for file in GOLD_FILES + TOOL_FILES:
-        gold = _gold(source, file) if file in GOLD_FILES else {}
-        for where, row in read_json_lines(source.path / f"BFCL_v4_{file}.json"):
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                for tool in row.get("function") or []:
-                    name = check_text(tool.get("name"), "function.name", source.config.max_text_chars)
-                    if name not in tools:
-                        tools[name] = tool_text(name, tool)
-                        yield Document(doc_id=_doc_id(source, name), pool=source.name, text=tools[name])
-                if file in GOLD_FILES:
-                    yield _query(source, where, row, gold, tools)
-            except BadRow as bad:
-                yield bad.at(where)
+        gold = _gold(source, file) if file in GOLD_FILES else None
+        read = partial(_row, source, gold, tools)
+        yield from records_of(read_json_lines(source.path / f"BFCL_v4_{file}.json"), read)
+
+
+def _row(
+    source: Source, gold: dict[str, list[str]] | None, tools: dict[str, str], where: str, row: dict[str, Any]
+) -> Iterator[Record]:
+    """The tools of a row that are new, which are added to `tools`, and its question; gold None: it has none."""
+    for tool in row.get("function") or []:
+        name = check_text(tool.get("name"), "function.name", source.config.max_text_chars)
+        if name not in tools:
+            tools[name] = tool_text(name, tool)
+            yield Document(doc_id=_doc_id(source, name), pool=source.name, text=tools[name])
+    if gold is not None:
+        yield _query(source, where, row, gold, tools)
 
 
 def tool_text(name: str, tool: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ documents can be found beside those of the rows. Rows of a file that names no sp
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from llmr_ray.data.files import Row, files_of_splits, read_rows, read_tables, tables_of
@@ -25,7 +26,7 @@ from llmr_ray.data.passages import (
     scores_of,
     texts_of,
 )
-from llmr_ray.data.records import Bad, BadRow, Record, Skip, Source
+from llmr_ray.data.records import BadRow, Record, Skip, Source, records_of
 from llmr_ray.errors import ConfigError
 
 TASKS = ("qa", "convsearch", "tool")
@@ -60,19 +61,19 @@ def _read(source: Source, parts_of: Callable[[Row], Parts]) -> Iterator[Record]:
     for where, row in read_tables(tables_of(source.path, "corpus")):
         yield passages.corpus_row(where, row)
     for split, file in files_of_splits(source.path):
-        for where, row in read_rows(file):
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                yield from _records(passages, identities, where, split, row, parts_of(row))
-            except BadRow as bad:
-                yield bad.at(where)
+        read = partial(_records, passages, identities, split, parts_of)
+        yield from records_of(read_rows(file), read)
 
 
 def _records(
-    passages: Passages, identities: Identities, where: str, split: str | None, row: Row, parts: Parts
+    passages: Passages,
+    identities: Identities,
+    split: str | None,
+    parts_of: Callable[[Row], Parts],
+    where: str,
+    row: Row,
 ) -> Iterator[Record]:
+    parts = parts_of(row)
     identity = identity_of(row, ("query_id", "qid", "_id", "id")) or where
     unique = identities.take(identity, row)
     if unique is None:
