@@ -1,8 +1,16 @@
 """Which floating-point type this machine multiplies fast."""
 
+from functools import cache
 from pathlib import Path
 
 from llmr_ray.errors import ConfigError
+
+
+@cache
+def cpu_has(*words: str) -> bool:
+    """Whether what Linux says of this processor (flags, vendor) holds one of some words."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(word in info.read_text() for word in words)
 
 
 def resolve_precision(name: str) -> str:
@@ -19,9 +27,7 @@ def resolve_precision(name: str) -> str:
 
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return "bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32"
+    return "bfloat16" if cpu_has("avx512_bf16", "amx_bf16") else "float32"
 
 
 def training_precision(name: str) -> str:

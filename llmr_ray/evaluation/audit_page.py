@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import polars as pl
 from markupsafe import Markup
 
@@ -22,6 +21,7 @@ from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation import plots
 from llmr_ray.evaluation.audit import Judged, Verdict, can_audit, judged, summary, verdicts
 from llmr_ray.evaluation.protocols import SCENARIOS
+from llmr_ray.evaluation.rendering import render
 
 QUERY_CHARS, DOCUMENT_CHARS, TARGET_CHARS = 600, 700, 300
 """What the page shows of a text at the most."""
@@ -138,12 +138,6 @@ def _entry(audited: Judged, query_id: str, members: pl.DataFrame, verdict: Verdi
 
 
 def _html(name: str, audited: Judged, figures: Mapping[str, Any], entries: list[dict[str, Any]]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmr_ray.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     script = (Path(__file__).with_name("templates") / "audit.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rankings = ["llm", *audited.rankings]
@@ -157,7 +151,8 @@ def _html(name: str, audited: Judged, figures: Mapping[str, Any], entries: list[
         for row in figures["agreement"]
         if row["tau"]
     ]
-    return environment.get_template("audit.html.j2").render(
+    return render(
+        "audit.html.j2",
         name=name,
         figures=figures,
         titles=TITLES,

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
@@ -23,6 +22,7 @@ from llmr_ray.evaluation.audit_page import write_audit
 from llmr_ray.evaluation.leakage import KINDS, leakage_figures
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.published import beside_published
+from llmr_ray.evaluation.rendering import render
 from llmr_ray.evaluation.results import held_out_tasks, result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
@@ -278,13 +278,8 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
     arranged = tables(results["rows"])
     result = result_of(config.evaluate.methods)
     others = [method for method in config.evaluate.methods if method != result]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmr_ray.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         **{key: results[key] for key in ("name", "command", "commit", "seed", "stages")},
         embedder=config.embedder.model,
         llm=config.llm.model,

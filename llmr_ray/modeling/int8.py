@@ -12,8 +12,7 @@ Tensor legend: T tokens, I inputs and O outputs of a layer, n texts, D embedding
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from llmr_ray.errors import ConfigError
+from llmr_ray.precision import cpu_has
 
 LEAST_COSINE = 0.98
 """What the embedding of each text of SAMPLE must have in common with that of float32; MiniLM has 0.995."""
@@ -49,13 +49,6 @@ SAMPLE = (
 """Texts of many kinds; in other scripts as well, since encoders of many languages are quantised on them too."""
 
 
-@cache
-def is_fast() -> bool:
-    """Whether this processor has what 8-bit products need."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and any(flag in info.read_text() for flag in FAST)
-
-
 def quantise(module: torch.nn.Module, run: Callable[[], np.ndarray], name: str) -> float:
     """From now on the module's linear layers multiply in 8 bits where no gradient is asked for.
 
@@ -72,7 +65,7 @@ def quantise(module: torch.nn.Module, run: Callable[[], np.ndarray], name: str) 
     Raises:
         ConfigError: the processor lacks 8-bit products, or that cosine is below LEAST_COSINE.
     """
-    if not is_fast() or next(module.parameters()).device.type != "cpu":
+    if not cpu_has(*FAST) or next(module.parameters()).device.type != "cpu":
         raise ConfigError(
             f"precision is 'int8', but that needs a CPU with one of {', '.join(FAST)}, and no GPU. Set "
             "embedder.precision=auto."
@@ -85,7 +78,8 @@ def quantise(module: torch.nn.Module, run: Callable[[], np.ndarray], name: str) 
     rows = _Rows()
     for layer, largest_I in zip(layers, largest, strict=True):
         if largest_I is not None:
-            layer.forward = partial(_forward, layer, _Weights(layer, largest_I), rows)  # type: ignore[method-assign]
+            forward = partial(_forward, layer.forward, _Weights(layer, largest_I), rows)
+            layer.forward = forward  # type: ignore[method-assign]
     after_nD = run()
     norm_n = np.linalg.norm(before_nD, axis=1) * np.linalg.norm(after_nD, axis=1)
     cosine = float(((before_nD * after_nD).sum(axis=1) / norm_n).min())
@@ -144,8 +138,8 @@ class _Rows:
         cuts = [len(scale_T) * part // self._threads for part in range(self._threads + 1)]
 
         def round_part(start: int, end: int) -> None:
-            parts = (tensor[start:end].numpy() for tensor in (values_TI, rounded_TI, scale_T))
-            values, rounded, scale = parts
+            part = slice(start, end)
+            values, rounded, scale = (tensor[part].numpy() for tensor in (values_TI, rounded_TI, scale_T))
             round_rows(values, inverse_I.numpy(), rounded, scale)
 
         list(self._pool.map(round_part, cuts[:-1], cuts[1:]))
@@ -153,9 +147,12 @@ class _Rows:
         return self._last[2]
 
 
-def _forward(layer: torch.nn.Linear, weights: _Weights, rows: _Rows, input: torch.Tensor) -> torch.Tensor:
+def _forward(
+    exact: Callable[[torch.Tensor], torch.Tensor], weights: _Weights, rows: _Rows, input: torch.Tensor
+) -> torch.Tensor:
+    """The layer in 8 bits; where a gradient is asked for, `exact`, what it did before."""
     if torch.is_grad_enabled():
-        return torch.nn.functional.linear(input, layer.weight, layer.bias)
+        return exact(input)
     rounded_TI, scale_T1 = rows.of(input, weights.inverse_I)
     sums_TO = torch.ops.onednn.qlinear_pointwise(
         rounded_TI, 1.0, 0, weights.packed, weights.scale_O, weights.zero_O, None, 1.0, 0, torch.float32, "none", [], ""

@@ -6,10 +6,11 @@ GFLOP/s a core instead of 90, forward and backward. Values agree to rounding.
 """
 
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from llmr_ray.precision import cpu_has
 
 
 @cache
@@ -17,8 +18,7 @@ def is_faster() -> bool:
     """Whether this machine gains: a rule and no measurement, so that a machine always computes the same."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "AuthenticAMD" in info.read_text()
+    return cpu_has("AuthenticAMD")
 
 
 def use_onednn(module: torch.nn.Module) -> None:

@@ -20,7 +20,7 @@ TEXTS = [
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 3,
 ]
 
-needs_8_bits = pytest.mark.skipif(not int8.is_fast(), reason="this processor lacks fast 8-bit products")
+needs_8_bits = pytest.mark.skipif(not int8.cpu_has(*int8.FAST), reason="this processor lacks fast 8-bit products")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_model_that_loses_too_much_is_refused(folder, monkeypatch):
 
 def test_without_fast_products_it_is_refused(folder, monkeypatch):
     """Catches wrong sums, silently, on processors that saturate at 16 bits."""
-    monkeypatch.setattr(int8, "is_fast", lambda: False)
+    monkeypatch.setattr(int8, "cpu_has", lambda *words: False)
     with pytest.raises(ConfigError, match="avx512_vnni"):
         Embedder(folder, precision="int8", **LIMITS)
 
