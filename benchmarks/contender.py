@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ class Contender:
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
+
+
+def take_turns(running: Mapping[str, Contender], rounds: int, job: Any) -> dict[str, list[dict[str, Any]]]:
+    """Each contender's answers to a job, one for each round; in a round all do it once, one after the other."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+    for number in range(rounds):
+        for name, contender in running.items():
+            runs[name].append(contender.ask(job))
+        print(f"  round {number + 1} of {rounds}", flush=True)
+    return runs
 
 
 def serve(opened: Callable[[], Callable[[Any], dict[str, Any]]], threads: int, gemm: tuple[int, int, int]) -> None:

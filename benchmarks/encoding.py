@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contender import Contender, gemm_spread, record, serve, spent
+from contender import Contender, gemm_spread, record, serve, spent, take_turns
 from training_workloads import make_examples
 
 RESULTS = Path(__file__).parent / "results" / "encoding.json"
@@ -83,11 +83,7 @@ def speed(workload: str, options: argparse.Namespace) -> dict[str, Any]:
         vectors = {name: np.asarray(contender.ask({"told": True})["vectors"]) for name, contender in running.items()}
         peer = next(name for name in running if name in PEERS)
         cosines = {name: float((found * vectors[peer]).sum(axis=1).min()) for name, found in vectors.items()}
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for number in range(options.rounds):
-            for name, contender in running.items():
-                runs[name].append(contender.ask({"told": False}))
-            print(f"  round {number + 1} of {options.rounds}", flush=True)
+        runs = take_turns(running, options.rounds, {"told": False})
     return figures(runs, cosines, options)
 
 
@@ -127,32 +123,28 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     """nDCG@10 of real questions in each precision, and its difference to float32 with a paired interval."""
     from llmr_ray import assets
     from llmr_ray.data.records import read_json
+    from llmr_ray.evaluation.metrics import retrieval_values
+    from llmr_ray.evaluation.significance import paired_difference
 
     rows = read_json(assets.resolve("hotpotqa").path)[: options.questions]
     corpus = {title: f"{title}. {''.join(sentences)}" for row in rows for title, sentences in row["context"]}
-    place = {title: number for number, title in enumerate(corpus)}
-    wanted = [{place[title] for title, _ in row["supporting_facts"] if title in place} for row in rows]
-    discount = 1 / np.log2(np.arange(2, 12))
+    titles = list(corpus)
+    judged = {row["_id"]: {title: 1 for title, _ in row["supporting_facts"] if title in corpus} for row in rows}
     ndcg: dict[str, np.ndarray] = {}
     for name in OURS:
         encode = encoder(name, options.model)
-        docs, queries = encode(list(corpus.values())), encode([row["question"] for row in rows])
-        ranked = np.argsort(-queries @ docs.T, axis=1, kind="stable")[:, :10]
-        gains = [
-            (np.isin(ranking, list(right)) * discount).sum() / discount[: min(10, len(right))].sum()
-            for ranking, right in zip(ranked, wanted, strict=True)
-        ]
-        ndcg[name] = np.asarray(gains)
-    found: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    for name, values in ndcg.items():
-        lost = values - ndcg["float32"]
-        draws = rng.choice(lost, (10_000, len(lost))).mean(axis=1)
-        found[name] = {
-            "nDCG@10": float(values.mean()),
-            "minus_float32": float(lost.mean()),
-            "ci95": [float(end) for end in np.quantile(draws, (0.025, 0.975))],
+        scores_QD = encode([row["question"] for row in rows]) @ encode(list(corpus.values())).T
+        best_QK = np.argsort(-scores_QD, axis=1, kind="stable")[:, :10]
+        rankings = {
+            row["_id"]: [(titles[number], float(scores[number])) for number in best]
+            for row, scores, best in zip(rows, scores_QD, best_QK, strict=True)
         }
+        values = retrieval_values(judged, rankings, ["nDCG@10"])["nDCG@10"]
+        ndcg[name] = np.asarray([values[row["_id"]] for row in rows])
+    found: dict[str, Any] = {}
+    for name, values_Q in ndcg.items():
+        lost = paired_difference([values_Q], [ndcg["float32"]], exponential=False, samples=10_000, seed=0)
+        found[name] = {"nDCG@10": float(values_Q.mean()), "minus_float32": lost.mean, "ci95": [lost.low, lost.high]}
         print(f"  {name:9} {found[name]}", flush=True)
     return {"questions": len(rows), "documents": len(corpus), "precisions": found}
 

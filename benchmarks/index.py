@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from contender import Contender, gemm_gflops, gemm_spread, record, serve, spent
+from contender import Contender, gemm_gflops, gemm_spread, record, serve, spent, take_turns
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, sha256_text
 
@@ -165,11 +165,7 @@ def exact(options: argparse.Namespace) -> dict[str, Any]:
         told = {name: contender.ask({"told": True}) for name, contender in running.items()}
         failed = gate(told, docs, options)
         del docs
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for number in range(options.rounds):
-            for name, contender in running.items():
-                runs[name].append(contender.ask({"told": False}))
-            print(f"  round {number + 1} of {options.rounds}", flush=True)
+        runs = take_turns(running, options.rounds, {"told": False})
     return figures(runs, failed, options)
 
 

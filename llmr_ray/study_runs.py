@@ -45,13 +45,15 @@ def run_study_file(
         return
     resume = shlex.join(command)
     folder = Path(configs[0].runtime.run_root) / "studies" / study.name
-    places = {(cell.variant, cell.seed): number for number, cell in enumerate(cells, 1)}
+    places = {(cell.variant, cell.seed): number for number, cell in enumerate(cells)}
 
     def run(config_path: str, cell: Cell) -> Finished:
-        number = places[cell.variant, cell.seed]
+        place = places[cell.variant, cell.seed]
+        number = place + 1
         console.print(f"cell {number} of {len(cells)}: [bold]{cell.label}[/bold]; resume with: {resume}")
         try:
-            return run_cell(config_path, cell, resume, console)
+            command = shlex.join(["llmr", "run", config_path, *cell.settings])
+            return run_cell(configs[place], command, resume, console)
         except Exception as error:
             console.print(f"cell {number} of {len(cells)}: {cell.label} failed: {error}", style="red", markup=False)
             raise
@@ -67,13 +69,12 @@ def run_study_file(
         )
 
 
-def run_cell(path: str, cell: Cell, resume: str, console: Console) -> Finished:
-    """Runs one cell; `resume` is the command that goes on with the study."""
-    config = loading.load(path, cell.settings)
+def run_cell(config: Config, command: str, resume: str, console: Console) -> Finished:
+    """Runs one cell, which `command` would run alone; `resume` is the command that goes on with the study."""
     pipeline = Pipeline(config, console)
     console.print(_ahead(pipeline))
     with stopping.stoppable(resume), cluster.or_lost(resume):
-        results = pipeline.run(shlex.join(["llmr", "run", path, *cell.settings]))
+        results = pipeline.run(command)
     assert results is not None
     return Finished(
         config=config,

@@ -31,6 +31,11 @@ class TaskMine:
     skip_same_input: bool = later(False)
     """Leave out documents that begin with the query's text: examples of the same input (LLM-R, B.3)."""
 
+    @property
+    def most(self) -> int:
+        """Candidates that a query has at the most: those of all sources, and a gold document."""
+        return self.num_given + self.num_bm25 + self.num_dense + self.num_random + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:

@@ -85,6 +85,11 @@ def grams(text: str) -> frozenset[int]:
     return frozenset(zlib.crc32(gram.encode("utf-8", "surrogatepass")) for gram in data)
 
 
+def numbers_in(text: str) -> list[str]:
+    """Runs of digits, sorted."""
+    return sorted(_DIGITS.findall(text))
+
+
 def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     """The share of what either has that both have."""
     return len(one & other) / len(one | other)
@@ -112,8 +117,8 @@ class Probe:
 
     @cached_property
     def numbers(self) -> list[str]:
-        """Runs of digits in it, sorted."""
-        return sorted(_DIGITS.findall(self.normal))
+        """Those in it."""
+        return numbers_in(self.normal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +156,7 @@ class Probes:
         own = normal(text)
         found = [Held(probe=self.probes[number], kind=SAME_TEXT, similarity=1.0) for number in self._same.get(own, [])]
         pieces = grams(own)
-        numbers = sorted(_DIGITS.findall(own))
+        numbers = numbers_in(own)
         for other in sorted(self._near.query(self._signature(pieces))):
             if other == own or (similarity := jaccard(pieces, grams(other))) < NEAR:
                 continue
@@ -188,10 +193,12 @@ def rows_of_query(probes: Probes, query: Mapping[str, Any]) -> list[dict[str, An
 
 def rows_of_document(probes: Probes, doc_id: str, dataset: str, text: str) -> list[dict[str, Any]]:
     """What an example gives away: its last line is its output, the rest its input."""
-    around = f" {normal(text)} "
     found = [held for held in probes.copies(text.rsplit("\n", 1)[0]) if held.probe.task in EXAMPLE_TASKS]
     known = {held.probe.query_id for held in found if held.kind != OTHER_NUMBERS}
     found += [held for held in probes.contained(text) if held.probe.query_id not in known]
+    if not found:
+        return []
+    around = f" {normal(text)} "
     return [
         _row(
             held,

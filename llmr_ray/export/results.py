@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
@@ -48,14 +49,13 @@ def dataset_scores(
     Raises:
         DataError: the run has no ranking of the method.
     """
+    own = run.filter(pc.equal(run["run_name"], method))
+    if not len(own):
+        methods = sorted(run["run_name"].unique().to_pylist())
+        raise DataError(f"the run has no rankings of '{method}'. Methods: {', '.join(methods)}.")
     rankings: dict[str, list[tuple[int, str, float]]] = defaultdict(list)
-    methods = set()
-    for row in run.to_pylist():
-        methods.add(row["run_name"])
-        if row["run_name"] == method:
-            rankings[row["query_id"]].append((row["rank"], row["doc_id"], row["score"]))
-    if method not in methods:
-        raise DataError(f"the run has no rankings of '{method}'. Methods: {', '.join(sorted(methods))}.")
+    for row in own.to_pylist():
+        rankings[row["query_id"]].append((row["rank"], row["doc_id"], row["score"]))
     ordered = {query: [(doc_id, score) for _, doc_id, score in sorted(rows)] for query, rows in rankings.items()}
     names = measures(depth)
     found = {}

@@ -21,9 +21,6 @@ from llmr_ray.training.groups import CANDIDATE, GOLD
 
 Row = dict[str, Any]
 
-Tables = Callable[[], Iterable[pa.Table]]
-"""The parts of the groups table, anew at each call."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
@@ -114,11 +111,7 @@ def _row(
 
 def flag_embedding_row(row: TrainingRow) -> Row:
     """FlagEmbedding's row; pos_id and neg_id are ours, its trainer passes over them."""
-    found: Row = {
-        "query_id": row.query_id,
-        "query": row.query,
-        "pos": [document.text for document in row.positives],
-        "neg": [document.text for document in row.negatives],
+    found: Row = _texts(row) | {
         "pos_id": [document.doc_id for document in row.positives],
         "neg_id": [document.doc_id for document in row.negatives],
     }
@@ -130,19 +123,21 @@ def flag_embedding_row(row: TrainingRow) -> Row:
 
 def llm_embedder_row(row: TrainingRow) -> Row:
     """LLM-Embedder's row (methods.md H.1): scores of positives and then of negatives."""
-    found: Row = {
-        "query_id": row.query_id,
-        "query": row.query,
-        "pos": [document.text for document in row.positives],
-        "neg": [document.text for document in row.negatives],
-        "answers": list(row.targets),
-        "task": row.task,
-    }
+    found: Row = _texts(row) | {"answers": list(row.targets), "task": row.task}
     if row.task == "icl":
         found["task_name"] = row.dataset
     if row.has_rewards:
         found["teacher_scores"] = [document.reward for document in (*row.positives, *row.negatives)]
     return found
+
+
+def _texts(row: TrainingRow) -> Row:
+    return {
+        "query_id": row.query_id,
+        "query": row.query,
+        "pos": [document.text for document in row.positives],
+        "neg": [document.text for document in row.negatives],
+    }
 
 
 def tevatron_row(row: TrainingRow) -> Row:

@@ -60,13 +60,11 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
     """
     result = []
     for task, settings in feedback_tasks(config).items():
-        mine = config.tasks[task].mine_in(again=again)
         sizes = [dataset.num_train for dataset in config.datasets.values() if dataset.task == task]
         sizes.append(_question_documents(config, task) * config.tasks[task].questions.per_document)
         share = equal_share(sizes, settings.max_queries)
         queries = sum(min(size, share) for size in sizes)
-        # One more than mined: the gold document.
-        mined = mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1
+        mined = config.tasks[task].mine_in(again=again).most
         asked = min(mined, settings.num_candidates or mined, settings.num_first or mined)
         pairs = queries * asked
         if settings.feedback == "label":

@@ -98,8 +98,7 @@ def num_index_shards(config: Config, assumed: Assumptions) -> int:
 
 
 def _mined(config: Config, task: str, *, again: bool) -> int:
-    mine = config.tasks[task].mine_in(again=again)
-    return mine.num_given + mine.num_bm25 + mine.num_dense + mine.num_random + 1
+    return config.tasks[task].mine_in(again=again).most
 
 
 def _pairs(config: Config) -> int:

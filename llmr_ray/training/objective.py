@@ -134,10 +134,12 @@ def local_batch(
     own = sampled[mine.start : mine.stop]
     own_BG = keys_NG[mine.start : mine.stop]
     gold = [group.pool.keys[group.pool.is_gold] for group in own]
-    same_BGG, others_BC = own_BG[:, :, None] == own_BG[:, None, :], groups.in_batch_negatives(keys_NG, gold, mine)
     if keeps_false_negatives:
-        same_BGG = np.broadcast_to(np.eye(group_size, dtype=bool), same_BGG.shape).copy()
+        same_BGG = np.tile(np.eye(group_size, dtype=bool), (len(own), 1, 1))
         others_BC = np.arange(keys_NG.size)[None, :] // group_size != np.asarray(mine)[:, None]
+    else:
+        same_BGG = own_BG[:, :, None] == own_BG[:, None, :]
+        others_BC = groups.in_batch_negatives(keys_NG, gold, mine)
     return LocalBatch(
         dataset=block.dataset,
         epoch=block.epoch,
