@@ -55,10 +55,10 @@ def indexed(
     tables = {"document_embeddings": to_table("doc_id", [row["doc_id"] for row in rows], vector_ND)}
     embeddings.write_shard(0, tables, Counts(rows_in=len(rows), ok=len(rows)))
     embeddings.commit(1, seconds=0, extra={"encoder": encoder_of(embeddings)})
-    return _built(config or Config(), root, embeddings, cuts or [0, len(rows)])
+    return built(config or Config(), root, embeddings, cuts or [0, len(rows)])
 
 
-def _built(config: Config, root: Path, embeddings: Artifact, cuts: list[int]) -> Artifact:
+def built(config: Config, root: Path, embeddings: Artifact, cuts: list[int]) -> Artifact:
     index = Artifact(root, index_spec(config, embeddings))
     index.begin()
     worker = IndexWorker(index, embeddings, cuts)
@@ -93,7 +93,7 @@ def base_of(root: Path, num_documents: int = 300, **embedder: Any) -> tuple[Conf
     embeddings.begin()
     EmbedWorker(embeddings, prepare, str(asset.path), config.tasks, 4096, 1).run(0)
     embeddings.commit(1, seconds=0, extra={"encoder": encoder_of(embeddings)})
-    index = _built(config, root, embeddings, [0, num_documents // 2, num_documents])
+    index = built(config, root, embeddings, [0, num_documents // 2, num_documents])
     collection.create(root, "c", index.id, model=str(asset.path))
     return config, asset
 

@@ -117,6 +117,30 @@ def rollback(name: Name, root: Root = "artifacts", as_json: AsJSON = False) -> N
 
 
 @app.command()
+def prune(
+    name: Name,
+    keep: Annotated[int, typer.Option(help="So many newest snapshots stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    root: Root = "artifacts",
+    as_json: AsJSON = False,
+) -> None:
+    """Removes old snapshots and what only they need; the one that is served and the one before it stay."""
+    with exit_on_user_error():
+        from llmr_ray.index import pruning
+
+        pruned = pruning.prune(root, name, keep=keep, dry_run=dry_run)
+        if as_json:
+            typer.echo(json.dumps(asdict(pruned), indent=1))
+            return
+        for item in (*pruned.snapshots, *pruned.artifacts):
+            typer.echo(item)
+        typer.echo(
+            f"{'would remove' if dry_run else 'removed'} {len(pruned.snapshots)} snapshots and {len(pruned.artifacts)} "
+            f"artifacts of {pruned.num_bytes / 1e6:,.1f} MB"
+        )
+
+
+@app.command()
 def verify(
     name: Name,
     snapshot: Annotated[str | None, typer.Option(help="Its id; none: the current one.")] = None,
