@@ -20,6 +20,7 @@ from rich.table import Table
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact, locked
+from llmr_ray.clients import Client
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
@@ -288,8 +289,9 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
         method: whose rankings the server's are compared with.
 
     Raises:
-        DataError: the run's evaluation is not finished, or the server refuses a query.
-        ResourceError: the server does not answer.
+        DataError: the run's evaluation is not finished.
+        RequestRefusedError: the server refuses a query.
+        ServerUnavailableError: it does not answer.
     """
     config = loading.load(path, overrides)
     pipeline = Pipeline(config, Console(quiet=True))
@@ -297,14 +299,15 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
     qrels: dict[str, dict[str, int]] = {}
     for row in pipeline.prepared.read("qrels").to_pylist():
         qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
-    found = endpoint.compare(
-        pipeline.prepared.read("queries").to_pylist(),
-        qrels,
-        evaluated.read("run"),
-        method,
-        endpoint.asker(url, key),
-        depth=config.evaluate.search_depth,
-    )
+    with Client(url, key) as client:
+        found = endpoint.compare(
+            pipeline.prepared.read("queries").to_pylist(),
+            qrels,
+            evaluated.read("run"),
+            method,
+            client,
+            depth=config.evaluate.search_depth,
+        )
     write_atomic(pipeline.run_dir / "served.json", (json.dumps(found.to_dict(), indent=1) + "\n").encode())
     return found
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from llmr_ray.clients.errors import RequestRefusedError, ServerUnavailableError
 
@@ -70,10 +70,14 @@ class Failure:
     timed_out: bool = False
 
 
-Exchange = Generator[Send | Pause, Reply | Failure | None, dict[str, Any]]
+T = TypeVar("T")
+Exchange = Generator[Send | Pause, Reply | Failure | None, T]
+"""What is to be done, step by step, and in the end what came of it."""
 
 
-def exchange(url: str, method: str, path: str, body: Mapping[str, Any] | None, patience: Patience) -> Exchange:
+def exchange(
+    url: str, method: str, path: str, body: Mapping[str, Any] | None, patience: Patience
+) -> Exchange[dict[str, Any]]:
     """Asks until there is an answer; returns its JSON object.
 
     Args:

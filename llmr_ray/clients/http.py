@@ -9,9 +9,9 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -27,6 +27,7 @@ BATCH = 64
 """Texts of a request; a server's default limit (max_texts). Longer lists go in several requests, one after another."""
 
 Side = Literal["query", "document"]
+T = TypeVar("T")
 
 
 class _Connection:
@@ -55,18 +56,53 @@ class _Connection:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Exchange:
+    def _post(self, path: str, body: Mapping[str, Any]) -> Exchange[dict[str, Any]]:
         return exchange(self.url, "POST", path, {k: v for k, v in body.items() if v is not None}, self._patience)
 
-    def _get(self, path: str) -> Exchange:
-        return exchange(self.url, "GET", path, None, self._patience)
+    def _retrieving(
+        self,
+        queries: Sequence[str],
+        *,
+        task: str | None = None,
+        top_k: int = 10,
+        filter: Mapping[str, Any] | None = None,
+        min_score: float | None = None,
+        with_text: bool = True,
+    ) -> Exchange[list[Retrieval]]:
+        how = {"task": task, "top_k": top_k, "filter": filter, "min_score": min_score, "with_text": with_text}
+        found: list[Retrieval] = []
+        for part in self._batches(queries, "queries"):
+            answer = yield from self._post("/v1/retrieve", {"queries": list(part)} | how)
+            found += self._read(results.retrievals, answer, part)
+        return found
+
+    def _embedding(
+        self, texts: Sequence[str], *, task: str | None = None, side: Side = "query", model: str | None = None
+    ) -> Exchange[list[list[float]]]:
+        # base64 is a third of the digits, and exact.
+        how = {"model": model or (yield from self._informing()).model, "encoding_format": "base64", "task": task}
+        vectors: list[list[float]] = []
+        for part in self._batches(texts, "texts"):
+            answer = yield from self._post("/v1/embeddings", {"input": list(part), "input_type": side} | how)
+            vectors += self._read(results.embeddings, answer, len(part))
+        return vectors
+
+    def _reranking(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None
+    ) -> Exchange[list[RankedDocument]]:
+        answer = yield from self._post("/v1/rerank", {"query": query, "documents": list(documents), "top_n": top_n})
+        return self._read(results.ranking, answer, len(documents))
+
+    def _informing(self) -> Exchange[ServerInfo]:
+        answer = yield from exchange(self.url, "GET", "/info", None, self._patience)
+        return self._read(results.server_info, answer)
 
     def _batches(self, texts: Sequence[str], name: str) -> list[Sequence[str]]:
         if isinstance(texts, str):
             raise TypeError(f"`{name}` is one text; give a list of texts.")
         return [texts[start : start + self._batch] for start in range(0, len(texts), self._batch)]
 
-    def _read(self, read: Any, answer: Mapping[str, Any], *more: Any) -> Any:
+    def _read(self, read: Callable[..., T], answer: Mapping[str, Any], *more: Any) -> T:
         """The answer in its typed form."""
         try:
             return read(answer, *more)
@@ -130,12 +166,10 @@ class Client(_Connection):
             min_score: least retrieval score.
             with_text: fetch titles, texts and metadata too.
         """
-        how = _how(task, top_k, filter, min_score, with_text)
-        found: list[Retrieval] = []
-        for part in self._batches(queries, "queries"):
-            answer = self._run(self._post("/v1/retrieve", {"queries": list(part)} | how))
-            found += self._read(results.retrievals, answer, part)
-        return found
+        asked = self._retrieving(
+            queries, task=task, top_k=top_k, filter=filter, min_score=min_score, with_text=with_text
+        )
+        return self._run(asked)
 
     def embed(
         self, texts: Sequence[str], *, task: str | None = None, side: Side = "query", model: str | None = None
@@ -148,34 +182,24 @@ class Client(_Connection):
             side: whether they are queries or documents.
             model: its name; None: it is asked for first (/info).
         """
-        name = model or self.info().model
-        vectors: list[list[float]] = []
-        for part in self._batches(texts, "texts"):
-            answer = self._run(self._post("/v1/embeddings", _embedding_body(part, name, task, side)))
-            vectors += self._read(results.embeddings, answer, len(part))
-        return vectors
+        return self._run(self._embedding(texts, task=task, side=side, model=model))
 
     def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[RankedDocument]:
         """Documents by the server's cross-encoder, best first."""
-        body = {"query": query, "documents": list(documents), "top_n": top_n}
-        ranked: list[RankedDocument] = self._read(
-            results.ranking, self._run(self._post("/v1/rerank", body)), len(documents)
-        )
-        return ranked
+        return self._run(self._reranking(query, documents, top_n=top_n))
 
     def info(self) -> ServerInfo:
         """What is served, and the limits of a request."""
-        told: ServerInfo = self._read(results.server_info, self._run(self._get("/info")))
-        return told
+        return self._run(self._informing())
 
-    def _run(self, steps: Exchange) -> dict[str, Any]:
+    def _run(self, steps: Exchange[T]) -> T:
         came: Reply | Failure | None = None
         while True:
             try:
                 step = steps.send(came)
             except StopIteration as end:
-                answer: dict[str, Any] = end.value
-                return answer
+                done: T = end.value
+                return done
             if isinstance(step, Pause):
                 time.sleep(step.seconds)
                 came = None
@@ -232,55 +256,30 @@ class AsyncClient(_Connection):
         [found] = await self.retrieve_many([query], **how)
         return found
 
-    async def retrieve_many(
-        self,
-        queries: Sequence[str],
-        *,
-        task: str | None = None,
-        top_k: int = 10,
-        filter: Mapping[str, Any] | None = None,
-        min_score: float | None = None,
-        with_text: bool = True,
-    ) -> list[Retrieval]:
+    async def retrieve_many(self, queries: Sequence[str], **how: Any) -> list[Retrieval]:
         """See Client."""
-        how = _how(task, top_k, filter, min_score, with_text)
-        found: list[Retrieval] = []
-        for part in self._batches(queries, "queries"):
-            answer = await self._run(self._post("/v1/retrieve", {"queries": list(part)} | how))
-            found += self._read(results.retrievals, answer, part)
-        return found
+        return await self._run(self._retrieving(queries, **how))
 
-    async def embed(
-        self, texts: Sequence[str], *, task: str | None = None, side: Side = "query", model: str | None = None
-    ) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], **how: Any) -> list[list[float]]:
         """See Client."""
-        name = model or (await self.info()).model
-        vectors: list[list[float]] = []
-        for part in self._batches(texts, "texts"):
-            answer = await self._run(self._post("/v1/embeddings", _embedding_body(part, name, task, side)))
-            vectors += self._read(results.embeddings, answer, len(part))
-        return vectors
+        return await self._run(self._embedding(texts, **how))
 
     async def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[RankedDocument]:
         """See Client."""
-        body = {"query": query, "documents": list(documents), "top_n": top_n}
-        answer = await self._run(self._post("/v1/rerank", body))
-        ranked: list[RankedDocument] = self._read(results.ranking, answer, len(documents))
-        return ranked
+        return await self._run(self._reranking(query, documents, top_n=top_n))
 
     async def info(self) -> ServerInfo:
         """See Client."""
-        told: ServerInfo = self._read(results.server_info, await self._run(self._get("/info")))
-        return told
+        return await self._run(self._informing())
 
-    async def _run(self, steps: Exchange) -> dict[str, Any]:
+    async def _run(self, steps: Exchange[T]) -> T:
         came: Reply | Failure | None = None
         while True:
             try:
                 step = steps.send(came)
             except StopIteration as end:
-                answer: dict[str, Any] = end.value
-                return answer
+                done: T = end.value
+                return done
             if isinstance(step, Pause):
                 await asyncio.sleep(step.seconds)
                 came = None
@@ -315,17 +314,6 @@ class AsyncClient(_Connection):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _how(
-    task: str | None, top_k: int, filter: Mapping[str, Any] | None, min_score: float | None, with_text: bool
-) -> dict[str, Any]:
-    return {"task": task, "top_k": top_k, "filter": filter, "min_score": min_score, "with_text": with_text}
-
-
-def _embedding_body(texts: Sequence[str], model: str, task: str | None, side: Side) -> dict[str, Any]:
-    # base64 is a third of the digits, and exact.
-    return {"input": list(texts), "model": model, "encoding_format": "base64", "task": task, "input_type": side}
 
 
 def _failure(error: httpx.HTTPError, step: Send) -> Failure:

@@ -5,23 +5,18 @@ history, as a filter). With the run's own documents the rankings are the run's, 
 its batch by rounding, 1e-7 in float32 and 1e-3 in bfloat16 (embedder.precision, where auto is the machine's choice).
 """
 
-import json
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from llmr_ray.errors import DataError, ResourceError
+from llmr_ray.clients import Client
+from llmr_ray.errors import DataError
 from llmr_ray.evaluation.protocols import RETRIEVAL_MEASURES, Ranking, Row, measured_rankings
-
-ATTEMPTS = 8
-"""How often a busy server is asked."""
 
 SERVED = "served"
 """The name of the server among the methods."""
@@ -71,7 +66,7 @@ def compare(
     qrels: Mapping[str, Mapping[str, int]],
     run: pa.Table,
     method: str,
-    ask: Callable[[dict[str, Any]], dict[str, Any]],
+    client: Client,
     *,
     depth: int,
     num_clients: int = 4,
@@ -83,12 +78,14 @@ def compare(
         qrels: query id -> document id -> relevance.
         run: the evaluation's table of rankings.
         method: whose rankings are compared.
-        ask: a body for /v1/retrieve to its answer.
+        client: of the server.
         depth: documents per query.
         num_clients: asking at the same time.
 
     Raises:
         DataError: the run has no rankings by this method, or no query with labels.
+        RequestRefusedError: the server does not answer such a query.
+        ServerUnavailableError: it is not there, or busy for too long.
     """
     offline: dict[str, Ranking] = defaultdict(list)
     for row in run.to_pylist():
@@ -100,10 +97,11 @@ def compare(
     snapshots: set[str] = set()
 
     def served(query: Row) -> Ranking:
-        body = {"query": query["query"], "task": query["task"], "top_k": depth, "with_text": False}
-        answer = ask(body | {"filter": scope_filter(query)})
-        snapshots.add(answer["index_snapshot"])
-        return [(hit["id"], hit["score"]) for hit in answer["results"][0]]
+        found = client.retrieve(
+            query["query"], task=query["task"], top_k=depth, filter=scope_filter(query), with_text=False
+        )
+        snapshots.add(found.index_snapshot)
+        return [(hit.doc_id, hit.retrieval_score) for hit in found.hits]
 
     started = time.monotonic()
     with ThreadPoolExecutor(num_clients) as clients:
@@ -146,39 +144,3 @@ def _figures(
         )
         for (dataset, measure), of in sorted(by.items(), key=lambda item: (item[0][0], order[item[0][1]]))
     ]
-
-
-def asker(url: str, key: str = "", timeout_s: float = 60.0) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Asks /v1/retrieve of a server; waits as long as a busy one says.
-
-    Raises:
-        ResourceError: the server is not there, or busy for too long.
-        DataError: it refuses what it is asked.
-    """
-
-    def ask(body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(f"{url.rstrip('/')}/v1/retrieve", json.dumps(body).encode(), headers)
-        said = ""
-        for attempt in range(ATTEMPTS):
-            try:
-                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                    value: dict[str, Any] = json.load(answer)
-                    return value
-            except urllib.error.HTTPError as error:
-                said = f"{error.code} {_message(error)}"
-                if error.code not in (429, 503, 504):
-                    raise DataError(f"{url} refused a query: {said}") from error
-                time.sleep(float(error.headers.get("retry-after") or 2**attempt / 4))
-            except OSError as error:
-                raise ResourceError(f"{url} does not answer ({error}). Start the server: llmr serve.") from error
-        raise ResourceError(f"{url} was busy {ATTEMPTS} times in a row, at last: {said}")
-
-    return ask
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return error.reason

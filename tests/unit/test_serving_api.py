@@ -21,7 +21,8 @@ import pyarrow as pa
 import pytest
 
 from llmr_ray.artifacts import Artifact
-from llmr_ray.errors import DataError, ResourceError
+from llmr_ray.clients import Client, RequestRefusedError, ServerUnavailableError
+from llmr_ray.errors import DataError
 from llmr_ray.evaluation import endpoint
 from llmr_ray.index.snapshot import OpenSnapshot, read_manifest
 from llmr_ray.index.vectors import to_matrix
@@ -532,7 +533,7 @@ def offline(docs: World, depth: int) -> tuple[list[dict[str, Any]], dict[str, di
 def test_a_server_measures_as_the_run_did(server: Server, docs: World) -> None:
     """Each query must see its own range of documents, under its own task; else a server looks better or worse."""
     asked, qrels, run = offline(docs, 20)
-    found = endpoint.compare(asked, qrels, run, "trained", endpoint.asker(server.url), depth=20)
+    found = endpoint.compare(asked, qrels, run, "trained", Client(server.url), depth=20)
     assert (found.num_queries, found.num_same, found.snapshots) == (11, 11, [docs.current])
     assert found.max_score_difference < 1e-5
     assert {(row.dataset, row.measure, row.n) for row in found.figures} >= {("one", "nDCG@10", 5), ("two", "R@10", 6)}
@@ -540,16 +541,17 @@ def test_a_server_measures_as_the_run_did(server: Server, docs: World) -> None:
         assert row.offline == row.served
         assert 0 < row.served <= 1
     with pytest.raises(DataError, match="ranked no labelled query"):
-        endpoint.compare(asked, qrels, run, "base", endpoint.asker(server.url), depth=20)
+        endpoint.compare(asked, qrels, run, "base", Client(server.url), depth=20)
 
 
 def test_a_busy_or_refusing_server_is_told(server: Server, docs: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation that takes an error for an empty ranking reports a bad retriever."""
-    ask = endpoint.asker(server.url)
-    with pytest.raises(DataError, match="422 `task` must be"):
-        ask({"query": "a", "task": "nowhere"})
-    with pytest.raises(ResourceError, match="does not answer"):
-        endpoint.asker("http://127.0.0.1:9")({"query": "a", "task": "qa"})
+    asked, qrels, run = offline(docs, 5)
+    elsewhere = [query | {"task": "nowhere"} for query in asked]
+    with pytest.raises(RequestRefusedError, match="`task` must be"):
+        endpoint.compare(elsewhere, qrels, run, "trained", Client(server.url), depth=5)
+    with pytest.raises(ServerUnavailableError, match="does not answer"):
+        endpoint.compare(asked, qrels, run, "trained", Client("http://127.0.0.1:9", max_retries=0), depth=5)
     calls = []
 
     async def busy_twice(prompted: Any) -> np.ndarray:
@@ -560,8 +562,8 @@ def test_a_busy_or_refusing_server_is_told(server: Server, docs: World, monkeypa
 
     encode = server.service.engine.encoder.encode
     monkeypatch.setattr(server.service.engine.encoder, "encode", busy_twice)
-    assert ask({"query": "a", "task": "qa", "top_k": 2})["results"][0]
-    assert len(calls) == 3
+    found = endpoint.compare(asked, qrels, run, "trained", Client(server.url), depth=5, num_clients=1)
+    assert (found.num_same, len(calls)) == (11, 13)
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
