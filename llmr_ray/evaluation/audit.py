@@ -91,11 +91,13 @@ class Judged:
 class Verdict:
     """What was found about one query.
 
-    taus, gammas: by ranking, NaN where nothing can be said. parts: for `alpha`. flags: filter -> whether it holds;
-    filters that cannot be told for the query are absent.
+    taus, gammas: by ranking, NaN where nothing can be said. gains: by ranking, the LLM's own among them, how much
+    better than a random candidate its first one is by the LLM's feedback. parts: for `alpha`. flags: filter -> whether
+    it holds; filters that cannot be told for the query are absent.
     """
 
     taus: dict[str, float]
+    gains: dict[str, float]
     gammas: dict[str, float]
     parts: dict[str, np.ndarray]
     flags: dict[str, bool]
@@ -182,6 +184,7 @@ def verdicts(audited: Judged) -> dict[str, Verdict]:
         llm_M = columns["llm"][part]
         flags = {"injection": bool(is_suspicious_P[part].any())}
         taus, gammas, parts = {}, {}, {}
+        gains = {name: gain for name in columns if (gain := _gain(llm_M, columns[name][part])) is not None}
         for name in names:
             other_M = columns[name][part]
             both_M = ~np.isnan(llm_M) & ~np.isnan(other_M)
@@ -200,7 +203,7 @@ def verdicts(audited: Judged) -> dict[str, Verdict]:
             best = np.flatnonzero(llm_M == np.nanmax(llm_M)) + start
             texts = [audited.documents[doc_ids[place]] for place in best.tolist()]
             flags["answer_absent"] = not any(holds_answer(text, answers) for text in texts)
-        found[query["query_id"]] = Verdict(taus=taus, gammas=gammas, parts=parts, flags=flags)
+        found[query["query_id"]] = Verdict(taus=taus, gammas=gammas, gains=gains, parts=parts, flags=flags)
     return found
 
 
@@ -219,6 +222,8 @@ def summary(audited: Judged, found: Mapping[str, Verdict], *, samples: int, seed
         samples, seed: of the bootstrap over queries; samples are fewer where there are very many queries.
 
     Returns:
+        gains: for each task and ranking, the LLM's own last, n (queries) and how much better than a random candidate
+        the one that it puts first is, by the LLM's feedback: mean and ci95, in units of the feedback;
         agreement: for each task and ranking n (queries with a tau), unknown (queries without: fewer than two candidates
         that both ranked, or all equal), tau and alpha with mean (value) and ci95; filters: for each task and filter how
         many of the n queries for which it can be told it holds, with a Wilson interval; num_queries by task; bm25,
@@ -230,6 +235,11 @@ def summary(audited: Judged, found: Mapping[str, Verdict], *, samples: int, seed
         _agreement(task, name, [found[query_id] for query_id in members[task]], samples=samples, seed=seed)
         for task in tasks
         for name in audited.rankings
+    ]
+    gains = [
+        _gained(task, name, [found[query_id] for query_id in members[task]], samples=samples, seed=seed)
+        for task in tasks
+        for name in (*audited.rankings, "llm")
     ]
     held = []
     for task in tasks:
@@ -248,6 +258,7 @@ def summary(audited: Judged, found: Mapping[str, Verdict], *, samples: int, seed
                 )
     return {
         "num_queries": {task: len(ids) for task, ids in members.items()},
+        "gains": [row for row in gains if row],
         "agreement": agreement,
         "filters": held,
         "bm25": audited.bm25,
@@ -271,6 +282,27 @@ def _agreement(task: str, name: str, members: Sequence[Verdict], *, samples: int
     is_known = math.isfinite(value) and math.isfinite(low)
     row["alpha"] = {"value": value, "ci95": [low, high], "n": len(parts)} if is_known else None
     return row
+
+
+def _gain(llm_M: np.ndarray, other_M: np.ndarray) -> float | None:
+    """The LLM's feedback on what another ranking puts first, less the mean over all candidates that both know.
+
+    Candidates that a rule judged have no feedback and do not count. None: fewer than two are left.
+    """
+    both_M = np.isfinite(llm_M) & ~np.isnan(other_M)
+    if both_M.sum() < 2:
+        return None
+    asked, ranked = llm_M[both_M], other_M[both_M]
+    return float(asked[ranked == ranked.max()].mean() - asked.mean())
+
+
+def _gained(task: str, name: str, members: Sequence[Verdict], *, samples: int, seed: int) -> dict[str, Any] | None:
+    gains = np.asarray([verdict.gains[name] for verdict in members if name in verdict.gains])
+    if not len(gains):
+        return None
+    samples = affordable_samples(samples, len(gains))
+    gain = estimate([gains], exponential=False, samples=samples, seed=seed_of(seed, "gain", task, name))
+    return {"task": task, "ranking": name, "n": len(gains), "mean": gain.mean, "ci95": [gain.low, gain.high]}
 
 
 def _length_flags(llm_M: np.ndarray, lengths_M: np.ndarray) -> dict[str, bool]:

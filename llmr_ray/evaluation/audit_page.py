@@ -151,6 +151,7 @@ def _html(name: str, audited: Judged, figures: Mapping[str, Any], entries: list[
         for row in figures["agreement"]
         if row["tau"]
     ]
+    gains = [(f"{row['task']}: {TITLES[row['ranking']]}", row["mean"], *row["ci95"]) for row in figures["gains"]]
     return render(
         "audit.html.j2",
         name=name,
@@ -158,8 +159,11 @@ def _html(name: str, audited: Judged, figures: Mapping[str, Any], entries: list[
         titles=TITLES,
         filters=FILTERS,
         scenarios=SCENARIOS,
-        # Our own drawing; of the data it holds only names of tasks, which the configuration checks.
+        # Our own drawings; of the data they hold only names of tasks, which the configuration checks.
         plot=Markup(plots.intervals(taus, "Kendall's tau-b with the LLM")) if taus else None,
+        gains_plot=Markup(plots.intervals(gains, "feedback on the first choice, less a random one's"))
+        if gains
+        else None,
         data=Markup(safe_json(data)),
         script=Markup(script),
         digest=digest,

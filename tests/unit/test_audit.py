@@ -258,6 +258,32 @@ def test_agreement_says_how_many_queries_it_rests_on(run):
     assert rows["qa", "trained"]["tau"]["mean"] == pytest.approx(np.mean(taus))
 
 
+def test_the_worth_of_a_first_choice(run):
+    """The feedback of what a ranking puts first must not count what a rule judged, nor hide ties."""
+    config, artifacts = run
+    audited = judged(config, artifacts)
+    figures = summary(audited, verdicts(audited), samples=200, seed=1)
+    rows = {(row["task"], row["ranking"]): row for row in figures["gains"]}
+    for (task, name), row in rows.items():
+        expected = []
+        for (query_id,), group in audited.pairs.group_by(["query_id"]):
+            known = [
+                (llm, other)
+                for llm, other in zip(group["llm"], group[name], strict=True)
+                if llm is not None and math.isfinite(llm) and other is not None and not math.isnan(other)
+            ]
+            if audited.queries[query_id]["task"] == task and len(known) > 1:
+                best = max(other for _, other in known)
+                first = [llm for llm, other in known if other == best]
+                expected.append(sum(first) / len(first) - sum(llm for llm, _ in known) / len(known))
+        assert row["n"] == len(expected)
+        assert row["mean"] == pytest.approx(np.mean(expected))
+        assert row["ci95"][0] <= row["mean"] <= row["ci95"][1]
+        # The LLM's own choice is the most there is; the reward model of this run says the opposite of the LLM.
+        assert row["mean"] <= rows[task, "llm"]["mean"] + 1e-12 or row["n"] < rows[task, "llm"]["n"]
+    assert rows["qa", "reward_model"]["mean"] < 0 < rows["qa", "llm"]["mean"]
+
+
 def test_the_sample_is_by_hash_and_in_equal_shares():
     """A sample that depends on order or size shows the big task only, and another one every time."""
     task_of = {f"a{number}": "tool" for number in range(50)} | {f"b{number}": "qa" for number in range(3)}
