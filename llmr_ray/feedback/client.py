@@ -17,6 +17,7 @@ from llmr_ray.durable import storage_errors
 from llmr_ray.errors import DataError, LlmrError
 from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk, plan_chunks
+from llmr_ray.feedback.controls import ControlTokens
 from llmr_ray.feedback.engine import Engine, Rival, Sampling
 from llmr_ray.feedback.fitting import FitError, Fitted, fit_prompt, fit_targets
 from llmr_ray.feedback.progress import AnswerProgress
@@ -50,12 +51,19 @@ class StoreClient(ABC):
         scorer_id: what answers (engine.scorer_id).
         store: the answers of that scorer.
         template: put around every prompt that is no running text.
+        controls: the model's control tokens, which are words in what is asked; None: requests are taken as they are.
     """
 
-    def __init__(self, scorer_id: str, store: LLMStore, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        scorer_id: str,
+        store: LLMStore,
+        template: ChatTemplate | None = None,
+        controls: ControlTokens | None = None,
+    ) -> None:
         self.scorer_id = scorer_id
         self.store = store
-        self.template = template
+        self.template, self.controls = template, controls
         self.usage = Usage()
 
     @abstractmethod
@@ -107,6 +115,8 @@ class StoreClient(ABC):
         ]
 
     def _asked(self, requests: Sequence[LLMRequest]) -> Sequence[LLMRequest]:
+        if self.controls:
+            requests = self.controls.as_words(requests)
         return self.template.wrap(requests) if self.template else requests
 
     def _keys(self, requests: Sequence[LLMRequest]) -> list[list[bytes]]:

@@ -23,6 +23,7 @@ from llmr_ray.feedback.budget import Budget
 from llmr_ray.feedback.chat import ChatTemplate
 from llmr_ray.feedback.chunks import Chunk
 from llmr_ray.feedback.client import LocalClient, StoreClient, compute_chunk
+from llmr_ray.feedback.controls import ControlTokens
 from llmr_ray.feedback.engine import EngineSettings, environment, open_engine, scorer_id
 from llmr_ray.feedback.engine_routed import ENGINE, ROUTES, TREE, RoutedEngine
 from llmr_ray.feedback.store import Answer, LLMStore, request_keys
@@ -120,7 +121,8 @@ class RayClient(StoreClient):
     def __init__(self, config: Config, llm: Asset, budget: Budget | None = None) -> None:
         name = scorer_id(llm.fingerprint, config.llm)
         store = LLMStore(Path(config.runtime.artifact_root).resolve() / "llm_store" / name)
-        super().__init__(name, store, ChatTemplate.load(llm.path) if config.llm.chat_template else None)
+        template = ChatTemplate.load(llm.path) if config.llm.chat_template else None
+        super().__init__(name, store, template, ControlTokens.load(llm.path))
         self.runtime, self.budget = config.runtime, budget or Budget(config.budget)
         self.settings = EngineSettings.of(config, llm.path)
         self._actors: list[Any] = []
