@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmr_ray.durable import remove, write_atomic
+from llmr_ray.durable import remove, staged, write_atomic
 from llmr_ray.errors import DataError, LockedError
 from llmr_ray.schemas import SCHEMAS, conform
 from llmr_ray.ticking import ticking
@@ -66,9 +66,18 @@ def seed_of(*parts: object) -> int:
 
 def write_table(table: pa.Table, path: Path, *, group_rows: int | None = None) -> None:
     """Writes a Parquet file atomically; equal tables give equal bytes. group_rows: rows that are read at once."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=group_rows)
-    write_atomic(path, sink.getvalue().to_pybytes())
+    with staged(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=group_rows)
+
+
+def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path, *, group_rows: int | None = None) -> int:
+    """The same of a table that comes in parts; returns its number of rows. Where parts end, so do groups of rows."""
+    num_rows = 0
+    with staged(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=group_rows)
+            num_rows += table.num_rows
+    return num_rows
 
 
 @dataclass(kw_only=True)
@@ -236,13 +245,19 @@ class Artifact:
             remove(stale)
 
     def write_shard(
-        self, shard: int, tables: dict[str, pa.Table], counts: Counts, *, files: tuple[str, ...] = ()
+        self,
+        shard: int,
+        tables: Mapping[str, pa.Table | Iterable[pa.Table]],
+        counts: Counts,
+        *,
+        files: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Commits a shard: its tables (checked against their schema), then its ledger record. Returns the record.
 
         Args:
             shard: the shard's number.
-            tables: by name; names found in SCHEMAS are conformed first.
+            tables: by name; names found in SCHEMAS are conformed first. One that does not fit into memory may come in
+                parts, if its name is one of these; keys that two parts share are not noticed.
             counts: the shard's accounting; it must balance.
             files: paths below the artifact's folder that the caller already wrote safely.
         """
@@ -250,11 +265,15 @@ class Artifact:
         names = list(files)
         rows = {}
         for name, table in tables.items():
-            checked = conform(table, name) if name in SCHEMAS else table
-            relative = _part(name, shard)
-            write_table(checked, self.path / relative, group_rows=GROUP_ROWS.get(name))
+            relative, group_rows = _part(name, shard), GROUP_ROWS.get(name)
+            if isinstance(table, pa.Table):
+                checked = conform(table, name) if name in SCHEMAS else table
+                write_table(checked, self.path / relative, group_rows=group_rows)
+                rows[name] = checked.num_rows
+            else:
+                parts = (conform(part, name) for part in table)
+                rows[name] = write_tables(parts, SCHEMAS[name], self.path / relative, group_rows=group_rows)
             names.append(relative)
-            rows[name] = checked.num_rows
         record = {
             "shard": shard,
             "rows": rows,

@@ -1,19 +1,31 @@
 """From a reader's records to the rows of `queries`, `corpus` and `qrels`: splits, sizes, and no test text in training.
 
-Pure: no file and no clock; the order of the records does not matter (but the first of two equal ids is the one kept).
+Pure but for the file in which texts wait (texts.py); the order of the records does not matter (but the first of two
+equal ids is the one kept). Of a document memory holds its ids and its place, so that a corpus need not fit.
 """
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmr_ray.artifacts import Counts
 from llmr_ray.config import DatasetConfig, PrepareConfig
 from llmr_ray.data.records import Bad, Document, Query, Record, excerpt_of
 from llmr_ray.data.splits import SPLITS, lowest, normalized, split_of, unit_hash
+from llmr_ray.data.texts import Texts
 from llmr_ray.errors import DataError
+
+
+class Held(NamedTuple):
+    """A document without its texts, which are at a place of their file."""
+
+    pool: str
+    position: int | None
+    from_query: str | None
+    place: int
 
 
 @dataclass(kw_only=True)
@@ -22,20 +34,46 @@ class Collected:
 
     name: str
     config: DatasetConfig
+    texts: Texts
     queries: dict[str, Query] = field(default_factory=dict)
-    documents: dict[str, Document] = field(default_factory=dict)
+    documents: dict[str, Held] = field(default_factory=dict)
     split: dict[str, str] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     rows_in: int = 0
 
 
+class Chosen(NamedTuple):
+    """A document of the corpus. position: None where its pool has no order."""
+
+    doc_id: str
+    pool: str
+    position: int | None
+    place: int
+    data: Collected
+
+    def row(self) -> dict[str, Any]:
+        """Its row of `corpus`."""
+        text, continuation, meta = self.data.texts.get(self.place)
+        # A title stands at the head of the text, where the LLM reads it too.
+        return {
+            "doc_id": self.doc_id,
+            "pool": self.pool,
+            "position": self.position,
+            "task": self.data.config.task,
+            "title": None,
+            "text": text,
+            "continuation": continuation,
+            "meta": meta,
+        }
+
+
 @dataclass(kw_only=True)
 class Selected:
-    """Rows of one data set, ready for the tables, and their accounting."""
+    """Rows of one data set, ready for the tables, the documents of the corpus, and their accounting."""
 
     queries: list[dict[str, Any]]
-    corpus: list[dict[str, Any]]
+    corpus: list[Chosen]
     qrels: list[dict[str, Any]]
     given: list[dict[str, Any]]
     given_rewards: list[dict[str, Any]]
@@ -43,13 +81,22 @@ class Selected:
     counts: Counts
 
 
-def collect(name: str, config: DatasetConfig, prepare: PrepareConfig, records: Iterable[Record]) -> Collected:
+def collect(
+    name: str, config: DatasetConfig, prepare: PrepareConfig, records: Iterable[Record], texts: Texts | None = None
+) -> Collected:
     """Takes in a reader's records; a second row with an id already seen is bad (duplicate_id).
+
+    Args:
+        name: of the data set.
+        config: its settings.
+        prepare: shares of the splits, and of bad rows.
+        records: in any order.
+        texts: where documents' texts go; None: into a file of the system's temporary folder.
 
     Raises:
         DataError: more than prepare.max_bad_fraction of the rows are bad.
     """
-    result = Collected(name=name, config=config)
+    result = Collected(name=name, config=config, texts=texts or Texts())
     for record in records:
         result.rows_in += 1
         match record:
@@ -68,7 +115,10 @@ def collect(name: str, config: DatasetConfig, prepare: PrepareConfig, records: I
                 if record.doc_id in result.documents:
                     result.bad.append(_duplicate(record.doc_id, record.text))
                 else:
-                    result.documents[record.doc_id] = record
+                    place = result.texts.put(record.text, record.continuation, _json(record.meta))
+                    # One string serves all documents of a pool.
+                    held = Held(sys.intern(record.pool), record.position, record.from_query, place)
+                    result.documents[record.doc_id] = held
             case Bad():
                 result.bad.append(record)
             case _:
@@ -117,11 +167,11 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     chosen = [data.queries[query_id] for query_id in sorted(chosen_ids)]
 
     documents = _documents(data, chosen, set(usable["train"]), skipped)
-    kept = {document.doc_id for document, _ in documents}
+    kept = {document.doc_id for document in documents}
     skipped += Counter()  # drops reasons with a count of zero
     return Selected(
         queries=[_query_row(data, query, kept) for query in chosen],
-        corpus=[_corpus_row(data, document, position) for document, position in documents],
+        corpus=documents,
         qrels=[
             {"query_id": query.query_id, "doc_id": doc_id, "relevance": relevance}
             for query in chosen
@@ -149,10 +199,8 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     )
 
 
-def _documents(
-    data: Collected, chosen: list[Query], trainable: set[str], skipped: Counter[str]
-) -> list[tuple[Document, int | None]]:
-    """The documents to keep with their positions in ordered pools."""
+def _documents(data: Collected, chosen: list[Query], trainable: set[str], skipped: Counter[str]) -> list[Chosen]:
+    """The documents to keep."""
     reach: dict[str, float] = {}
     wanted: set[str] = set()
     for query in chosen:
@@ -162,18 +210,19 @@ def _documents(
         wanted.update(query.related)
         if query.self_doc_id is not None:
             wanted.add(query.self_doc_id)
-    ordered: list[tuple[Document, int | None]] = []
-    loose: list[Document] = []
-    for document in data.documents.values():
-        if document.from_query is not None and document.from_query not in trainable:
-            held = data.split[document.from_query] != "train"
-            skipped["example_of_held_out_query" if held else "duplicate_of_test"] += 1
-        elif document.from_query is None and document.pool not in reach:
+    kept: list[Chosen] = []
+    loose: list[Chosen] = []
+    for doc_id, held in data.documents.items():
+        document = Chosen(doc_id, held.pool, held.position, held.place, data)
+        if held.from_query is not None and held.from_query not in trainable:
+            is_test = data.split[held.from_query] != "train"
+            skipped["example_of_held_out_query" if is_test else "duplicate_of_test"] += 1
+        elif held.from_query is None and held.pool not in reach:
             skipped["document_of_unused_pool"] += 1
-        elif document.position is None:
+        elif held.position is None:
             loose.append(document)
-        elif document.position < reach[document.pool]:
-            ordered.append((document, document.position))
+        elif held.position < reach[held.pool]:
+            kept.append(document)
         else:
             skipped["document_after_last_query"] += 1
     loose.sort(key=lambda document: (unit_hash("order", data.name, document.doc_id), document.doc_id))
@@ -181,13 +230,13 @@ def _documents(
     room = limit - sum(document.doc_id in wanted for document in loose)
     for document in loose:
         if document.doc_id in wanted:
-            ordered.append((document, None))
+            kept.append(document)
         elif room > 0:
             room -= 1
-            ordered.append((document, None))
+            kept.append(document)
         else:
             skipped["document_not_selected"] += 1
-    return ordered
+    return kept
 
 
 def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
@@ -210,32 +259,36 @@ def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
     }
 
 
-def _corpus_row(data: Collected, document: Document, position: int | None) -> dict[str, Any]:
-    return {
-        "doc_id": document.doc_id,
-        "pool": document.pool,
-        "position": position,
-        "task": data.config.task,
-        # A title stands at the head of the text, where the LLM reads it too.
-        "title": None,
-        "text": document.text,
-        "continuation": document.continuation,
-        "meta": _json(document.meta),
-    }
+def in_order(parts: Sequence[Selected]) -> Iterator[Chosen]:
+    """The documents of a task's data sets by (pool, position); those of pools without an order are numbered from 0 as
+    they come.
 
-
-def in_order(corpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Corpus rows sorted by (pool, position); rows of pools without an order are numbered from 0 as they come."""
-    by_pool: dict[str, list[dict[str, Any]]] = {}
-    for row in corpus:
-        by_pool.setdefault(row["pool"], []).append(row)
-    result = []
+    Raises:
+        DataError: two data sets have a document of one id.
+    """
+    by_pool: dict[str, list[Chosen]] = {}
+    for part in parts:
+        for document in part.corpus:
+            by_pool.setdefault(document.pool, []).append(document)
+    _check_ids(parts)
     for pool in sorted(by_pool):
-        rows = by_pool[pool]
-        if any(row["position"] is None for row in rows):
-            rows = [{**row, "position": position} for position, row in enumerate(rows)]
-        result += sorted(rows, key=lambda row: int(row["position"]))
-    return result
+        documents = by_pool.pop(pool)
+        if any(document.position is None for document in documents):
+            yield from (document._replace(position=position) for position, document in enumerate(documents))
+        else:
+            yield from sorted(documents, key=lambda document: document.position or 0)
+
+
+def _check_ids(parts: Sequence[Selected]) -> None:
+    seen: dict[str, str] = {}
+    for part in parts if len(parts) > 1 else []:
+        for document in part.corpus:
+            first = seen.setdefault(document.doc_id, document.data.name)
+            if first != document.data.name:
+                raise DataError(
+                    f"the data sets '{first}' and '{document.data.name}' both have a document '{document.doc_id}'. "
+                    "Documents of one task need ids of their own; rename those of one of them."
+                )
 
 
 def _json(meta: Mapping[str, Any] | None) -> str | None:

@@ -9,23 +9,32 @@ import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from llmr_ray import cluster
-from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
+from llmr_ray.artifacts import GROUP_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, DatasetConfig, PrepareConfig, identity
 from llmr_ray.data.examples import POOL
 from llmr_ray.data.records import Source
-from llmr_ray.data.selection import collect, held_out_texts, in_order, select
+from llmr_ray.data.selection import Selected, collect, held_out_texts, in_order, select
 from llmr_ray.data.sources import is_tokenized, reader
+from llmr_ray.data.texts import Texts
+from llmr_ray.durable import storage_errors
 from llmr_ray.errors import ConfigError
 from llmr_ray.schemas import table_of
 
 log = logging.getLogger(__name__)
 
 PREPARE_VERSION = 1
+
+CORPUS_ROWS = 32 * GROUP_ROWS["corpus"]
+"""Documents that are written at once."""
 
 
 def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
@@ -110,12 +119,13 @@ class PrepareWorker:
         for name in names:
             dataset = self.datasets[name]
             source = Source(name=name, config=dataset, path=self.paths[name], tokenizer=self.tokenizer)
-            collected.append(collect(name, dataset, self.prepare, reader(dataset.source)(source)))
+            with storage_errors(self.artifact.path):
+                texts = Texts(self.artifact.path)
+                collected.append(collect(name, dataset, self.prepare, reader(dataset.source)(source), texts))
         held_out = held_out_texts(collected)
         selected = [select(data, held_out) for data in collected]
         rows: dict[str, list[dict[str, Any]]] = {
             "queries": [row for part in selected for row in part.queries],
-            "corpus": in_order([row for part in selected for row in part.corpus]),
             "qrels": [row for part in selected for row in part.qrels],
             "quarantine": [row for part in selected for row in part.quarantine],
         }
@@ -125,5 +135,13 @@ class PrepareWorker:
         }
         # Written only where there are any: most sources bring none.
         rows |= {name: table for name, table in brought.items() if table}
-        tables = {name: table_of(name, table) for name, table in rows.items()}
+        tables: dict[str, pa.Table | Iterable[pa.Table]] = {name: table_of(name, table) for name, table in rows.items()}
+        tables["corpus"] = _corpus(selected)
         return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))
+
+
+def _corpus(selected: Sequence[Selected]) -> Iterator[pa.Table]:
+    """The table `corpus` in parts, of which only one is in memory."""
+    documents = in_order(selected)
+    while rows := [document.row() for document in islice(documents, CORPUS_ROWS)]:
+        yield table_of("corpus", rows)

@@ -125,7 +125,7 @@ def selected(folder: Path, *names: str, **settings: Any) -> list[Selected]:
 def test_the_pool_holds_no_test_query(folder: Path) -> None:
     """A pool passage with a test query's input shows its answer in the prompt."""
     [rte] = selected(folder, "rte")
-    assert {document["doc_id"] for document in rte.corpus} == {"llm_r:0", "llm_r:1", "llm_r:2", "llm_r:7"}
+    assert {document.doc_id for document in rte.corpus} == {"llm_r:0", "llm_r:1", "llm_r:2", "llm_r:7"}
     assert rte.counts.skipped["example_of_held_out_query"] == 1
 
 

@@ -16,6 +16,7 @@ from llmr_ray.data.scope import scopes
 from llmr_ray.data.selection import Selected, collect, held_out_texts, in_order, select
 from llmr_ray.data.splits import lowest, normalized, split_of
 from llmr_ray.data.stage import PrepareWorker, prepare_spec
+from llmr_ray.data.texts import Texts
 from llmr_ray.errors import ConfigError, DataError
 
 HALVES = PrepareConfig(test_fraction=0.4, dev_fraction=0.1)
@@ -34,6 +35,10 @@ def run(records: list[Record], prepare: PrepareConfig = HALVES, **settings: Any)
     result.counts.check("test")
     assert result.counts.ok == len(result.queries) + len(result.corpus)
     return result
+
+
+def corpus_of(result: Selected) -> list[dict[str, Any]]:
+    return [document.row() for document in in_order([result])]
 
 
 def test_split_is_a_function_of_the_key() -> None:
@@ -60,10 +65,12 @@ def test_rows_in_any_order_give_the_same_result() -> None:
     records: list[Record] = [query(f"q{n}", qrels=((f"d{n}", 1),)) for n in range(40)]
     records += [Document(doc_id=f"d{n}", pool="p", text=f"doc {n}") for n in range(60)]
     one, two = run(records, num_documents=45, num_test=5), run(records[::-1], num_documents=45, num_test=5)
-    assert one == two
+    assert corpus_of(one) == corpus_of(two)
+    for same in ("queries", "qrels", "given", "given_rewards", "quarantine", "counts"):
+        assert getattr(one, same) == getattr(two, same)
     assert sum(row["split"] == "test" for row in one.queries) == 5
     assert len(one.corpus) == 45
-    assert {row["doc_id"] for row in one.qrels} <= {row["doc_id"] for row in one.corpus}
+    assert {row["doc_id"] for row in one.qrels} <= {row["doc_id"] for row in corpus_of(one)}
 
 
 def test_rows_of_one_key_stay_together() -> None:
@@ -88,7 +95,7 @@ def test_text_of_a_test_query_is_nowhere_in_training() -> None:
         records.append(Document(doc_id=f"{name}:x", pool="icl", text=f"{text}\nanswer", from_query=name))
     result = run(records)
     assert [row["query_id"] for row in result.queries] == ["b", "e", "f"]
-    assert [row["doc_id"] for row in result.corpus] == ["e:x"]
+    assert [(row["doc_id"], row["text"]) for row in corpus_of(result)] == [("e:x", "something else\nanswer")]
     # Queries a and c, and the example of a; the examples of b, c and f are held out by their split alone.
     assert result.counts.skipped == {"duplicate_of_test": 3, "example_of_held_out_query": 3}
     meta = {row["query_id"]: row["meta"] for row in result.queries}
@@ -102,7 +109,7 @@ def test_documents_of_chosen_queries_come_first() -> None:
     """A gold document that was sampled away makes a query without an answer."""
     records: list[Record] = [Document(doc_id=f"d{n}", pool="p", text="x") for n in range(50)]
     records.append(query("q", split="test", qrels=(("d49", 1),), related=("d48",)))
-    kept = {row["doc_id"] for row in run(records, num_documents=5).corpus}
+    kept = {document.doc_id for document in run(records, num_documents=5).corpus}
     assert len(kept) == 5
     assert {"d49", "d48"} <= kept
     assert len(run(records, num_documents=1).corpus) == 2
@@ -116,12 +123,43 @@ def test_memory_is_cut_after_the_last_query_and_unused_pools_go() -> None:
     ]
     records += [query("q", split="test", pool="b", history_end=4), query("r", split="test", pool="b", history_end=6)]
     result = run(records)
-    assert [(row["doc_id"], row["position"]) for row in in_order(result.corpus)] == [(f"b{n}", n) for n in range(6)]
+    assert [(document.doc_id, document.position) for document in in_order([result])] == [(f"b{n}", n) for n in range(6)]
     assert result.counts.skipped == {"document_of_unused_pool": 9, "document_after_last_query": 3}
     short = run(records, num_documents=5)
     assert [row["query_id"] for row in short.queries] == ["q"]
-    assert [row["doc_id"] for row in in_order(short.corpus)] == [f"b{n}" for n in range(4)]
+    assert [document.doc_id for document in in_order([short])] == [f"b{n}" for n in range(4)]
     assert short.counts.skipped["history_too_long"] == 1
+
+
+def test_texts_come_back_from_their_file_as_they_were() -> None:
+    """Texts wait outside memory until they are chosen; a line break, or what is no UTF-8, must not shift the next."""
+    strange = ["", "a\nb\r\n", "\u2028 \x00 \udc80", '"quoted" \\n', "語 🙂", "x" * 100_000]
+    records: list[Record] = [
+        Document(doc_id=f"d{n:02}", pool="p", text=text, continuation=text[::-1] if n % 2 else None, meta={"t": text})
+        for n, text in enumerate(strange)
+    ]
+    records.append(query("q", split="test"))
+    rows = sorted(corpus_of(run(records)), key=lambda row: row["doc_id"])
+    assert [row["text"] for row in rows] == strange
+    assert [row["continuation"] for row in rows] == [text[::-1] if n % 2 else None for n, text in enumerate(strange)]
+    assert [json.loads(row["meta"]) for row in rows] == [{"t": text} for text in strange]
+    texts = Texts()
+    places = []
+    for number in range(5):  # written and read in turn
+        places.append(texts.put(str(number), None))
+        assert [texts.get(place) for place in places] == [[str(known), None] for known in range(number + 1)]
+
+
+def test_ids_that_two_data_sets_share_are_told() -> None:
+    """A join on a repeated id multiplies rows, and each data set for itself looks sound."""
+    parts = []
+    for name in ("one", "two"):
+        data = collect(
+            name, DatasetConfig(**ALL), HALVES, [query("q", split="test"), Document(doc_id="d", pool="p", text=name)]
+        )
+        parts.append(select(data, held_out_texts([data])))
+    with pytest.raises(DataError, match="'one' and 'two' both have a document 'd'"):
+        list(in_order(parts))
 
 
 def test_duplicate_ids_and_the_limit_on_bad_rows() -> None:

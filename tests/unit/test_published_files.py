@@ -166,7 +166,7 @@ def test_given_rows_reach_the_tables(archive: Path) -> None:
     config = DatasetConfig(task="qa", source="llm_embedder", num_train=9, num_test=9, num_documents=1)
     data = collect("nq", config, PrepareConfig(max_bad_fraction=0.5), read(archive, "llm_embedder", "nq"))
     chosen = select(data, held_out_texts([data]))
-    kept = {row["doc_id"] for row in chosen.corpus}
+    kept = {document.doc_id for document in chosen.corpus}
     assert {row["doc_id"] for row in chosen.given} <= kept
     assert sorted(row["reward"] for row in chosen.given_rewards) == [-3.0, -2.0, -0.5]
     assert {row["retrieval_score"] for row in chosen.given} == {None}
