@@ -31,5 +31,5 @@ class Texts:
         if self._map is None or place >= len(self._map):
             self._file.flush()
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        texts: list[str | None] = json.loads(self._map[place : self._map.find(b"\n", place)])
+        texts: list[str | None] = json.loads(self._map[place : self._map.find(b"\n", place)].decode("ascii"))
         return texts
