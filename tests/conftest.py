@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _STARTS_PROCESSES = {"ray", "e2e", "distributed"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that start Ray or other processes go to one process (--dist loadgroup), one after the other."""
     root = Path(__file__).parent

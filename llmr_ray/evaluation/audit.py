@@ -27,6 +27,7 @@ from llmr_ray.evaluation.concordance import (
     alpha,
     alpha_interval,
     alpha_parts,
+    intraclass,
     pairs_of,
     relative_ranks,
 )
@@ -224,6 +225,9 @@ def summary(audited: Judged, found: Mapping[str, Verdict], *, samples: int, seed
     Returns:
         gains: for each task and ranking, the LLM's own last, n (queries) and how much better than a random candidate
         the one that it puts first is, by the LLM's feedback: mean and ci95, in units of the feedback;
+        sameness: for each data set how far the LLM's feedback on a candidate is the same whatever is asked: the share
+        (value, ci95) of its variance within queries that the candidate alone explains, of n pairs whose candidate was
+        judged for several queries (num_documents);
         agreement: for each task and ranking n (queries with a tau), unknown (queries without: fewer than two candidates
         that both ranked, or all equal), tau and alpha with mean (value) and ci95; filters: for each task and filter how
         many of the n queries for which it can be told it holds, with a Wilson interval; num_queries by task; bm25,
@@ -259,6 +263,7 @@ def summary(audited: Judged, found: Mapping[str, Verdict], *, samples: int, seed
     return {
         "num_queries": {task: len(ids) for task, ids in members.items()},
         "gains": [row for row in gains if row],
+        "sameness": _sameness(audited),
         "agreement": agreement,
         "filters": held,
         "bm25": audited.bm25,
@@ -303,6 +308,24 @@ def _gained(task: str, name: str, members: Sequence[Verdict], *, samples: int, s
     samples = affordable_samples(samples, len(gains))
     gain = estimate([gains], exponential=False, samples=samples, seed=seed_of(seed, "gain", task, name))
     return {"task": task, "ranking": name, "n": len(gains), "mean": gain.mean, "ci95": [gain.low, gain.high]}
+
+
+def _sameness(audited: Judged) -> list[dict[str, Any]]:
+    dataset_of = {query_id: query["dataset"] for query_id, query in audited.queries.items()}
+    asked = audited.pairs.filter(pl.col("llm").is_finite())
+    asked = asked.with_columns(
+        dataset=pl.col("query_id").replace_strict(dataset_of, return_dtype=pl.String),
+        value=pl.col("llm") - pl.col("llm").mean().over("query_id"),
+        group=pl.col("doc_id").rank("dense"),
+    )
+    found = []
+    for dataset in sorted(set(asked["dataset"])):
+        own = asked.filter(pl.col("dataset") == dataset)
+        same = intraclass(own["value"].to_numpy(), own["group"].to_numpy())
+        if same is not None:
+            row = {"dataset": dataset, "value": same.value, "ci95": [same.low, same.high]}
+            found.append(row | {"num_documents": same.num_groups, "n": same.num_values})
+    return found
 
 
 def _length_flags(llm_M: np.ndarray, lengths_M: np.ndarray) -> dict[str, bool]:

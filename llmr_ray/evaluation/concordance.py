@@ -1,4 +1,5 @@
-"""How far two rankings of the same candidates agree: Kendall's tau-b, gamma, and Krippendorff's alpha of ranks.
+"""How far two rankings of the same candidates agree: Kendall's tau-b, gamma, and Krippendorff's alpha of ranks; and how
+far values agree that belong together.
 
 Legend: M candidates of a query, Q queries.
 """
@@ -7,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import f as f_distribution
 from scipy.stats import rankdata
 
 _DRAWN = 200_000_000
@@ -112,3 +114,56 @@ def alpha_interval(parts_Q4: np.ndarray, *, samples: int, seed: int) -> tuple[fl
 def affordable_samples(samples: int, num_queries: int) -> int:
     """Bootstrap samples that a report can wait for: all of them up to some ten thousand queries, 200 at the least."""
     return min(samples, max(200, _DRAWN // max(1, num_queries)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intraclass:
+    """The share of the variance of some values that their groups explain, with its 95% interval: `num_values` values
+    in `num_groups` groups of two and more."""
+
+    value: float
+    low: float
+    high: float
+    num_groups: int
+    num_values: int
+
+
+def intraclass(value_N: np.ndarray, group_N: np.ndarray) -> Intraclass | None:
+    """The intraclass correlation ICC(1) of one-way random effects, groups of unequal sizes.
+
+    By the analysis of variance; the interval is that of F (Shrout and Fleiss 1979, exact for groups of one size). 1:
+    the values of a group are all equal; 0: groups say nothing; chance gives values below 0 too.
+
+    Args:
+        value_N: float64.
+        group_N: integers; values alone in their group do not count.
+
+    Returns:
+        None where fewer than two groups have two values, or all values are equal.
+    """
+    _, group_N, size_G = np.unique(group_N, return_inverse=True, return_counts=True)
+    shared_N = size_G[group_N] > 1
+    value_N, group_N = value_N[shared_N], group_N[shared_N]
+    _, group_N, size_G = np.unique(group_N, return_inverse=True, return_counts=True)
+    num_groups, num_values = len(size_G), len(value_N)
+    if num_groups < 2:
+        return None
+    mean_G = np.bincount(group_N, value_N) / size_G
+    between = float((size_G * (mean_G - value_N.mean()) ** 2).sum()) / (num_groups - 1)
+    within = float(((value_N - mean_G[group_N]) ** 2).sum()) / (num_values - num_groups)
+    if not between + within > 0:
+        return None
+    mean_size = (num_values - (size_G**2).sum() / num_values) / (num_groups - 1)
+
+    def share(ratio: float) -> float:
+        return (ratio - 1) / (ratio + mean_size - 1) if np.isfinite(ratio) else 1.0
+
+    ratio = between / within if within else math.inf
+    degrees = num_groups - 1, num_values - num_groups
+    return Intraclass(
+        value=float(share(ratio)),
+        low=float(share(ratio / f_distribution.ppf(0.975, *degrees))),
+        high=float(share(ratio * f_distribution.ppf(0.975, *reversed(degrees)))),
+        num_groups=num_groups,
+        num_values=num_values,
+    )

@@ -12,7 +12,7 @@ import evaluation_world as world
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import f_oneway, kendalltau
 
 from llmr_ray.config import ReportConfig
 from llmr_ray.data.text import document_text
@@ -20,7 +20,7 @@ from llmr_ray.evaluation import audit
 from llmr_ray.evaluation.annotators import krippendorff_alpha
 from llmr_ray.evaluation.audit import filters, judged, summary, verdicts
 from llmr_ray.evaluation.audit_page import safe_json, sampled, write_audit
-from llmr_ray.evaluation.concordance import alpha, alpha_interval, alpha_parts, pairs_of, relative_ranks
+from llmr_ray.evaluation.concordance import alpha, alpha_interval, alpha_parts, intraclass, pairs_of, relative_ranks
 from llmr_ray.evaluation.injection import suspicions
 from llmr_ray.index.vectors import pair_similarities, to_table
 from llmr_ray.labeling.canaries import ATTACKS
@@ -66,6 +66,39 @@ def test_alpha_from_sums_is_krippendorff_s():
     low, high = alpha_interval(parts, samples=500, seed=3)
     assert low <= expected <= high
     assert math.isnan(float(alpha(alpha_parts(np.full(3, 0.5), np.full(3, 0.5)))))
+
+
+def test_intraclass_is_the_analysis_of_variance():
+    """A share that counts lone values, or the sizes wrong, tells a story about the LLM that is not there."""
+    rng = np.random.default_rng(1)
+    sizes = [2, 5, 3, 9, 1, 4, 1]
+    groups = np.repeat(np.arange(len(sizes)) * 7, sizes)
+    values = rng.normal(size=len(groups)) + np.repeat(rng.normal(size=len(sizes)), sizes)
+    order = rng.permutation(len(groups))
+    found = intraclass(values[order], groups[order])
+    by_group = [values[groups == group] for group in np.unique(groups) if (groups == group).sum() > 1]
+    every = np.concatenate(by_group)
+    # The F of scipy's one-way analysis, and the mean group size of Shrout and Fleiss.
+    ratio = f_oneway(*by_group).statistic
+    size = (len(every) - sum(len(part) ** 2 for part in by_group) / len(every)) / (len(by_group) - 1)
+    assert found.value == pytest.approx((ratio - 1) / (ratio + size - 1))
+    assert (found.num_groups, found.num_values) == (5, 23)
+    assert found.low < found.value < found.high
+    assert intraclass(np.arange(4.0), np.arange(4)) is None
+    assert intraclass(np.ones(4), np.asarray([0, 0, 1, 1])) is None
+    assert intraclass(np.asarray([1.0, 1, 2, 2]), np.asarray([0, 0, 1, 1])).value == 1
+
+
+def test_the_interval_of_intraclass_covers():
+    """An interval that holds the truth less often than it says is no interval."""
+    rng = np.random.default_rng(2)
+    share, held = 0.3, 0
+    for _ in range(400):
+        groups = np.repeat(np.arange(30), 4)
+        values = rng.normal(size=30)[groups] * math.sqrt(share) + rng.normal(size=120) * math.sqrt(1 - share)
+        found = intraclass(values, groups)
+        held += found.low <= share <= found.high
+    assert 0.92 < held / 400 < 0.98
 
 
 def test_relative_ranks_of_a_worked_case():
@@ -282,6 +315,25 @@ def test_the_worth_of_a_first_choice(run):
         # The LLM's own choice is the most there is; the reward model of this run says the opposite of the LLM.
         assert row["mean"] <= rows[task, "llm"]["mean"] + 1e-12 or row["n"] < rows[task, "llm"]["n"]
     assert rows["qa", "reward_model"]["mean"] < 0 < rows["qa", "llm"]["mean"]
+
+
+def test_sameness_is_of_what_the_llm_was_asked(run):
+    """Candidates that a rule judged have no feedback, and queries that like everything say nothing of a candidate."""
+    config, artifacts = run
+    audited = judged(config, artifacts)
+    figures = summary(audited, verdicts(audited), samples=50, seed=1)
+    rows = {row["dataset"]: row for row in figures["sameness"]}
+    for dataset, row in rows.items():
+        kept, groups = [], []
+        for (query_id,), group in audited.pairs.group_by(["query_id"]):
+            asked = group.filter(pl.col("llm").is_finite())
+            if audited.queries[query_id]["dataset"] == dataset and asked.height:
+                kept += (asked["llm"] - asked["llm"].mean()).to_list()
+                groups += asked["doc_id"].to_list()
+        expected = intraclass(np.asarray(kept), np.unique(groups, return_inverse=True)[1])
+        assert row["value"] == pytest.approx(expected.value)
+        assert (row["num_documents"], row["n"]) == (expected.num_groups, expected.num_values)
+    assert rows
 
 
 def test_the_sample_is_by_hash_and_in_equal_shares():
