@@ -20,7 +20,7 @@ small: .venv/.installed ## the same job at the size that shows what training cha
 	$(BIN)/llmr run conf/small.yaml
 
 test: .venv/.installed lint ## lint, types and every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=15 --durations-min=5
+	$(BIN)/python -m pytest -m "not slow" -n 2 --no-loadscope-reorder --durations=15 --durations-min=5
 
 test-slow: .venv/.installed ## faults and end-to-end runs in real processes
 	$(BIN)/python -m pytest -m "slow"
