@@ -143,7 +143,7 @@ def serve_bare(root: Path, port: int) -> None:
     uvicorn.run(api, port=port, log_level="error", access_log=False)
 
 
-def serve_ray(root: Path, port: int, *, fast: bool) -> None:
+def serve_ray(settings: Any, port: int, *, fast: bool) -> None:
     """The application, and the one that does nothing, on Ray Serve."""
     from llmr_ray.serving import launch
 
@@ -156,7 +156,7 @@ def serve_ray(root: Path, port: int, *, fast: bool) -> None:
     from llmr_ray.serving.app import build, running
 
     cluster.start(RuntimeConfig(object_store_mb=100))
-    with running(build(settings_of(root)), "bench", "127.0.0.1", port):
+    with running(build(settings), "bench", "127.0.0.1", port):
 
         @serve.deployment(name="noop", max_ongoing_requests=1000)
         @serve.ingress(noop_api())
@@ -247,7 +247,7 @@ def main() -> None:
     if options.serve == "bare":
         return serve_bare(options.root, options.port)
     if options.serve:
-        return serve_ray(options.root, options.port, fast=options.serve == "serve")
+        return serve_ray(settings_of(options.root), options.port, fast=options.serve == "serve")
     from llmr_ray.serving.launch import free_port
 
     with tempfile.TemporaryDirectory() as folder:
