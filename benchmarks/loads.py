@@ -36,7 +36,7 @@ from contender import record
 from serving import build_collection, serve_ray
 
 RESULTS = Path(__file__).parent / "results" / "loads.json"
-SATURATING, EXCESS = 8, 10
+SATURATING, EXCESS = 64, 10
 BODY = {"query": "which word stands here", "task": "qa", "top_k": 10}
 
 LUA = """
