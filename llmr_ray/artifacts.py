@@ -66,8 +66,7 @@ def seed_of(*parts: object) -> int:
 
 def write_table(table: pa.Table, path: Path, *, group_rows: int | None = None) -> None:
     """Writes a Parquet file atomically; equal tables give equal bytes. group_rows: rows that are read at once."""
-    with staged(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=group_rows)
+    write_tables([table], table.schema, path, group_rows=group_rows)
 
 
 def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path, *, group_rows: int | None = None) -> int:
@@ -266,13 +265,12 @@ class Artifact:
         rows = {}
         for name, table in tables.items():
             relative, group_rows = _part(name, shard), GROUP_ROWS.get(name)
-            if isinstance(table, pa.Table):
-                checked = conform(table, name) if name in SCHEMAS else table
-                write_table(checked, self.path / relative, group_rows=group_rows)
-                rows[name] = checked.num_rows
-            else:
-                parts = (conform(part, name) for part in table)
+            if name in SCHEMAS:
+                parts = (conform(part, name) for part in ([table] if isinstance(table, pa.Table) else table))
                 rows[name] = write_tables(parts, SCHEMAS[name], self.path / relative, group_rows=group_rows)
+            else:
+                whole: pa.Table = table
+                rows[name] = write_tables([whole], whole.schema, self.path / relative, group_rows=group_rows)
             names.append(relative)
         record = {
             "shard": shard,

@@ -20,7 +20,6 @@ from rich.table import Table
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact, locked
-from llmr_ray.clients import Client
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
@@ -293,6 +292,8 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
         RequestRefusedError: the server refuses a query.
         ServerUnavailableError: it does not answer.
     """
+    from llmr_ray.clients import Client
+
     config = loading.load(path, overrides)
     pipeline = Pipeline(config, Console(quiet=True))
     evaluated = pipeline.by_name["evaluate"].artifact

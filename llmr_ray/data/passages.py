@@ -83,12 +83,14 @@ class Passages:
         Its own text counts before its row of the corpus: texts were written with the row, numbers may be of another
         corpus.
         """
-        doc_id, document = self._find(passage)
-        if document is not None:
-            self._digests[doc_id] = text_id(document.text)
-        return doc_id, document
+        doc_id, new = self._find(passage)
+        if new is None:
+            return doc_id, None
+        text, self._digests[doc_id] = new
+        return doc_id, Document(doc_id=doc_id, pool=self.source.name, text=text)
 
-    def _find(self, passage: Passage) -> tuple[str, Document | None]:
+    def _find(self, passage: Passage) -> tuple[str, tuple[str, str] | None]:
+        """The id of a passage's document, and where it is new its text and what that is known by."""
         in_corpus = None
         if passage.row is not None and 0 <= passage.row < len(self._rows):
             in_corpus = self._rows[passage.row]
@@ -105,7 +107,7 @@ class Passages:
         if known is None:
             if in_corpus is not None:
                 return in_corpus, None
-            return doc_id, Document(doc_id=doc_id, pool=self.source.name, text=whole)
+            return doc_id, (whole, digest)
         if known != digest:
             raise BadRow("other_text_of_id", f"{passage.identity}: {whole}")
         return doc_id, None

@@ -10,13 +10,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from llmr_ray.clients import Client
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.protocols import RETRIEVAL_MEASURES, Ranking, Row, measured_rankings
+
+if TYPE_CHECKING:
+    from llmr_ray.clients import Client
 
 SERVED = "served"
 """The name of the server among the methods."""
@@ -66,7 +68,7 @@ def compare(
     qrels: Mapping[str, Mapping[str, int]],
     run: pa.Table,
     method: str,
-    client: Client,
+    client: "Client",
     *,
     depth: int,
     num_clients: int = 4,

@@ -171,9 +171,8 @@ def _embedded(which: str, config: Config, assumed: Assumptions, queries: int, do
 
 def _leakage(config: Config, assumed: Assumptions) -> Work:
     """Every training query, and every example, against all test queries."""
-    texts = sum(data.num_train for data in config.datasets.values())
-    if any(data.task in EXAMPLE_TASKS for data in config.datasets.values()):
-        texts += num_documents(config, assumed, EXAMPLE_TASKS)
+    trained = sum(data.num_train for data in config.datasets.values())
+    texts = trained + num_documents(config, assumed, EXAMPLE_TASKS)
     return Work(
         stage="leakage",
         unit="texts",
