@@ -192,6 +192,14 @@ _SAMPLES = {
         template='Review: "{text}" Is this movie review sentence negative or positive?',
         labels=_SENTIMENT,
     ),
+    "sarcasm": ExampleTask(
+        category="Sentiment", template='Headline: "{headline}" Is this headline sarcastic?', labels=_NO_YES
+    ),
+    "subjectivity": ExampleTask(
+        category="Sentiment",
+        template='"{text}" Does this sentence tell the plot of a movie or an opinion of it?',
+        labels=("Plot", "Opinion"),
+    ),
     "siqa": ExampleTask(category="Commonsense", template="{passage} {question}"),
     "commonsenseqa": ExampleTask(category="Commonsense", template="{question}"),
     "disambiguation_qa": ExampleTask(category="Coreference", template="{question} What does the pronoun refer to?"),

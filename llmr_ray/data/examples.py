@@ -39,6 +39,8 @@ POOL = "icl"
 """The pool of all tasks' examples."""
 
 _FIELD = r"\{(\w+)\}"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+_REVIEWS_PER_PLOT = 12  # in the corpus of Rotten Tomatoes
 _OPTION = re.compile(r"^([A-Z])\.\s+(.*\S)\s*$")
 
 Row = dict[str, Any]
@@ -260,8 +262,8 @@ def _boolq_rows(source: Source, file: str) -> Rows:
             yield where, row
 
 
-def _review_rows(source: Source, file: str) -> Rows:
-    """Rotten Tomatoes: a bz2 CSV of reviews (fresh, rotten) and plots; plots are no reviews and left out."""
+def _movie_rows(source: Source) -> Iterable[tuple[int, Row]]:
+    """Rotten Tomatoes: a bz2 CSV of reviews (fresh, rotten) and plots."""
     data = read_bytes(source.path)
     try:
         text = bz2.decompress(data).decode("utf-8")
@@ -269,10 +271,34 @@ def _review_rows(source: Source, file: str) -> Rows:
         raise DataError(
             f"{source.path} ({len(data)} bytes) is not a whole bz2 file of UTF-8 text: {error}. Fetch it again."
         ) from error
-    rows: Iterable[Row] = csv.DictReader(io.StringIO(text, newline=""))
-    for number, row in enumerate(rows, 1):
+    return enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)
+
+
+def _review_rows(source: Source, file: str) -> Rows:
+    """Plots are no reviews and left out."""
+    for number, row in _movie_rows(source):
         if row.get("category") != "plot":
             yield f"review-{number}", row
+
+
+def _subjectivity_rows(source: Source, file: str) -> Rows:
+    """First sentences of plots, which are about as long as reviews, and as many reviews."""
+    for number, row in _movie_rows(source):
+        if row.get("category") == "plot":
+            yield f"plot-{number}", {**row, "text": _SENTENCE_END.split(row.get("text") or "", maxsplit=1)[0]}
+        elif number % _REVIEWS_PER_PLOT == 0:
+            yield f"review-{number}", row
+
+
+def _sarcasm_rows(source: Source, file: str) -> Rows:
+    """Headlines as messages of a chat: what the model is told, and what it is to judge."""
+    for where, row in _json_rows(source, file):
+        if isinstance(row, Bad):
+            yield where, row
+            continue
+        messages = row.get("input")
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        yield where, {**row, "headline": last.get("content") if isinstance(last, dict) else None}
 
 
 SAMPLES: dict[str, Sample] = {
@@ -282,6 +308,20 @@ SAMPLES: dict[str, Sample] = {
         answer_field="category",
         label_of={"rotten": 0, "fresh": 1},
         split_field="movie_name",
+    ),
+    "subjectivity": Sample(
+        file="",
+        rows=_subjectivity_rows,
+        answer_field="category",
+        label_of={"plot": 0, "rotten": 1, "fresh": 1},
+        split_field="movie_name",
+    ),
+    "sarcasm": Sample(
+        file="samples.jsonl",
+        rows=_sarcasm_rows,
+        answer_field="ideal",
+        label_of={"0": 0, "1": 1},
+        split_field="headline",
     ),
     "siqa": Sample(file="SIQA/test.jsonl", split_field="passage"),
     "piqa": Sample(file="PIQA/validation.jsonl", fields={"goal": "question"}),

@@ -391,6 +391,32 @@ def test_reviews(tmp_path: Path) -> None:
     assert kinds(records, Document)[0].text.startswith('Review: "Good, "really"" Is this')
 
 
+def test_subjectivity(tmp_path: Path) -> None:
+    """A plot tells its first sentence, as short as a review; of many reviews only some are kept."""
+    reviews = "".join(f"fresh,Good {number},m{number}\n" for number in range(2, 26))
+    table = f"category,text,movie_name\nplot,A dog runs. It barks.,m1\n{reviews}"
+    (tmp_path / "r.bz2").write_bytes(bz2.compress(table.encode()))
+    records = read(source(tmp_path / "r.bz2", "icl", name="subjectivity", task="icl"))
+    texts = [document.text.split('"')[1::2] + [document.text.split("\n")[1]] for document in kinds(records, Document)]
+    assert texts == [["A dog runs.", "Plot"], ["Good 12", "Opinion"], ["Good 24", "Opinion"]]
+
+
+def test_sarcasm(tmp_path: Path) -> None:
+    """The headline is the chat's last message; a row without one is told with its reason."""
+    system = {"role": "system", "content": "Judge."}
+    rows = [
+        {"input": [system, {"role": "user", "content": "cat  elected"}], "ideal": "1"},
+        {"input": [], "ideal": "0"},
+        {"input": [system], "ideal": "2"},
+        {"ideal": "0"},
+    ]
+    records = icl(tmp_path, "sarcasm", rows)
+    (query,) = kinds(records, Query)
+    assert query.query == 'Headline: "cat elected" Is this headline sarcastic?'
+    assert (query.targets, query.options, query.gold_option) == (("Yes",), ("No", "Yes"), 1)
+    assert [bad.reason for bad in kinds(records, Bad)] == ["missing_field", "unknown_label", "missing_field"]
+
+
 def test_tools_are_one_catalogue(tmp_path: Path) -> None:
     """A tool described twice is one document, and gold names are found whatever file described them."""
     from llmr_ray.data.tools import GOLD_FILES, TOOL_FILES
