@@ -14,8 +14,6 @@ A gate runs first: both give the same results. Goals: p50 at most 0.7 ms over ba
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import wrk
 from contender import record
 
 CONNECTIONS = 16
@@ -33,12 +32,6 @@ BATCH = 32
 WHAT = ("p50_ms", "p99_ms", "rps")
 MODEL = "minilm-l6"
 RESULTS = Path(__file__).parent / "results" / "serving.json"
-
-LUA = """
-wrk.method = "POST"
-wrk.headers["content-type"] = "application/json"
-wrk.body = [==[%s]==]
-"""
 
 
 # --- what is served --------------------------------------------------------------------------------------------------
@@ -91,7 +84,7 @@ def settings_of(root: Path) -> Any:
     """Everything in one process, without canaries."""
     from llmr_ray.serving.settings import ServingSettings
 
-    return ServingSettings(artifact_root=str(root), collection="bench", num_canaries=0, max_queued=1000)
+    return ServingSettings(artifact_root=str(root), collection="bench", num_canaries=0)
 
 
 def noop_api() -> Any:
@@ -172,17 +165,12 @@ def serve_ray(settings: Any, port: int, *, fast: bool) -> None:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def wrk(url: str, body: dict[str, Any], connections: int, seconds: float, folder: Path) -> dict[str, float]:
-    """p50 and p99 in milliseconds, and requests a second."""
-    script = folder / "post.lua"
-    script.write_text(LUA % json.dumps(body))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise RuntimeError(f"{url}: {said}")
-    units = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-    times = {int(at): float(x) * units[unit] for at, x, unit in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", said)}
-    return {"p50_ms": times[50], "p99_ms": times[99], "rps": float(re.findall(r"Requests/sec:\s+([\d.]+)", said)[0])}
+def asked(url: str, body: dict[str, Any], connections: int, seconds: float, folder: Path) -> dict[str, float]:
+    """p50 and p99 in milliseconds, and requests a second; every one has to be answered."""
+    found = wrk.ask(url, body, connections, seconds, folder)
+    if found["busy"] or found["other"] or found["broken"]:
+        raise RuntimeError(f"{url}: {found}")
+    return {"p50_ms": found["p50_ms"], "p99_ms": found["p99_ms"], "rps": found["answers_per_s"]}
 
 
 def answer(url: str, body: dict[str, Any]) -> Any:
@@ -197,26 +185,13 @@ class Server:
 
     def __init__(self, name: str, root: Path, port: int) -> None:
         self.name, self.url = name, f"http://127.0.0.1:{port}"
-        command = [sys.executable, __file__, "--serve", name, "--root", str(root), "--port", str(port)]
-        self._log = (root / f"{name}.log").open("w")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        assert self._process.stdout is not None
-        while (line := self._process.stdout.readline()) != "ready\n":
-            if not line:
-                raise RuntimeError(f"{name} did not start: {(root / f'{name}.log').read_text()[-2000:]}")
+        arguments = ["--serve", name, "--root", str(root), "--port", str(port)]
+        self._process = wrk.Process(__file__, arguments, root / f"{name}.log")
         time.sleep(2)
 
     def close(self) -> None:
-        """Ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(20 if self.name != "bare" else 0.1)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait(60)
+        """Ends it; uvicorn heeds a signal alone."""
+        self._process.close(0.1 if self.name == "bare" else 20)
 
 
 def bodies() -> dict[str, tuple[str, dict[str, Any], int]]:
@@ -284,7 +259,7 @@ def measure(servers: list[Server], options: argparse.Namespace, folder: Path) ->
         for kind, (path, body, connections) in bodies().items():
             order = servers if number % 2 else servers[::-1]
             seconds = options.seconds if number else 1
-            of_round[kind] = {s.name: wrk(s.url + path, body, connections, seconds, folder) for s in order}
+            of_round[kind] = {s.name: asked(s.url + path, body, connections, seconds, folder) for s in order}
         if number:
             rounds.append(of_round)
             print(f"round {number} of {options.rounds}", flush=True)

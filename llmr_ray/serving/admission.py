@@ -25,29 +25,40 @@ class Admission:
         self._of_key: Counter[str] = Counter()
         self._tokens: dict[str, tuple[float, float]] = {}
         self._mean_seconds = 0.05
+        self._waiting_bytes = 0
         self.working = 0
         self.waiting = 0
 
     @asynccontextmanager
-    async def admitted(self, key: str) -> AsyncIterator[float]:
+    async def admitted(self, key: str, num_bytes: int = 0) -> AsyncIterator[float]:
         """Surrounds the work of a request; yields the seconds that it waited.
+
+        The bound of the queue is the time that it may take: where clients ask again at once, answering refusals is work
+        too, so that a short queue loses more answers to refusals than it saves in waiting.
+
+        Args:
+            key: whose limits count.
+            num_bytes: of the body, which is kept while the request waits.
 
         Raises:
             RequestError: 429 with the time after which it is worth asking again.
         """
         self._check_key(key)
-        if self.working >= self._settings.max_concurrent and self.waiting >= self._settings.max_queued:
-            # What waits now is done in about this time.
-            seconds = self._mean_seconds * (self.waiting + self.working) / max(1, self._settings.max_concurrent)
-            raise _busy("the server is busy.", "overloaded", seconds)
+        if self.working >= self._settings.max_concurrent and not self._has_room(num_bytes):
+            raise self._overloaded()
         self._of_key[key] += 1
         started = time.perf_counter()
         self.waiting += 1
+        self._waiting_bytes += num_bytes
         try:
             try:
-                await self._slots.acquire()
+                async with asyncio.timeout(self._settings.queue_timeout_s):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise self._overloaded() from None
             finally:
                 self.waiting -= 1
+                self._waiting_bytes -= num_bytes
             begun = time.perf_counter()
             self.working += 1
             try:
@@ -60,6 +71,15 @@ class Admission:
             self._of_key[key] -= 1
             if not self._of_key[key]:
                 del self._of_key[key]
+
+    def _has_room(self, num_bytes: int) -> bool:
+        most = self._settings.max_queued_mb * 2**20
+        return self.waiting < self._settings.max_queued and self._waiting_bytes + num_bytes <= most
+
+    def _overloaded(self) -> RequestError:
+        # What waits now is done in about this time.
+        seconds = self._mean_seconds * (self.waiting + self.working) / max(1, self._settings.max_concurrent)
+        return _busy("the server is busy.", "overloaded", seconds)
 
     def _check_key(self, key: str) -> None:
         most, rate = self._settings.max_concurrent_per_key, self._settings.requests_per_second_per_key

@@ -120,8 +120,10 @@ class Gate:
         self._check_host(request)
         call.key = self._admit_key(request, scope)
         body = await self._body(request) if request.method == "POST" else b""
-        async with self.admission.admitted(call.key_name) as waited:
+        async with self.admission.admitted(call.key_name, len(body)) as waited:
             self.metrics.took("queue", waited)
+            if waited > WATCH_AFTER_SECONDS and await request.is_disconnected():
+                raise ClientDisconnect  # of what waited through an overload, many have gone
             return await self._watched(request, call, work(call, body))
 
     async def _guarded(self, call: Call, work: Awaitable[Any]) -> Any:

@@ -66,8 +66,12 @@ class ServingSettings:
     max_json_depth: int = 32
     max_concurrent: int = 64
     """Requests that an ingress works on at once; more wait."""
-    max_queued: int = 192
+    max_queued: int = 1024
     """Requests that wait at an ingress; more are refused (429)."""
+    max_queued_mb: int = 256
+    """MiB of their bodies, likewise."""
+    queue_timeout_s: float = 5.0
+    """A request that has waited so long is refused (429)."""
     max_concurrent_per_key: int = 0
     """Requests of one API key that an ingress works on or keeps waiting; 0: no limit."""
     requests_per_second_per_key: float = 0.0

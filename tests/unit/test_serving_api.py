@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,38 @@ def test_work_ends_when_its_client_leaves(server: Server, monkeypatch: pytest.Mo
     while server.service.gate.admission.working and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.service.gate.admission.working == 0
+
+
+def test_who_left_the_queue_is_not_worked_for(docs: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an overload the server would go on answering those who gave up long ago."""
+    running = Server(docs.service(docs.settings(max_concurrent=1)))
+    begun: list[list[str]] = []
+    release = threading.Event()
+
+    async def slow(prompted: Any) -> np.ndarray:
+        begun.append([text for text, *_ in prompted])
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        raise ValueError
+
+    def ask(text: str, timeout: float) -> int:
+        body = {"query": text, "task": "qa"}
+        return HTTP.post(f"{running.url}/v1/retrieve", json=body, timeout=timeout).status_code
+
+    monkeypatch.setattr(running.service.engine.encoder, "encode", slow)
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, "stays", 30)
+        while not begun:
+            time.sleep(0.01)
+        with pytest.raises(httpx.ReadTimeout):
+            ask("leaves", 0.3)
+        last = clients.submit(ask, "comes later", 30)
+        while not running.service.gate.admission.waiting:
+            time.sleep(0.01)
+        release.set()
+        assert (first.result(), last.result()) == (500, 500)
+    running.close()
+    assert begun == [["stays"], ["comes later"]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,37 @@ def test_work_and_queue_are_bounded() -> None:
         assert (gate.working, gate.waiting) == (0, 0)
         async with gate.admitted("k"):
             assert gate.working == 1
+
+    asyncio.run(scenario())
+
+
+def test_waiting_is_bounded_in_time_and_bytes() -> None:
+    """A queue of any length is refused what it cannot serve in time, and large bodies may not fill the memory."""
+
+    async def scenario() -> None:
+        gate, done = admission(max_concurrent=1, max_queued_mb=1, queue_timeout_s=0.05), asyncio.Event()
+        working = asyncio.create_task(held(gate, "k", done))
+        await asyncio.sleep(0.01)
+        started = time.perf_counter()
+        with pytest.raises(RequestError, match="busy"):
+            await held(gate, "k", done)
+        assert time.perf_counter() - started >= 0.04
+        assert (gate.working, gate.waiting) == (1, 0)
+
+        async def large() -> None:
+            async with gate.admitted("k", 2**19):
+                pass
+
+        two = [asyncio.create_task(large()) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="busy"):
+            async with gate.admitted("k", 1):
+                pass
+        assert all(isinstance(error, RequestError) for error in await asyncio.gather(*two, return_exceptions=True))
+        three = [asyncio.create_task(large()) for _ in range(2)]
+        await asyncio.sleep(0)
+        done.set()
+        await asyncio.gather(working, *three)
 
     asyncio.run(scenario())
 
