@@ -248,8 +248,12 @@ ONLY_LOCAL = "LLMR_ONLY_LOCAL"
 
 
 def _log_to_stderr() -> None:
-    """Request logs as they are, one line of JSON each, into the replica's stderr, which Ray keeps in a file."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Request logs as they are, one line of JSON each, into the replica's stderr, which Ray keeps in a file.
+
+    Not into sys.stderr, which Serve replaces: that looks at the whole stack, and at every source file in it, for each
+    line, which took a fifth of the ingress's time.
+    """
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(message)s"))
     access = logging.getLogger(ACCESS_LOG)
     access.handlers, access.propagate = [handler], False
