@@ -136,8 +136,8 @@ def serve_bare(root: Path, port: int) -> None:
     uvicorn.run(api, port=port, log_level="error", access_log=False)
 
 
-def serve_ray(settings: Any, port: int, *, fast: bool) -> None:
-    """The application, and the one that does nothing, on Ray Serve."""
+def serve_ray(settings: Any, port: int, *, fast: bool, with_noop: bool = False) -> None:
+    """The application on Ray Serve, and beside it one that does nothing."""
     from llmr_ray.serving import launch
 
     if fast:
@@ -150,13 +150,14 @@ def serve_ray(settings: Any, port: int, *, fast: bool) -> None:
 
     cluster.start(RuntimeConfig(object_store_mb=100))
     with running(build(settings), "bench", "127.0.0.1", port):
+        if with_noop:
 
-        @serve.deployment(name="noop", max_ongoing_requests=1000)
-        @serve.ingress(noop_api())
-        class Noop:
-            pass
+            @serve.deployment(name="noop", max_ongoing_requests=1000)
+            @serve.ingress(noop_api())
+            class Noop:
+                pass
 
-        serve.run(Noop.bind(), name="noop", route_prefix="/noop")
+            serve.run(Noop.bind(), name="noop", route_prefix="/noop")
         print("ready", flush=True)
         sys.stdin.read()
     cluster.stop()
@@ -222,7 +223,7 @@ def main() -> None:
     if options.serve == "bare":
         return serve_bare(options.root, options.port)
     if options.serve:
-        return serve_ray(settings_of(options.root), options.port, fast=options.serve == "serve")
+        return serve_ray(settings_of(options.root), options.port, fast=options.serve == "serve", with_noop=True)
     from llmr_ray.serving.launch import free_port
 
     with tempfile.TemporaryDirectory() as folder:
