@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 import wrk
 from contender import record
-from serving import build_collection, serve_ray
+from serving import build_collection, serve_ray, settings_of
 
 RESULTS = Path(__file__).parent / "results" / "loads.json"
 SATURATING, EXCESS = 64, 10
@@ -112,8 +112,6 @@ def start(served: Served, options: argparse.Namespace) -> dict[str, Any]:
 
 def overload(served: Served, options: argparse.Namespace) -> dict[str, Any]:
     """Far more connections than it serves."""
-    from llmr_ray.serving.settings import ServingSettings
-
     quiet = [served.ask()[1] for _ in range(200)]
     saturated = served.load(SATURATING, 15)
     found, probe = probed(served, lambda: served.load(SATURATING * EXCESS, options.overload_seconds))
@@ -123,7 +121,7 @@ def overload(served: Served, options: argparse.Namespace) -> dict[str, Any]:
             recovered = time.monotonic() - started
             break
     kept = found["answers_per_s"] / saturated["answers_per_s"]
-    bound_ms = 3 * float(np.quantile(quiet, 0.99)) + 1e3 * ServingSettings().queue_timeout_s
+    bound_ms = 3 * float(np.quantile(quiet, 0.99)) + 1e3 * settings_of(served.root).queue_timeout_s
     is_orderly = not found["other"] and not found["broken"] and found["p99_ms"] <= bound_ms
     is_met = is_orderly and kept >= 0.9 and recovered <= 10
     return {
@@ -205,10 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
     if options.serve:
-        from llmr_ray.serving.settings import ServingSettings
-
-        settings = ServingSettings(artifact_root=str(options.root), collection="bench", num_canaries=0)
-        return serve_ray(settings, options.port, fast=True)
+        return serve_ray(settings_of(options.root), options.port, fast=True)
     with tempfile.TemporaryDirectory() as folder:
         build_collection(Path(folder), options.documents)
         served = Served(Path(folder))

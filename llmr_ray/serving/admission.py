@@ -48,17 +48,8 @@ class Admission:
             raise self._overloaded()
         self._of_key[key] += 1
         started = time.perf_counter()
-        self.waiting += 1
-        self._waiting_bytes += num_bytes
         try:
-            try:
-                async with asyncio.timeout(self._settings.queue_timeout_s):
-                    await self._slots.acquire()
-            except TimeoutError:
-                raise self._overloaded() from None
-            finally:
-                self.waiting -= 1
-                self._waiting_bytes -= num_bytes
+            await self._wait(num_bytes)
             begun = time.perf_counter()
             self.working += 1
             try:
@@ -71,6 +62,19 @@ class Admission:
             self._of_key[key] -= 1
             if not self._of_key[key]:
                 del self._of_key[key]
+
+    async def _wait(self, num_bytes: int) -> None:
+        """Until there is a place to work at, which is taken."""
+        self.waiting += 1
+        self._waiting_bytes += num_bytes
+        try:
+            async with asyncio.timeout(self._settings.queue_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise self._overloaded() from None
+        finally:
+            self.waiting -= 1
+            self._waiting_bytes -= num_bytes
 
     def _has_room(self, num_bytes: int) -> bool:
         most = self._settings.max_queued_mb * 2**20

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,19 +367,26 @@ def test_who_left_the_queue_is_not_worked_for(docs: World, monkeypatch: pytest.M
         body = {"query": text, "task": "qa"}
         return HTTP.post(f"{running.url}/v1/retrieve", json=body, timeout=timeout).status_code
 
+    def until(happened: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 10
+        while not happened():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     monkeypatch.setattr(running.service.engine.encoder, "encode", slow)
-    with ThreadPoolExecutor(2) as clients:
-        first = clients.submit(ask, "stays", 30)
-        while not begun:
-            time.sleep(0.01)
-        with pytest.raises(httpx.ReadTimeout):
-            ask("leaves", 0.3)
-        last = clients.submit(ask, "comes later", 30)
-        while not running.service.gate.admission.waiting:
-            time.sleep(0.01)
+    try:
+        with ThreadPoolExecutor(2) as clients:
+            first = clients.submit(ask, "stays", 30)
+            until(lambda: begun)
+            with pytest.raises(httpx.ReadTimeout):
+                ask("leaves", 0.3)
+            last = clients.submit(ask, "comes later", 30)
+            until(lambda: running.service.gate.admission.waiting == 2)
+            release.set()
+            assert (first.result(), last.result()) == (500, 500)
+    finally:
         release.set()
-        assert (first.result(), last.result()) == (500, 500)
-    running.close()
+        running.close()
     assert begun == [["stays"], ["comes later"]]
 
 

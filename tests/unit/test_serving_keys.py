@@ -142,10 +142,10 @@ def test_waiting_is_bounded_in_time_and_bytes() -> None:
             async with gate.admitted("k", 1):
                 pass
         assert all(isinstance(error, RequestError) for error in await asyncio.gather(*two, return_exceptions=True))
-        three = [asyncio.create_task(large()) for _ in range(2)]
+        again = [asyncio.create_task(large()) for _ in range(2)]
         await asyncio.sleep(0)
         done.set()
-        await asyncio.gather(working, *three)
+        await asyncio.gather(working, *again)
 
     asyncio.run(scenario())
 
