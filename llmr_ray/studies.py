@@ -9,6 +9,7 @@ A study is a YAML file:
     reference: reward model                # optional: the variant that the others are compared with, query by query
     against: asked                         # optional: a curve over pairs asked about, or tokens: of the LLM's feedback
     stability: true                        # optional: how steadily the loss of each task fell
+    settings: [rounds=1]                   # optional: of all variants
     variants:
       reward model: []
       scores of the LLM: ['reward_model.model=""']
@@ -35,7 +36,7 @@ from llmr_ray.evaluation.tables import is_trained, result_of
 from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
-_OPTIONAL = {"reference", "against", "seeds", "stability"}
+_OPTIONAL = {"reference", "against", "seeds", "stability", "settings"}
 
 AGAINST = {"asked": "pairs asked", "tokens": "LLM tokens of feedback"}
 """`against`: the pairs that annotators were asked about until the embedder of a round was trained, or the tokens of the
@@ -84,7 +85,8 @@ Run = Callable[[str, Cell], Finished]
 class Study:
     """What a study's file says. variants: name to overrides, in order. figures: (data set, measure). seeds: of
     training; none: that of the configuration. reference: the variant that others are compared with. against: what the
-    figures are drawn over; empty: nothing. stability: whether the loss of training is looked at."""
+    figures are drawn over; empty: nothing. stability: whether the loss of training is looked at. settings: overrides
+    of all variants."""
 
     name: str
     title: str
@@ -95,12 +97,13 @@ class Study:
     reference: str = ""
     against: str = ""
     stability: bool = False
+    settings: Sequence[str] = ()
 
     def cells(self, overrides: Sequence[str]) -> list[Cell]:
         """What is run, seed by seed: after the first seed the table has a row of every variant.
 
         Args:
-            overrides: for all variants, before their own.
+            overrides: for all variants, after the study's and before their own.
         """
         found = []
         seeds: Sequence[int | None] = self.seeds or (None,)
@@ -109,7 +112,8 @@ class Study:
                 # A reward model is trained as well; where there is none its setting changes nothing.
                 of_seed = [] if seed is None else [f"train.seed={seed}", f"reward_model.train.seed={seed}"]
                 name = f"{self.name}-{slug(variant)}" + ("" if seed is None else f"-seed-{seed}")
-                found.append(Cell(variant=variant, seed=seed, settings=[*overrides, *own, *of_seed, f"name={name}"]))
+                settings = [*self.settings, *overrides, *own, *of_seed, f"name={name}"]
+                found.append(Cell(variant=variant, seed=seed, settings=settings))
         return found
 
 
@@ -149,7 +153,7 @@ def read_study(path: Path) -> Study:
     figures = [tuple(str(figure).rsplit(" ", 1)) for figure in said["figures"]]
     if not figures or not all(len(figure) == 2 for figure in figures):
         raise ConfigError(f"{path}: each of `figures` is a data set and a measure, for example 'average score'.")
-    variants = {str(name): [str(item) for item in overrides or []] for name, overrides in said["variants"].items()}
+    variants = {str(name): _overrides(path, overrides) for name, overrides in said["variants"].items()}
     if len({slug(name) for name in variants}) != len(variants) or not variants:
         raise ConfigError(f"{path}: `variants` are named by different words, and there is at least one.")
     reference, against = str(said.get("reference", "")), str(said.get("against", ""))
@@ -166,8 +170,16 @@ def read_study(path: Path) -> Study:
         reference=reference,
         against=against,
         stability=bool(said.get("stability", False)),
+        settings=_overrides(path, said.get("settings")),
     )
     return with_seeds(study, said.get("seeds", []))
+
+
+def _overrides(path: Path, said: Any) -> list[str]:
+    """What a file says to set, one `key=value` each."""
+    if not isinstance(said or [], list):
+        raise ConfigError(f"{path}: what to set is a list, for example ['rounds=1'], but not {said!r}.")
+    return [str(item) for item in said or []]
 
 
 def with_seeds(study: Study, seeds: Sequence[Any]) -> Study:

@@ -26,6 +26,17 @@ def test_every_variant_of_a_shipped_study_loads(path):
     assert len({loading.to_yaml(config) for config in loaded}) == len(loaded), "two variants are the same"
 
 
+def test_settings_hold_for_all_variants_and_give_way_to_the_command_and_the_variant(tmp_path):
+    """Prevents a study that says `rounds=1` from running two rounds, or from overruling whoever runs it."""
+    text = "title: a\nconfig: b\nfigures: [a b]\nsettings: [rounds=1]\nvariants: {one: [], three: [rounds=3]}\n"
+    (tmp_path / "s.yaml").write_text(text)
+    study = read_study(tmp_path / "s.yaml")
+    assert [cell.settings for cell in study.cells(["rounds=2"])] == [
+        ["rounds=1", "rounds=2", "name=s-one"],
+        ["rounds=1", "rounds=2", "rounds=3", "name=s-three"],
+    ]
+
+
 def result(method, mean, dataset="average", measure="score"):
     delta = None if method in ("none", "base") else {"mean": mean - 0.5, "ci95": [0.01, 0.2], "p": 0.0004, "n": 9}
     interval = [mean - 0.1, mean + 0.1]
@@ -212,6 +223,8 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         ("title: a\nconfig: b\nfigures: [average score]\n", "must have the keys"),
         ("title: a\nconfig: b\nfigures: [score]\nvariants: {a: []}\n", "a data set and a measure"),
         ("title: a\nconfig: b\nfigures: [average score]\nvariants: {a b: [], A-b: []}\n", "different words"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: rounds=2}\n", "is a list"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nsettings: rounds=2\n", "is a list"),
         ("title: [", "not valid YAML"),
     ],
 )
