@@ -14,29 +14,28 @@ The shard is the unit of retry, order and determinism: whatever order shards fin
 
 import hashlib
 import json
-import os
-import socket
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmr_ray.durable import remove, staged, write_atomic
-from llmr_ray.errors import DataError, LockedError
-from llmr_ray.schemas import SCHEMAS, conform
-from llmr_ray.ticking import ticking
-
-LEASE_SECONDS = 60.0
+from llmr_ray.errors import DataError
+from llmr_ray.locks import locked
+from llmr_ray.schemas import KEYS, SCHEMAS, conform
 
 SHARD_ROWS = 2048
 """Rows of corpus or queries in one shard. It decides file boundaries, hence bytes, so it is no runtime setting."""
 
+
+BATCH_ROWS = 4096
+"""Rows that are read together where a table is not wanted as a whole. Bounds memory, changes no result."""
 
 GROUP_ROWS = {"corpus": 256}
 """Tables of which single rows are looked up: so many are read for one."""
@@ -330,22 +329,45 @@ class Artifact:
             )
         return path
 
-    def read(self, table: str, shard: int | None = None) -> pa.Table:
-        """A finished artifact's table, shards in order (or one shard's part)."""
+    def read(
+        self,
+        table: str,
+        shard: int | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
+    ) -> pa.Table:
+        """A finished artifact's table, shards in order (or one shard's part).
+
+        Args:
+            table: its name.
+            shard: read this one's part alone.
+            columns: read these alone.
+            ids: only rows that have one of these as the first column of the table's key. The others are never held
+                together, so that a stage which needs some documents has not the whole corpus in memory.
+
+        Raises:
+            DataError: the artifact is not finished, or lacks the table or a column of it.
+        """
         manifest = self.require()
         shards = range(manifest["num_shards"]) if shard is None else [shard]
-        paths = [self.path / _part(table, number) for number in shards]
-        parts = [pq.read_table(path) for path in paths if path.exists()]
-        if not parts:
+        paths = [path for number in shards if (path := self.path / _part(table, number)).exists()]
+        if not paths:
             raise DataError(f"{self.id} holds no table '{table}'; it holds {sorted(manifest['rows'])}.")
-        whole = pa.concat_tables(parts)
-        return conform(whole, table) if table in SCHEMAS else whole
+        if columns is not None and (unknown := set(columns) - set(pq.read_schema(paths[0]).names)):
+            raise DataError(f"{self.id}: the table '{table}' has no columns {sorted(unknown)}.")
+        if ids is None:
+            whole = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+        else:
+            wanted = pa.array(sorted(set(ids)), pa.string())
+            whole = pa.concat_tables([_having(path, KEYS[table][0], wanted, columns) for path in paths])
+        return conform(whole, table) if table in SCHEMAS and columns is None else whole
 
     def batches(self, table: str, shard: int, columns: list[str], start: int, end: int) -> Iterator[pa.Table]:
         """Rows [start, end) of a shard's part of a finished artifact's table, some thousand at a time."""
         place = 0
         with pq.ParquetFile(self.path / _part(table, shard)) as file:
-            for batch in file.iter_batches(batch_size=4096, columns=columns):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 first, last = max(start - place, 0), min(end - place, batch.num_rows)
                 if first < last:
                     yield pa.Table.from_batches([batch]).slice(first, last - first)
@@ -374,58 +396,16 @@ class Artifact:
         return locked(self.path)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes this process the only writer of a folder; raises LockedError naming a living owner.
-
-    A lock whose heartbeat is older than LEASE_SECONDS, or whose process on this host is gone, is taken over.
-    """
-    path = folder / "LOCK"
-    folder.mkdir(parents=True, exist_ok=True)
-    _acquire(path)
-    try:
-        with ticking(lambda: os.utime(path), LEASE_SECONDS / 6, "folder-lock-heartbeat"):
-            yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _acquire(path: Path) -> None:
-    mine = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    while True:
-        try:
-            with path.open("x") as handle:
-                handle.write(canonical_json(mine))
-            return
-        except FileExistsError:
-            pass
-        try:
-            text, age = path.read_text(), time.time() - path.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        owner = json.loads(text) if text.strip() else {}
-        if age < LEASE_SECONDS and not _is_dead(owner):
-            raise LockedError(
-                f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} since "
-                f"{owner.get('since')}. Wait for it to finish, or stop it; two writers would spoil it."
-            )
-        path.unlink(missing_ok=True)
-
-
-def _is_dead(owner: dict[str, Any]) -> bool:
-    if owner.get("host") != socket.gethostname() or "pid" not in owner:
-        return False
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+def _having(path: Path, key: str, wanted: pa.Array, columns: Sequence[str] | None) -> pa.Table:
+    """Rows of a file whose `key` is among these, read some thousand at a time."""
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        names = schema.names if columns is None else list(columns)
+        parts = [
+            part.filter(pc.is_in(part[key], value_set=wanted)).select(names)
+            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=list(dict.fromkeys([*names, key])))
+        ]
+    return pa.Table.from_batches(parts, pa.schema([schema.field(name) for name in names]))
 
 
 def _part(table: str, shard: int) -> str:

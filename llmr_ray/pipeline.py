@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
-from llmr_ray.artifacts import Artifact, locked
+from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
@@ -30,6 +30,7 @@ from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.jobs import ScoreJobs
 from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
+from llmr_ray.locks import locked
 from llmr_ray.memory import metered_memory
 from llmr_ray.stages import LLM, MAKES, Stage, StagePlan, in_round, scoring_stage
 

@@ -281,8 +281,7 @@ def _early_look(
     """Measures the checkpoints in `root` beside training, if the configuration asks for it and there is what to ask."""
     sets: list[look.LookSet] = []
     if config.runtime.look_queries:
-        queries, corpus, qrels = (prepare.read(name) for name in ("queries", "corpus", "qrels"))
-        sets = look.look_sets(queries, corpus, qrels, config.runtime.look_queries)
+        sets = look.look_sets(prepare, config.runtime.look_queries)
 
     def start(model: Path) -> Future[look.Measured]:
         return cluster.background(

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmr_ray.errors import DataError
+from llmr_ray.frames import frame_of
 
 
 def scopes(queries: pa.Table, corpus: pa.Table) -> np.ndarray:
@@ -15,7 +16,7 @@ def scopes(queries: pa.Table, corpus: pa.Table) -> np.ndarray:
 
     Args:
         queries: a `queries` table of Q rows.
-        corpus: the whole `corpus` table, sorted by (pool, position).
+        corpus: the columns `pool` and `position` of the whole `corpus` table, sorted by them.
 
     Returns:
         int64 [Q, 2]: start and end row (exclusive) in `corpus`.
@@ -23,12 +24,11 @@ def scopes(queries: pa.Table, corpus: pa.Table) -> np.ndarray:
     Raises:
         DataError: the corpus is not sorted, or a query's pool is not in it.
     """
-    pools = np.asarray(corpus["pool"].to_pylist(), dtype=object)
     positions = corpus["position"].to_numpy()
-    change = np.flatnonzero(pools[1:] != pools[:-1]) + 1
-    starts = np.concatenate([[0], change]).astype(np.int64) if len(pools) else np.zeros(0, np.int64)
-    ends = np.concatenate([change, [len(pools)]]).astype(np.int64) if len(pools) else np.zeros(0, np.int64)
-    where = {str(pools[start]): (int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
+    runs = frame_of(corpus, ["pool"]).to_series().rle().struct.unnest()
+    ends = np.cumsum(runs["len"].to_numpy(), dtype=np.int64)
+    starts = ends - runs["len"].to_numpy()
+    where = dict(zip(runs["value"].to_list(), zip(starts.tolist(), ends.tolist(), strict=True), strict=True))
     if len(where) != len(starts) or any(
         (np.diff(positions[start:end]) <= 0).any() for start, end in zip(starts, ends, strict=True)
     ):

@@ -21,7 +21,7 @@ from llmr_ray.artifacts import Artifact, seed_of
 from llmr_ray.config import BM25Config, Config
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import unit_hash
-from llmr_ray.data.text import document_text
+from llmr_ray.data.text import document_texts
 from llmr_ray.evaluation.concordance import (
     affordable_samples,
     alpha,
@@ -142,8 +142,7 @@ def judged(config: Config, artifacts: Mapping[str, Artifact]) -> Judged:
     # A query's candidates stand together, in the order in which they were mined.
     pairs = pairs.with_columns(pl.col("query_id").rank("dense").alias("_query")).sort("_query", maintain_order=True)
     wanted = queries.filter(pc.is_in(queries["query_id"], value_set=_strings(pairs["query_id"])))
-    corpus = prepare.read("corpus")
-    scores, how = _bm25(pairs, wanted, corpus, config.bm25)
+    scores, how = _bm25(pairs, wanted, prepare, config.bm25)
     pairs = pairs.with_columns(bm25=scores)
     pairs = _with_labels(pairs, frame_of(prepare.read("qrels"), [*PAIR, "relevance"]))
     for name in ("base", "trained"):
@@ -159,7 +158,7 @@ def judged(config: Config, artifacts: Mapping[str, Artifact]) -> Judged:
         pairs = pairs.join(taught, on=PAIR, how="left", maintain_order="left")
     else:
         pairs = pairs.with_columns(_unknown(pairs).alias("reward_model"))
-    pairs, documents = _with_texts(pairs, corpus)
+    pairs, documents = _with_texts(pairs, prepare)
     return Judged(
         pairs=pairs.drop("_query", "reward", "reward_source"),
         queries={row["query_id"]: row for row in wanted.to_pylist()},
@@ -350,11 +349,12 @@ def _with_labels(pairs: pl.DataFrame, qrels: pl.DataFrame) -> pl.DataFrame:
     return pairs.with_columns(label=label).drop("_labelled")
 
 
-def _with_texts(pairs: pl.DataFrame, corpus: pa.Table) -> tuple[pl.DataFrame, dict[str, str]]:
+def _with_texts(pairs: pl.DataFrame, prepare: Artifact) -> tuple[pl.DataFrame, dict[str, str]]:
     """The pairs with what their texts look like, and the texts as the LLM reads them."""
-    shown = corpus.filter(pc.is_in(corpus["doc_id"], value_set=_strings(pairs["doc_id"])))
-    columns = (shown[name].to_pylist() for name in ("title", "text", "continuation"))
-    texts = [document_text(title, text) + (more or "") for title, text, more in zip(*columns, strict=True)]
+    columns = ["doc_id", "title", "text", "continuation"]
+    shown = prepare.read("corpus", columns=columns, ids=pairs["doc_id"].unique().to_list())
+    continued = zip(document_texts(shown), shown["continuation"].to_pylist(), strict=True)
+    texts = [text + (more or "") for text, more in continued]
     doc_ids = shown["doc_id"].to_pylist()
     series = pl.Series(texts, dtype=pl.String)
     told = suspicions(series).with_columns(
@@ -365,19 +365,16 @@ def _with_texts(pairs: pl.DataFrame, corpus: pa.Table) -> tuple[pl.DataFrame, di
     return pairs.join(told, on="doc_id", how="left", maintain_order="left"), dict(zip(doc_ids, texts, strict=True))
 
 
-def _bm25(pairs: pl.DataFrame, queries: pa.Table, corpus: pa.Table, settings: BM25Config) -> tuple[pl.Series, str]:
+def _bm25(pairs: pl.DataFrame, queries: pa.Table, prepare: Artifact, settings: BM25Config) -> tuple[pl.Series, str]:
     """BM25's score of each pair, and whether all have one."""
-    ranges = dict(zip(queries["query_id"].to_pylist(), scopes(queries, corpus).tolist(), strict=True))
+    places = prepare.read("corpus", columns=["doc_id", "pool", "position"])
+    ranges = dict(zip(queries["query_id"].to_pylist(), scopes(queries, places).tolist(), strict=True))
     products = sum(end - start for start, end in ranges.values())
-    if corpus.num_rows > MOST_DOCUMENTS or products > MOST_PRODUCTS:
+    if places.num_rows > MOST_DOCUMENTS or products > MOST_PRODUCTS:
         found = pl.when(pl.col("source") == "bm25").then(pl.col("retrieval_score").cast(pl.Float64))
         return pairs.select(found.alias("bm25"))["bm25"], "found"
-    texts = [
-        document_text(title, text)
-        for title, text in zip(corpus["title"].to_pylist(), corpus["text"].to_pylist(), strict=True)
-    ]
-    engine = BM25(texts, settings.k1, settings.b)
-    row_of = {doc_id: row for row, doc_id in enumerate(corpus["doc_id"].to_pylist())}
+    engine = BM25(document_texts(prepare.read("corpus", columns=["title", "text"])), settings.k1, settings.b)
+    row_of = {doc_id: row for row, doc_id in enumerate(places["doc_id"].to_pylist())}
     text_of = dict(zip(queries["query_id"].to_pylist(), queries["query"].to_pylist(), strict=True))
     scores = []
     for (query_id,), members in pairs.select(PAIR).group_by(["query_id"], maintain_order=True):

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmr_ray.artifacts import canonical_json
+from llmr_ray.artifacts import Artifact, canonical_json
 from llmr_ray.config import Config
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest, unit_hash
-from llmr_ray.data.text import document_text
+from llmr_ray.data.text import document_texts
 from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation.metrics import retrieval_values
 from llmr_ray.modeling.encoding import Encode, text_encoder
@@ -66,13 +66,15 @@ class LookSet:
     qrels: dict[str, dict[str, int]]
 
 
-def look_sets(queries: pa.Table, corpus: pa.Table, qrels: pa.Table, num_queries: int) -> list[LookSet]:
+def look_sets(prepare: Artifact, num_queries: int) -> list[LookSet]:
     """A set for each data set that has development queries with labelled documents.
 
     Args:
-        queries, corpus, qrels: the tables of `prepare`.
+        prepare: of the run; only documents that are searched are held.
         num_queries: of a data set at the most; the lowest by a hash of their ids.
     """
+    queries, qrels = prepare.read("queries"), prepare.read("qrels")
+    places = prepare.read("corpus", columns=["doc_id", "pool", "position"])
     relevant: dict[str, dict[str, int]] = {}
     for row in qrels.filter(pc.greater(qrels["relevance"], 0)).to_pylist():
         relevant.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
@@ -83,26 +85,31 @@ def look_sets(queries: pa.Table, corpus: pa.Table, qrels: pa.Table, num_queries:
         of = dev.filter(pc.equal(dev["dataset"], dataset))
         chosen = lowest(dataset, of["query_id"].to_pylist(), num_queries)
         of = of.filter(pc.is_in(of["query_id"], value_set=pa.array(sorted(chosen))))
-        made.append(_look_set(dataset, of, corpus, {name: relevant[name] for name in of["query_id"].to_pylist()}))
+        of_set = {name: relevant[name] for name in of["query_id"].to_pylist()}
+        made.append(_look_set(dataset, of, prepare, places, of_set))
     return made
 
 
-def _look_set(dataset: str, queries: pa.Table, corpus: pa.Table, relevant: dict[str, dict[str, int]]) -> LookSet:
-    ranges = scopes(queries, corpus)
+def _look_set(
+    dataset: str, queries: pa.Table, prepare: Artifact, places: pa.Table, relevant: dict[str, dict[str, int]]
+) -> LookSet:
+    ranges = scopes(queries, places)
     reach = np.unique(np.concatenate([np.arange(start, end) for start, end in np.unique(ranges, axis=0)]))
     named = dict.fromkeys(doc_id for documents in relevant.values() for doc_id in documents)
-    gold = np.flatnonzero(pc.is_in(corpus["doc_id"], value_set=pa.array(list(named), pa.string())).to_numpy())
-    doc_ids = corpus["doc_id"].take(pa.array(reach)).to_pylist()
+    gold = np.flatnonzero(pc.is_in(places["doc_id"], value_set=pa.array(list(named), pa.string())).to_numpy())
+    doc_ids = places["doc_id"].take(pa.array(reach)).to_pylist()
     drawn = np.argsort([unit_hash("look", dataset, doc_id) for doc_id in doc_ids], kind="stable")[:POOL_DOCUMENTS]
     rows = np.union1d(reach[drawn], gold)
-    texts = corpus.select(["doc_id", "title", "text"]).take(pa.array(rows)).to_pylist()
-    number_of = {text["doc_id"]: str(number) for number, text in enumerate(texts)}
+    found = prepare.read(
+        "corpus", columns=["doc_id", "title", "text"], ids=places["doc_id"].take(pa.array(rows)).to_pylist()
+    )
+    number_of = {doc_id: str(number) for number, doc_id in enumerate(found["doc_id"].to_pylist())}
     return LookSet(
         dataset=dataset,
         task=queries["task"][0].as_py(),
         query_ids=queries["query_id"].to_pylist(),
         queries=queries["query"].to_pylist(),
-        documents=[document_text(text["title"], text["text"]) for text in texts],
+        documents=document_texts(found),
         ranges=np.searchsorted(rows, ranges),
         qrels={
             query_id: {number_of[doc_id]: grade for doc_id, grade in documents.items() if doc_id in number_of}

@@ -136,7 +136,8 @@ def _leakage(artifacts: dict[str, Artifact], stages: list[dict[str, Any]]) -> di
     skipped: dict[str, int] = next((stage["skipped"] for stage in stages if stage["stage"] == "prepare"), {})
     removed = {reason: skipped.get(reason, 0) for reason in REMOVED}
     found = artifacts["leakage"].read("leakage")
-    return leakage_figures(found, prepare.read("queries"), removed, prepare.read("corpus"))
+    documents = prepare.read("corpus", columns=["doc_id", "text"], ids=found["other_id"].to_pylist())
+    return leakage_figures(found, prepare.read("queries"), removed, documents)
 
 
 def _short(method: str) -> str:

@@ -5,7 +5,7 @@ improved and one that got worse, each the first by hash.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -45,7 +45,7 @@ def training_examples(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]
     scores = artifacts["llm_scores"].read("llm_scores") if "llm_scores" in artifacts else None
     score_of = _pairs(scores, chosen, "llm_score")
     shown = {row["doc_id"] for members in rows.values() for row in members}
-    documents = _by_id(artifacts["prepare"].read("corpus"), "doc_id", shown)
+    documents = _documents(artifacts["prepare"], shown)
     result = []
     for query_id in chosen:
         entries = [
@@ -89,7 +89,7 @@ def test_examples(artifacts: Mapping[str, Artifact], trained: str) -> list[dict[
         chosen += _one_of_each(gains)
     run = _of(evaluate.read("run"), [query_id for query_id, _ in chosen])
     top = run.filter(pc.less_equal(run["rank"], SHOWN_DOCUMENTS))
-    documents = _by_id(prepare.read("corpus"), "doc_id", set(top["doc_id"].to_pylist()))
+    documents = _documents(prepare, top["doc_id"].to_pylist())
     answers = _grouped(_of(evaluate.read("answers"), [query_id for query_id, _ in chosen]))
     relevant = _pairs(prepare.read("qrels"), [query_id for query_id, _ in chosen], "relevance")
     rankings = _grouped(top.sort_by("rank"))
@@ -146,6 +146,10 @@ def _informative(rewards: pa.Table | None) -> set[str]:
 
 def _of(table: pa.Table, query_ids: Sequence[str]) -> pa.Table:
     return table.filter(pc.is_in(table["query_id"], value_set=pa.array(query_ids, pa.string())))
+
+
+def _documents(prepare: Artifact, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {row["doc_id"]: row for row in prepare.read("corpus", ids=ids).to_pylist()}
 
 
 def _by_id(table: pa.Table, key: str, ids: set[str] | None) -> dict[str, dict[str, Any]]:

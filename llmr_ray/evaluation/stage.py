@@ -9,12 +9,12 @@ or voted on). Means, intervals and tests are made from ``metrics`` by the report
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
@@ -22,7 +22,7 @@ from llmr_ray.config import Config, identity
 from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
-from llmr_ray.data.text import document_text
+from llmr_ray.data.text import document_texts
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import examples, knowledge, memory, reading
 from llmr_ray.evaluation.baselines import eligible, kmeans_topk, random_topk, recency_topk
@@ -151,10 +151,10 @@ def run_evaluate(
     if artifact.pending(1):
         qrels = _qrels(prepare)
         queries, llm_ids = _select(prepare, qrels, config.evaluate.num_llm_queries)
-        corpus = prepare.read("corpus")
-        rankings = _found(config, queries, corpus, embeddings, indexes)
+        places = prepare.read("corpus", columns=["doc_id", "pool", "position", "meta"])
+        rankings = _found(config, queries, prepare, places, embeddings, indexes)
         run, values = measured_rankings(queries.to_pylist(), qrels, rankings)
-        questions = _questions(config, queries.to_pylist(), llm_ids, corpus, rankings)
+        questions = _questions(config, queries.to_pylist(), llm_ids, prepare, places, rankings)
         questions, passages, labelled = reading.arranged(config, client, questions)
         results = client.answer([asked for question in questions for asked in question.requests], label="evaluate")
         answers = reading.by_question(questions, results)
@@ -204,41 +204,46 @@ def _select(
 def _found(
     config: Config,
     queries: pa.Table,
-    corpus: pa.Table,
+    prepare: Artifact,
+    places: pa.Table,
     embeddings: Mapping[str, Artifact],
     indexes: Mapping[str, Artifact],
 ) -> dict[str, dict[str, Ranking]]:
-    """method -> query id -> ranking, for every method but "none"."""
-    k, ranges = config.evaluate.search_depth, scopes(queries, corpus)
-    query_ids, doc_ids = queries["query_id"].to_pylist(), corpus["doc_id"].to_pylist()
+    """method -> query id -> ranking, for every method but "none". places: all documents, without their texts."""
+    k, ranges = config.evaluate.search_depth, scopes(queries, places)
+    query_ids = queries["query_id"].to_pylist()
     result = {}
     for method in config.evaluate.methods:
         if method == "none":
             continue
         started = time.monotonic()
         if method == "random":
-            found = random_topk(query_ids, eligible(queries, corpus, ranges), k, config.seed)
+            found = random_topk(query_ids, eligible(queries, places, ranges), k, config.seed)
         elif method == "kmeans":
             vectors = to_matrix(embeddings["base"].read("document_embeddings"))
             number = config.evaluate.icl_demonstrations
-            found = kmeans_topk(queries, eligible(queries, corpus, ranges), vectors, number, config.seed)
+            found = kmeans_topk(queries, eligible(queries, places, ranges), vectors, number, config.seed)
         elif method == "recency":
             # A chunk of a long text is read with its continuation, which is the chunk after it.
             strides = [2 if task == "lrlm" else 1 for task in queries["task"].to_pylist()]
             found = recency_topk(ranges, strides, k)
         elif method == "bm25":
-            columns = corpus["title"].to_pylist(), corpus["text"].to_pylist()
-            texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
+            texts = document_texts(prepare.read("corpus", columns=["title", "text"]))
             found = bm25_topk(queries["query"].to_pylist(), texts, ranges, k, config.bm25.k1, config.bm25.b)
         else:
             vectors = query_vectors(embeddings[method], query_ids)
             found = search(config, indexes[method], vectors, ranges, k, encoder=encoder_of(embeddings[method]))
         log.info("ranked %d queries by %s in %.1f s", len(query_ids), method, time.monotonic() - started)
-        result[method] = {
-            query_id: [(doc_ids[row], float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
-            for query_id, rows, scores in zip(query_ids, *found, strict=True)
-        }
+        result[method] = dict(zip(query_ids, _rankings(*found, places["doc_id"]), strict=True))
     return result
+
+
+def _rankings(rows_QK: np.ndarray, scores_QK: np.ndarray, doc_ids: pa.ChunkedArray) -> Iterator[Ranking]:
+    """What was found for each query, by the documents' ids instead of their rows."""
+    is_found_QK = rows_QK >= 0
+    names = iter(doc_ids.take(pa.array(rows_QK[is_found_QK])).to_pylist())
+    for scores_K, is_found_K in zip(scores_QK, is_found_QK, strict=True):
+        yield [(next(names), score) for score in scores_K[is_found_K].tolist()]
 
 
 # --- what the LLM makes of it ----------------------------------------------------------------------------------------
@@ -287,7 +292,8 @@ def _questions(
     config: Config,
     queries: Sequence[Row],
     llm_ids: set[str],
-    corpus: pa.Table,
+    prepare: Artifact,
+    places: pa.Table,
     rankings: Mapping[str, Mapping[str, Ranking]],
 ) -> list[Ask]:
     protocols = _protocols(config)
@@ -295,8 +301,8 @@ def _questions(
     for query in queries:
         if query["query_id"] in llm_ids:
             by_task[query["task"]].append(query)
-    rankings = _demoted(config, by_task.get("icl", []), corpus, rankings)
-    documents = _documents_read(protocols, by_task, corpus, rankings)
+    rankings = _demoted(config, by_task.get("icl", []), places, rankings)
+    documents = _documents_read(protocols, by_task, prepare, rankings)
     questions = []
     for task, members in by_task.items():
         questions += asks(protocols[task], members, rankings, documents, config.evaluate.methods)
@@ -304,7 +310,7 @@ def _questions(
 
 
 def _demoted(
-    config: Config, queries: Sequence[Row], corpus: pa.Table, rankings: Mapping[str, Mapping[str, Ranking]]
+    config: Config, queries: Sequence[Row], places: pa.Table, rankings: Mapping[str, Mapping[str, Ranking]]
 ) -> Mapping[str, Mapping[str, Ranking]]:
     """The rankings with examples of other tasks demoted for these queries, as `icl_demotion` says (methods.md B.9).
 
@@ -313,7 +319,7 @@ def _demoted(
     settings = config.evaluate
     if settings.icl_demotion == "none":
         return rankings
-    owner_of = dict(zip(corpus["doc_id"].to_pylist(), owners(corpus["meta"].to_pylist()), strict=True))
+    owner_of = dict(zip(places["doc_id"].to_pylist(), owners(places["meta"].to_pylist()), strict=True))
     own = {
         query["query_id"]: query["dataset"]
         if settings.icl_demotion.endswith("test_name")
@@ -334,7 +340,7 @@ def _demoted(
 def _documents_read(
     protocols: Mapping[str, Protocol],
     by_task: Mapping[str, Sequence[Row]],
-    corpus: pa.Table,
+    prepare: Artifact,
     rankings: Mapping[str, Mapping[str, Ranking]],
 ) -> dict[str, Row]:
     """The corpus rows that any prompt may contain."""
@@ -345,8 +351,7 @@ def _documents_read(
         for ranking in rankings.values()
         for doc_id, _ in ranking[query["query_id"]][: protocols[task].num_documents]
     }
-    wanted = pc.is_in(corpus["doc_id"], value_set=pa.array(sorted(read), pa.string()))
-    return {document["doc_id"]: document for document in corpus.filter(wanted).to_pylist()}
+    return {document["doc_id"]: document for document in prepare.read("corpus", ids=read).to_pylist()}
 
 
 _Judged = tuple[Ask, LLMResult, Judgement | None]

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from llmr_ray.artifacts import locked
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.key_index import KeyIndex
 from llmr_ray.feedback.segments import SegmentGone, SegmentWriter, open_segment, settled
 from llmr_ray.feedback.store import LLMStore
+from llmr_ray.locks import locked
 
 SEGMENT_ROWS = 65_536
 """Rows of a full segment: a million answers in 16 files. Full ones are never rewritten, and a file is read whole to

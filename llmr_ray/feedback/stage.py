@@ -80,7 +80,9 @@ def run_score(
 
 def score_jobs(config: Config, prepare: Artifact, candidates: Artifact, table: str = "candidates") -> ScoreJobs:
     """The pairs to judge, from finished artifacts; `table` of the candidates' artifact holds them."""
-    return ScoreJobs(config, prepare.read("queries"), prepare.read("corpus"), candidates.read(table))
+    pairs = candidates.read(table)
+    documents = prepare.read("corpus", ids=pairs["doc_id"].unique().to_pylist())
+    return ScoreJobs(config, prepare.read("queries"), documents, pairs)
 
 
 # --- reward ----------------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmr_ray.artifacts import Artifact, canonical_json, locked, sha256_file, sha256_text, write_table
+from llmr_ray.artifacts import Artifact, canonical_json, sha256_file, sha256_text, write_table
 from llmr_ray.durable import remove, staged, write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index.snapshot import current, folder_of, read_deleted, read_manifest
+from llmr_ray.locks import locked
 
 Rows = Mapping[int, np.ndarray]
 """Rows of segments, by the segment's number."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmr_ray.artifacts import locked
 from llmr_ray.durable import remove
 from llmr_ray.errors import DataError
 from llmr_ray.index.collection import snapshots
 from llmr_ray.index.snapshot import folder_of, previous
+from llmr_ray.locks import locked
 
 _ROLES = ("index", "embeddings", "prepare")
 """Artifacts of a segment; each is made from the next."""

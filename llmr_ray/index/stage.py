@@ -18,7 +18,7 @@ from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts, canonical_json
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity, later_identity
-from llmr_ray.data.text import document_text
+from llmr_ray.data.text import document_texts
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import DataError
 from llmr_ray.index import approximate, recall, shards
@@ -124,8 +124,7 @@ class EmbedWorker:
         """Embeds one shard and commits it; returns its ledger record."""
         if shard < self.num_document_shards:
             rows = read_rows(self.prepare, "corpus", shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)
-            columns = (rows["title"].to_pylist(), rows["text"].to_pylist())
-            texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
+            texts = document_texts(rows)
             side, key = "document", "doc_id"
         else:
             first = (shard - self.num_document_shards) * SHARD_ROWS

@@ -79,7 +79,7 @@ def run_canary(config: Config, artifact: Artifact, client: LLMClient, prepare: A
     """Asks the LLM about each canary and its plain passage, and writes `canaries`. rows_in counts both."""
     started = time.monotonic()
     if artifact.pending(1):
-        jobs = canary_jobs(config, *(prepare.read(name) for name in ("queries", "corpus", "qrels")))
+        jobs = canary_jobs(config, prepare)
         samples, scores = ask_jobs(client, list(jobs.values()), "canaries")
         rows, counts = [], Counts()
         for (_, attack), job in jobs.items():
@@ -98,16 +98,18 @@ def run_canary(config: Config, artifact: Artifact, client: LLMClient, prepare: A
     artifact.commit(1, seconds=time.monotonic() - started)
 
 
-def canary_jobs(config: Config, queries: pa.Table, corpus: pa.Table, qrels: pa.Table) -> dict[tuple[str, str], Job]:
+def canary_jobs(config: Config, prepare: Artifact) -> dict[tuple[str, str], Job]:
     """By (query id, attack): a question with two documents, a passage drawn for it and the canary made of it.
 
     Args:
         config: the run's; `labeling.num_canaries` for each task.
-        queries, corpus, qrels: of prepare; training queries are drawn by a hash.
+        prepare: of the run; training queries are drawn by a hash.
 
     Raises:
         DataError: a drawn question has no passage but those that are relevant to it.
     """
+    queries, qrels = prepare.read("queries"), prepare.read("qrels")
+    places = prepare.read("corpus", columns=["doc_id", "pool", "position"])
     relevant = defaultdict(set)
     for query_id, doc_id in zip(qrels["query_id"].to_pylist(), qrels["doc_id"].to_pylist(), strict=True):
         relevant[query_id].add(doc_id)
@@ -116,11 +118,13 @@ def canary_jobs(config: Config, queries: pa.Table, corpus: pa.Table, qrels: pa.T
         of_task = queries.filter(pc.and_(pc.equal(queries["task"], task), pc.equal(queries["split"], "train")))
         drawn = lowest("canary", of_task["query_id"].to_pylist(), config.labeling.num_canaries)
         of_task = of_task.filter(pc.is_in(of_task["query_id"], value_set=pa.array(sorted(drawn)))).sort_by("query_id")
-        ranges = scopes(of_task, corpus).tolist()
+        ranges = scopes(of_task, places).tolist()
         for number, (row, (start, end)) in enumerate(zip(of_task.to_pylist(), ranges, strict=True)):
             attack, query_id = list(ATTACKS)[number % len(ATTACKS)], row["query_id"]
             query = row | {"targets": []}
-            passage = _drawn_passage(query_id, corpus.slice(start, end - start), relevant[query_id], config.seed)
+            offered = places["doc_id"].slice(start, end - start)
+            doc_id = _drawn_passage(query_id, offered, relevant[query_id], config.seed)
+            [passage] = prepare.read("corpus", ids=[doc_id]).to_pylist()
             words = ATTACKS[attack].replace("{question}", query["query"])
             canary = passage | {"doc_id": f"{passage['doc_id']}+{attack}", "text": f"{words} {passage['text']}"}
             # Alone in a call: beside others a small LLM tells passages apart badly, which would hide what words do.
@@ -129,10 +133,10 @@ def canary_jobs(config: Config, queries: pa.Table, corpus: pa.Table, qrels: pa.T
     return jobs
 
 
-def _drawn_passage(query_id: str, offered: pa.Table, relevant: set[str], seed: int) -> _Row:
+def _drawn_passage(query_id: str, offered: pa.ChunkedArray, relevant: set[str], seed: int) -> str:
     """Of the documents that a query may retrieve one that no label calls relevant."""
-    for place in np.random.default_rng(seed_of(seed, "canary", query_id)).permutation(offered.num_rows):
-        document: _Row = offered.slice(int(place), 1).to_pylist()[0]
-        if document["doc_id"] not in relevant:
-            return document
+    for place in np.random.default_rng(seed_of(seed, "canary", query_id)).permutation(len(offered)):
+        doc_id: str = offered[int(place)].as_py()
+        if doc_id not in relevant:
+            return doc_id
     raise DataError(f"query {query_id} has only relevant documents, so none can be its canary.")

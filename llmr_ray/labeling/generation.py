@@ -54,12 +54,12 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tables:
+class _Given:
     """What `prepare` made."""
 
     queries: pa.Table
-    corpus: pa.Table
     qrels: pa.Table
+    prepare: Artifact
 
 
 def generate_spec(config: Config, *, llm: Asset, base: Asset, prepare: Artifact) -> ArtifactSpec:
@@ -113,7 +113,7 @@ def run_generate(config: Config, artifact: Artifact, *, vectors: Vectors, client
 def _generated(
     config: Config, vectors: Vectors, client: LLMClient, prepare: Artifact
 ) -> tuple[dict[str, pa.Table], Counts]:
-    given = _Tables(**{name: prepare.read(name) for name in ("queries", "corpus", "qrels")})
+    given = _Given(queries=prepare.read("queries"), qrels=prepare.read("qrels"), prepare=prepare)
     asked: list[Row] = []
     queries: list[Row] = []
     counts = Counts()
@@ -135,13 +135,11 @@ def _generated(
     return tables, counts
 
 
-def _of_task(
-    config: Config, task: str, given: _Tables, vectors: Vectors, client: LLMClient
-) -> tuple[list[Row], Counts]:
+def _of_task(config: Config, task: str, given: _Given, vectors: Vectors, client: LLMClient) -> tuple[list[Row], Counts]:
     """A row of `generated` for every question of a task that was asked for, and their accounting."""
     settings, limit = config.tasks[task].questions, config.llm.max_candidate_tokens
     queries = given.queries.filter(pc.equal(given.queries["task"], task))
-    documents = drawn_documents(config, task, given.corpus)
+    documents = drawn_documents(config, task, given.prepare)
     shown = _demonstrations(config, task, queries, given, documents, vectors)
     texts = {document["doc_id"]: candidate_text(task, document) for document in documents}
     results = client.answer(
@@ -178,24 +176,25 @@ def _of_task(
     return rows, counts
 
 
-def drawn_documents(config: Config, task: str, corpus: pa.Table) -> list[Row]:
+def drawn_documents(config: Config, task: str, prepare: Artifact) -> list[Row]:
     """The rows of the corpus about which questions are written, with their `dataset`, in the order of the draw.
 
     A data set's shared pool has its name; pools of one dialogue or text have other names, and what they tell is nobody
     else's question. Drawing more documents keeps those that fewer would be.
     """
     number = config.tasks[task].questions.num_documents
+    pools = prepare.read("corpus", columns=["doc_id", "pool"])
     found: list[Row] = []
     for name in sorted(name for name, dataset in config.datasets.items() if dataset.task == task):
-        doc_ids = corpus["doc_id"].filter(pc.equal(corpus["pool"], name)).to_pylist()
+        doc_ids = pools["doc_id"].filter(pc.equal(pools["pool"], name)).to_pylist()
         drawn = sorted(doc_ids, key=lambda doc_id: unit_hash("questions", str(config.seed), doc_id))[:number]
-        row_of = _rows(corpus, drawn)
+        row_of = _documents(prepare, drawn)
         found += [row_of[doc_id] | {"dataset": name} for doc_id in drawn]
     return found
 
 
 def _demonstrations(
-    config: Config, task: str, queries: pa.Table, given: _Tables, documents: Sequence[Row], vectors: Vectors
+    config: Config, task: str, queries: pa.Table, given: _Given, documents: Sequence[Row], vectors: Vectors
 ) -> dict[str, list[tuple[str, str]]]:
     """(passage, question) that the LLM is shown for each document: training questions with a relevant passage."""
     settings = config.tasks[task].questions
@@ -236,7 +235,7 @@ def _demonstrations(
             nearest=settings.num_nearest,
             **of,
         )
-    passages = _rows(given.corpus, [about[query_id][0] for query_id in chosen["question_id"].to_pylist()])
+    passages = _documents(given.prepare, [about[query_id][0] for query_id in chosen["question_id"].to_pylist()])
     shown: dict[str, list[tuple[str, str]]] = {}
     for row in chosen.to_pylist():
         passage = passages[about[row["question_id"]][0]]
@@ -332,8 +331,7 @@ def _query(task: str, row: Row) -> Row:
     }
 
 
-def _rows(corpus: pa.Table, doc_ids: Sequence[str]) -> Mapping[str, Row]:
+def _documents(prepare: Artifact, doc_ids: Sequence[str]) -> Mapping[str, Row]:
     """Rows of the corpus by id."""
     columns = ["doc_id", "title", "text", "continuation"]
-    wanted = pc.is_in(corpus["doc_id"], value_set=pa.array(sorted(set(doc_ids)), pa.string()))
-    return {row["doc_id"]: row for row in corpus.filter(wanted).select(columns).to_pylist()}
+    return {row["doc_id"]: row for row in prepare.read("corpus", columns=columns, ids=doc_ids).to_pylist()}

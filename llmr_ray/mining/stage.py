@@ -6,7 +6,9 @@ of training queries; nothing travels between workers, and the result is the same
 
 import json
 import time
+from collections.abc import Iterable
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from llmr_ray.config import BM25Config, Config, TaskMine, identity
 from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.sources import brings_candidates
-from llmr_ray.data.text import document_text
+from llmr_ray.data.text import document_text, document_texts
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
 from llmr_ray.index.topk import MISSING, merge_topk
@@ -130,25 +132,29 @@ class MineWorker:
         from llmr_ray.mining.bm25 import BM25
 
         self.artifact, self.tasks, self.seed = artifact, tasks, seed
-        corpus, queries = prepare.read("corpus"), prepare.read("queries")
-        self.queries = queries.filter(pc.equal(queries["split"], "train"))
-        self.doc_ids: list[str] = corpus["doc_id"].to_pylist()
-        self.row_of = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
-        columns = (corpus["title"].to_pylist(), corpus["text"].to_pylist())
         wants_owners = any(task.same_task_first for task in tasks.values())
+        columns = ["doc_id", "pool", "position", "title", "text", *(["meta"] if wants_owners else [])]
+        corpus, queries = prepare.read("corpus", columns=columns), prepare.read("queries")
+        self.queries = queries.filter(pc.equal(queries["split"], "train"))
+        self.doc_ids, titles, texts = corpus["doc_id"], corpus["title"], corpus["text"]
         self.owners = owners(corpus["meta"].to_pylist()) if wants_owners else []
-        self.texts = [document_text(title, text) for title, text in zip(*columns, strict=True)]
-        self.text_key = cache(lambda row: text_key(self.texts[row]))
+        self.text_key = cache(lambda row: text_key(document_text(titles[row].as_py(), texts[row].as_py())))
         self.scopes_Q2 = scopes(self.queries, corpus)
         self.query_QD = query_vectors(embeddings, self.queries["query_id"].to_pylist())
-        self.gold_rows = _gold_rows(prepare.read("qrels"), self.row_of)
-        takes_given = any(task.num_given for task in tasks.values())
-        self.given = _given_rows(prepare.read("given"), self.row_of) if takes_given else {}
+        qrels, given = prepare.read("qrels"), None
+        if any(task.num_given for task in tasks.values()):
+            given = prepare.read("given")
+        own = [_meta(query).get("self_doc_id") for query in self.queries.select(["meta"]).to_pylist()]
+        named = [table["doc_id"].to_pylist() for table in (qrels, given) if table is not None]
+        self.row_of = _rows_of(self.doc_ids, chain(*named, own))
+        self.gold_rows = _gold_rows(qrels, self.row_of)
+        self.given = _given_rows(given, self.row_of) if given is not None else {}
         shards.set_threads(how.num_threads)
         self.shards = shards.open_shards(index, range(index.require()["num_shards"]), how=how)
         if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
             raise DataError(f"{index.id} holds another number of documents than the corpus. Build the index again.")
-        self.bm25 = BM25(self.texts, bm25.k1, bm25.b)
+        wants_bm25 = any(task.num_bm25 for task in tasks.values())
+        self.bm25 = BM25(document_texts(corpus), bm25.k1, bm25.b) if wants_bm25 else None
 
     def run(self, shard: int) -> dict[str, Any]:
         """Mines one shard and commits it; returns its ledger record."""
@@ -164,7 +170,7 @@ class MineWorker:
             in_range = [row for row in gold if start <= row < end]
             chosen, excluded = union(
                 gold_rows=in_range,
-                self_row=self.row_of.get(meta.get("self_doc_id")),
+                self_row=self.row_of.get(meta.get("self_doc_id", "")),
                 query=query["query"],
                 found=offered,
                 key_of=self.text_key,
@@ -183,7 +189,7 @@ class MineWorker:
             candidates += [
                 {
                     "query_id": query_id,
-                    "doc_id": self.doc_ids[candidate.row],
+                    "doc_id": self.doc_ids[candidate.row].as_py(),
                     "source": candidate.source,
                     "rank": candidate.rank,
                     "retrieval_score": candidate.retrieval_score,
@@ -212,7 +218,7 @@ class MineWorker:
                     own = [pool_of(queries[member]["dataset"]) for member in members]
                     rows_QK, scores_QK = own_first(rows_QK, scores_QK, own, self.owners)
                 ranked.append(("dense", settings.num_dense, rows_QK, scores_QK))
-            if settings.num_bm25:
+            if settings.num_bm25 and self.bm25 is not None:
                 texts = [queries[member]["query"] for member in members]
                 ranked.append(("bm25", settings.num_bm25, *self.bm25.topk(texts, scopes_Q2, settings.depth)))
             for position, member in enumerate(members):
@@ -247,6 +253,13 @@ class MineWorker:
 def _meta(query: dict[str, Any]) -> dict[str, Any]:
     """What else is known of a query; "self_doc_id" is the document made from its own example, if it has one."""
     return json.loads(query["meta"]) if query["meta"] else {}
+
+
+def _rows_of(doc_ids: pa.ChunkedArray, named: Iterable[str | None]) -> dict[str, int]:
+    """Corpus rows of those of the documents named that there are."""
+    wanted = pa.array(sorted({name for name in named if name is not None}), pa.string())
+    rows = np.flatnonzero(pc.is_in(doc_ids, value_set=wanted).to_numpy())
+    return dict(zip(doc_ids.take(pa.array(rows)).to_pylist(), rows.tolist(), strict=True))
 
 
 def _given_rows(given: pa.Table, row_of: dict[str, int]) -> dict[str, tuple[list[int], list[float]]]:

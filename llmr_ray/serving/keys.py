@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmr_ray.artifacts import locked
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError
+from llmr_ray.locks import locked
 
 SCOPES = ("read", "admin")
 """read: ask. admin: also metrics, and having the server look for a new snapshot."""

@@ -1,7 +1,8 @@
 """From candidates, gold documents and rewards to the pool of each training query."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,25 @@ from llmr_ray.schemas import PSEUDO, table_of
 from llmr_ray.training.groups import CANDIDATE, GOLD, SAME_LABEL, Pool, pool_rewards, reject_reason
 
 
+def named_documents(prepare: Artifact, qrels: pa.Table, candidates: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The rows of the corpus that labels or candidates name, which may be few of many."""
+    ids = (table["doc_id"].unique().to_pylist() for table in (qrels, candidates))
+    return prepare.read("corpus", columns=["doc_id", *columns], ids=chain.from_iterable(ids))
+
+
 def join_pools(
     qrels: pa.Table, candidates: pa.Table, rewards: pa.Table, corpus: pa.Table
 ) -> dict[str, dict[str, list[Any]]]:
-    """Each query's pool as lists: doc_id, row (of the corpus), gold, judged, reward (None where there is none), source
+    """Each query's pool as lists: doc_id, row (of `corpus`), gold, judged, reward (None where there is none), source
     (of the reward).
 
     `judged` documents are those that the rewards name, also where they say no more than that it is below all others.
 
     Documents stand in the order of the candidates; gold documents that no candidate names come last.
+
+    Args:
+        qrels, candidates, rewards: tables of those schemas.
+        corpus: at least the `named_documents` of these.
 
     Raises:
         DataError: a pair names a document that the corpus lacks.

@@ -27,7 +27,7 @@ from llmr_ray.schemas import table_of
 from llmr_ray.training import running
 from llmr_ray.training.cross_encoder import CrossEncoderRecipe
 from llmr_ray.training.pairs import is_held_out, left_text, pair_row
-from llmr_ray.training.pools import join_pools, write_groups
+from llmr_ray.training.pools import join_pools, named_documents, write_groups
 
 REWARD_MODEL_VERSION = 1
 TEACH_VERSION = 2
@@ -100,8 +100,9 @@ def run_reward_model(
     settings, tasks = config.reward_model, feedback_tasks(config)
     queries = prepare.read("queries").select(["query_id", "task", "dataset", "query", "targets", "split"])
     queries = queries.filter(pc.equal(queries["split"], "train"))
-    corpus = prepare.read("corpus").select(["doc_id", "title", "text", "continuation"]).combine_chunks()
-    pools = join_pools(prepare.read("qrels"), candidates.read("candidates"), rewards.read("rewards"), corpus)
+    qrels, mined = prepare.read("qrels"), candidates.read("candidates")
+    documents = named_documents(prepare, qrels, mined, ["title", "text", "continuation"])
+    pools = join_pools(qrels, mined, rewards.read("rewards"), documents)
 
     def row_of(query: dict[str, Any]) -> dict[str, Any] | str:
         if query["task"] not in tasks:
@@ -110,7 +111,7 @@ def run_reward_model(
             return "held_out"
         score = config.tasks[query["task"]].score
         left = left_text(query, score, sees_target=settings.sees_target, seed=config.seed)
-        return pair_row(query, left, pools.get(query["query_id"]), corpus, top_positives=settings.top_positives)
+        return pair_row(query, left, pools.get(query["query_id"]), documents, top_positives=settings.top_positives)
 
     num_groups = write_groups(artifact, queries, row_of)
     extra = running.train_model(
@@ -218,7 +219,9 @@ class TeachWorker:
         self.artifact, self.candidates, self.tasks, self.settings = artifact, candidates, tasks, settings
         self.seed, self.batch_tokens = seed, batch_tokens
         self.queries = prepare.read("queries").select(["query_id", "task", "query", "targets"])
-        self.corpus = prepare.read("corpus").select(["doc_id", "title", "text", "continuation"])
+        named = candidates.read("candidates", columns=["doc_id"])["doc_id"].unique().to_pylist()
+        columns = ["doc_id", "title", "text", "continuation"]
+        self.documents = prepare.read("corpus", columns=columns, ids=named)
         self.model = CrossEncoder(
             model, max_tokens=settings.max_tokens, precision=str(artifact.spec.config["precision"])
         )
@@ -227,7 +230,7 @@ class TeachWorker:
         """Scores one shard and commits it; returns its ledger record."""
         pairs = self.candidates.read("candidates", shard).select(["query_id", "doc_id"]).to_pylist()
         queries = _by_id(self.queries, "query_id", {pair["query_id"] for pair in pairs})
-        documents = _by_id(self.corpus, "doc_id", {pair["doc_id"] for pair in pairs})
+        documents = _by_id(self.documents, "doc_id", {pair["doc_id"] for pair in pairs})
         lefts = {
             query_id: left_text(query, self.tasks[query["task"]], sees_target=self.settings.sees_target, seed=self.seed)
             for query_id, query in queries.items()

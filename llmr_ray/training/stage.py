@@ -20,7 +20,7 @@ from llmr_ray.precision import training_precision
 from llmr_ray.training import running
 from llmr_ray.training.bi_encoder import EmbedderRecipe, instructions_of
 from llmr_ray.training.groups import SAME_LABEL
-from llmr_ray.training.pools import classifications, group_row, join_pools, write_groups
+from llmr_ray.training.pools import classifications, group_row, join_pools, named_documents, write_groups
 
 GROUP_VERSION = 4
 TRAIN_VERSION = 5
@@ -83,8 +83,9 @@ def run_group(config: Config, artifact: Artifact, prepare: Artifact, candidates:
     columns = ["query_id", "task", "dataset", "query", "split", "options", "gold_option"]
     queries = prepare.read("queries").select(columns)
     queries = queries.filter(pc.equal(queries["split"], "train"))
-    corpus = prepare.read("corpus").select(["doc_id", "title", "text", "meta"]).combine_chunks()
-    pools = join_pools(prepare.read("qrels"), candidates.read("candidates"), rewards.read("rewards"), corpus)
+    qrels, mined = prepare.read("qrels"), candidates.read("candidates")
+    documents = named_documents(prepare, qrels, mined, ["title", "text", "meta"])
+    pools = join_pools(qrels, mined, rewards.read("rewards"), documents)
     labelled = classifications(queries)
     seen = Counter[str]()
 
@@ -93,7 +94,7 @@ def run_group(config: Config, artifact: Artifact, prepare: Artifact, candidates:
             query,
             tasks.get(query["task"]),
             pools.get(query["query_id"]),
-            corpus,
+            documents,
             is_classification=query["dataset"] in labelled,
         )
         seen["documents_without_reward"] += without

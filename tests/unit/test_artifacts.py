@@ -1,9 +1,6 @@
 """An artifact exists whole or not at all, and its id names all that determines it."""
 
 import json
-import multiprocessing
-import os
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, locked, seed_of
-from llmr_ray.errors import DataError, LockedError
+from llmr_ray import artifacts
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
+from llmr_ray.errors import DataError
+from llmr_ray.schemas import table_of
 
 SPEC = ArtifactSpec(stage="demo", version=1, config={"a": 1, "b": [1, 2]}, inputs={"data": "f00"})
 
@@ -102,6 +101,29 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     assert first.require()["files"] == second.require()["files"]
 
 
+def test_rows_by_id_are_those_of_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a document lost at the border of two batches, parts or row groups, and another order than the table's."""
+    monkeypatch.setattr(artifacts, "BATCH_ROWS", 3)
+    artifact = Artifact(tmp_path, SPEC)
+    artifact.begin()
+    rows = [
+        {"doc_id": f"d{number:02}", "pool": "a", "position": number, "task": "qa", "text": f"text {number}"}
+        for number in range(20)
+    ]
+    for shard, part in enumerate((rows[:8], rows[8:])):
+        artifact.write_shard(shard, {"corpus": table_of("corpus", part)}, Counts(rows_in=len(part), ok=len(part)))
+    artifact.commit(2, seconds=1.0)
+    whole = artifact.read("corpus").to_pylist()
+    for ids in ([], ["d07"], ["d08", "d07", "d07", "none"], [row["doc_id"] for row in rows]):
+        wanted = [row for row in whole if row["doc_id"] in ids]
+        assert artifact.read("corpus", ids=ids).to_pylist() == wanted
+        texts = artifact.read("corpus", ids=ids, columns=["text"])
+        assert texts.to_pylist() == [{"text": row["text"]} for row in wanted]
+        assert texts.schema.equals(artifact.read("corpus", columns=["text"]).schema)
+    with pytest.raises(DataError, match="no columns \\['txet'\\]"):
+        artifact.read("corpus", columns=["txet"])
+
+
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     """Temporary files of killed runs would pile up until the disk is full."""
     artifact = Artifact(tmp_path, SPEC)
@@ -111,39 +133,6 @@ def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     (stale / "things-00000.parquet.tmp-abc").write_bytes(b"half")
     artifact.begin()
     assert not list(artifact.path.rglob("*.tmp-*"))
-
-
-def _hold(folder: str, ready: "multiprocessing.synchronize.Event") -> None:
-    with locked(Path(folder)):
-        ready.set()
-        time.sleep(60)
-
-
-def test_second_writer_is_told_who_owns_the_folder(tmp_path: Path) -> None:
-    """Two runs on one artifact interleave silently; the second must stop, and take over once the first is dead."""
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    owner = context.Process(target=_hold, args=(str(tmp_path), ready))
-    owner.start()
-    assert ready.wait(30)
-    with pytest.raises(LockedError, match=str(owner.pid)), locked(tmp_path):
-        pass
-    owner.kill()
-    owner.join()
-    with locked(tmp_path):
-        assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
-    assert not (tmp_path / "LOCK").exists()
-
-
-def test_lock_of_a_silent_host_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that died cannot remove its lock; its heartbeat tells."""
-    (tmp_path / "LOCK").write_text('{"host":"elsewhere","pid":1,"since":"then"}')
-    with pytest.raises(LockedError, match="elsewhere"), locked(tmp_path):
-        pass
-    os.utime(tmp_path / "LOCK", (0, 0))
-    with locked(tmp_path):
-        pass
-    monkeypatch.undo()
 
 
 def test_seeds_are_the_same_everywhere() -> None:

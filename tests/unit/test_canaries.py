@@ -71,14 +71,14 @@ def test_only_the_attack_that_works_counts_as_one(config):
 
 def test_a_canary_differs_from_its_passage_by_the_words_alone(config):
     prepare, _ = make_world(config.runtime.artifact_root, 8)
-    jobs = canary_jobs(config, *(prepare.read(name) for name in ("queries", "corpus", "qrels")))
+    jobs = canary_jobs(config, prepare)
     assert {attack for _, attack in jobs} == set(ATTACKS)
     for (_, attack), job in jobs.items():
         plain, canary = job.documents
         words = ATTACKS[attack].replace("{question}", job.query["query"])
         assert canary["text"] == f"{words} {plain['text']}"
         assert job.query["targets"] == []
-    again = canary_jobs(config, *(prepare.read(name) for name in ("queries", "corpus", "qrels")))
+    again = canary_jobs(config, prepare)
     assert again == jobs
 
 

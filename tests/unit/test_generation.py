@@ -217,15 +217,14 @@ def test_prompts_show_training_questions_alone(tmp_path, prepare, demonstrations
 
 def test_documents_are_drawn_by_seed_and_id(tmp_path, prepare):
     """Fewer documents are the first of more; each is asked about under a seed of its own and of the run."""
-    corpus = prepare.read("corpus")
     few, more = (
-        [row["doc_id"] for row in drawn_documents(config_of(tmp_path, num_documents=number), "qa", corpus)]
+        [row["doc_id"] for row in drawn_documents(config_of(tmp_path, num_documents=number), "qa", prepare)]
         for number in (4, 100)
     )
     assert few == more[:4]
     assert sorted(more) == [f"main:{n}" for n in range(len(TOWNS))]
     other = dataclasses.replace(config_of(tmp_path, num_documents=4), seed=7)
-    assert [row["doc_id"] for row in drawn_documents(other, "qa", corpus)] != few
+    assert [row["doc_id"] for row in drawn_documents(other, "qa", prepare)] != few
     seeds = []
     for seed in (42, 7):
         client = ScriptedClient(SAYS)

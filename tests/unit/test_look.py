@@ -8,6 +8,7 @@ import pytest
 
 from llmr_ray.evaluation import look
 from llmr_ray.schemas import table_of
+from tests.feedback_world import make_artifact
 
 
 def tables(num_queries=6):
@@ -33,15 +34,20 @@ def tables(num_queries=6):
     return [table_of(name, rows) for name, rows in made]
 
 
+def prepared(root):
+    """`tables` as prepare leaves them."""
+    return make_artifact(root, "prepare", dict(zip(("queries", "corpus", "qrels"), tables(), strict=True)))
+
+
 def encode(texts, task, side):
     """Any unit vectors that depend on everything."""
     rows = [np.random.default_rng(abs(hash((text, task, side))) % 2**32).normal(size=8) for text in texts]
     return np.asarray([row / np.linalg.norm(row) for row in rows], np.float32)
 
 
-def test_means_equal_a_loop_over_queries():
+def test_means_equal_a_loop_over_queries(tmp_path):
     """Prevents documents outside a query's history from being found, and labels that point to other rows."""
-    sets = look.look_sets(*tables(), 100)
+    sets = look.look_sets(prepared(tmp_path), 100)
     assert [of.dataset for of in sets] == ["chat-set", "qa-set"]
     queries, corpus, qrels = (table.to_pylist() for table in tables())
     gold = {row["query_id"]: row["doc_id"] for row in qrels}
@@ -61,9 +67,9 @@ def test_means_equal_a_loop_over_queries():
         assert found[of.dataset] == pytest.approx(np.mean(values), abs=1e-6)
 
 
-def test_a_look_is_small_whatever_the_data(monkeypatch):
+def test_a_look_is_small_whatever_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(look, "POOL_DOCUMENTS", 5)
-    of = look.look_sets(*tables(), 3)[1]
+    of = look.look_sets(prepared(tmp_path), 3)[1]
     assert len(of.queries) == 3
     assert 5 <= len(of.documents) <= 8  # those drawn and the gold ones
     assert all(of.qrels[query_id] for query_id in of.query_ids)

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llmr_ray import durable
-from llmr_ray.artifacts import locked
 from llmr_ray.feedback import export
 from llmr_ray.feedback.scores_cli import app
 from llmr_ray.feedback.store import Answer, LLMStore
+from llmr_ray.locks import locked
 
 KEYS = [bytes([97 * number % 256]) * 32 for number in range(12)]
 

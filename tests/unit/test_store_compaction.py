@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from llmr_ray.artifacts import locked
 from llmr_ray.errors import DataError, LockedError
 from llmr_ray.feedback import compaction, segments, store
 from llmr_ray.feedback.compaction import compact
 from llmr_ray.feedback.store import Answer, LLMStore
+from llmr_ray.locks import locked
 
 KEYS = [bytes([number]) * 32 for number in range(30)]
 
