@@ -55,10 +55,9 @@ class Served:
 
     def ask(self) -> tuple[int, float]:
         """Status and milliseconds of one request; 0: no answer."""
-        request = urllib.request.Request(self.url, json.dumps(BODY).encode(), {"content-type": "application/json"})
         started = time.perf_counter()
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with self._asked() as reply:
                 reply.read()
                 status = int(reply.status)
         except urllib.error.HTTPError as error:
@@ -66,6 +65,16 @@ class Served:
         except OSError:
             status = 0
         return status, 1e3 * (time.perf_counter() - started)
+
+    def snapshot(self) -> str:
+        """Which one answers."""
+        with self._asked() as reply:
+            shown: str = json.load(reply)["index_snapshot"]
+        return shown
+
+    def _asked(self) -> Any:
+        request = urllib.request.Request(self.url, json.dumps(BODY).encode(), {"content-type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60)
 
     def load(self, connections: int, seconds: float) -> dict[str, Any]:
         """What wrk sees; see wrk.ask."""
@@ -165,10 +174,8 @@ def swap(served: Served, options: argparse.Namespace) -> dict[str, Any]:
     timer.start()
     loaded, probe = probed(served, lambda: served.load(4, 12))
     timer.join()
-    request = urllib.request.Request(served.url, json.dumps(BODY).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        shown = json.load(reply)["index_snapshot"]
     failures = loaded["busy"] + loaded["other"] + loaded["broken"]
+    is_changed = [served.snapshot()] == changed
     ratio = probe["p99_ms"] / calm[1]["p99_ms"]
     return {
         "calm": calm[0],
@@ -177,7 +184,7 @@ def swap(served: Served, options: argparse.Namespace) -> dict[str, Any]:
         "prober_swapping": probe,
         "failures": failures,
         "p99_ratio": ratio,
-        "is_met": bool(not failures and set(probe["statuses"]) == {"200"} and [shown] == changed and ratio <= 2),
+        "is_met": bool(not failures and set(probe["statuses"]) == {"200"} and is_changed and ratio <= 2),
     }
 
 

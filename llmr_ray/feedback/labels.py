@@ -15,7 +15,7 @@ from typing import Any
 
 from llmr_ray.feedback.requests import Segment
 
-LABELS_VERSION = 1
+LABELS_VERSION = 2
 """Raised whenever the prompt, the schema or a check changes; part of what determines llm_scores with labels."""
 
 SCORES = (0.0, 0.5, 1.0)
@@ -38,6 +38,10 @@ QUERY_TOKENS = 96
 
 FRAME_TOKENS = 168
 """About the tokens of the prompt's own words."""
+
+_SYNTAX = str.maketrans({"{": "(", "}": ")", "[": "(", "]": ")", '"': "'"})
+"""What passages show instead of the characters of ids and answers: one with an answer in it would be the last example
+that the LLM sees, and small ones copy it."""
 
 _ENTRY_TOKENS = 24
 """Room for what stands around an id's evidence and score."""
@@ -84,13 +88,15 @@ def label_segments(question: str, passages: Sequence[str], passage_tokens: int) 
 
     Args:
         question: as the query has it.
-        passages: shown under the ids of `passage_ids`, each as one line so that none can pass for two.
+        passages: shown under the ids of `passage_ids`, each as one line without brackets or double quotes, so that none
+            can pass for two or hold an answer.
         passage_tokens: each is cut to so many LLM tokens.
     """
     shown: list[Segment] = []
     for name, passage in zip(passage_ids(len(passages)), passages, strict=True):
         shown.append(Segment(text=f"\n[{name}] "))
-        shown.append(Segment(text=" ".join(passage.split()), trim_order=1, max_tokens=passage_tokens))
+        text = " ".join(passage.split()).translate(_SYNTAX)
+        shown.append(Segment(text=text, trim_order=1, max_tokens=passage_tokens))
     return (
         Segment(
             text="Judge how much each passage helps to answer the question. evidence: a few words copied from the "
