@@ -34,7 +34,7 @@ SHARD_ROWS = 2048
 """Rows of corpus or queries in one shard. It decides file boundaries, hence bytes, so it is no runtime setting."""
 
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 16_384
 """Rows that are read together where a table is not wanted as a whole. Bounds memory, changes no result."""
 
 GROUP_ROWS = {"corpus": 256}
