@@ -68,12 +68,12 @@ def run_leakage(config: Config, artifact: Artifact, prepare: Artifact) -> None:
     if num_shards == 1:
         # Of a small run comparing takes less time than starting an actor.
         for shard in pending:
-            LeakageWorker(artifact, prepare, compared).run(shard)
+            LeakageWorker(artifact, prepare, compared, SHARD_ROWS).run(shard)
     else:
         cluster.map_shards(
             pending,
             LeakageWorker,
-            {"artifact": artifact, "prepare": prepare, "compared": compared},
+            {"artifact": artifact, "prepare": prepare, "compared": compared, "shard_rows": SHARD_ROWS},
             num_actors=config.runtime.mine_actors,
             purpose="leakage",
         )
@@ -98,10 +98,10 @@ def pieces(prepare: Artifact) -> list[Piece]:
 
 
 class LeakageWorker:
-    """Compares shards: shard n is rows [n * SHARD_ROWS, (n + 1) * SHARD_ROWS) of all pieces in a row."""
+    """Compares shards: shard n is rows [n * shard_rows, (n + 1) * shard_rows) of all pieces in a row."""
 
-    def __init__(self, artifact: Artifact, prepare: Artifact, compared: list[Piece]) -> None:
-        self.artifact, self.prepare, self.compared = artifact, prepare, compared
+    def __init__(self, artifact: Artifact, prepare: Artifact, compared: list[Piece], shard_rows: int) -> None:
+        self.artifact, self.prepare, self.compared, self.shard_rows = artifact, prepare, compared, shard_rows
         queries = prepare.read("queries")
         self.probes = Probes(
             [
@@ -120,7 +120,7 @@ class LeakageWorker:
         """Compares one shard and commits it; returns its ledger record."""
         counts = Counts()
         rows: list[dict[str, Any]] = []
-        for table, batch in self._batches(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS):
+        for table, batch in self._batches(shard * self.shard_rows, (shard + 1) * self.shard_rows):
             counts.rows_in += batch.num_rows
             found = []
             for row in batch.to_pylist():

@@ -102,7 +102,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_rows_by_id_are_those_of_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a document lost at the border of two batches, parts or row groups, and another order than the table's."""
+    """Prevents a document lost at the border of two batches or parts, and another order than the table's."""
     monkeypatch.setattr(artifacts, "BATCH_ROWS", 3)
     artifact = Artifact(tmp_path, SPEC)
     artifact.begin()

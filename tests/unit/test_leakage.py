@@ -229,7 +229,7 @@ def test_shards_of_any_size_say_the_same(tmp_path, monkeypatch):
         monkeypatch.setattr(leakage_stage, "SHARD_ROWS", size)
         artifact = Artifact(tmp_path / str(size), leakage_stage.leakage_spec(prepare))
         artifact.begin()
-        worker = leakage_stage.LeakageWorker(artifact, prepare, pieces)
+        worker = leakage_stage.LeakageWorker(artifact, prepare, pieces, size)
         number = -(-13 // size)
         for shard in range(number):
             worker.run(shard)
