@@ -30,8 +30,9 @@ class Published:
     """A table of a paper.
 
     columns: name, data, task, measure, and n (test queries) and members (data sets of an average) where the source says
-    them. methods: row of the paper -> method of ours. figures: row of the paper -> a value for each column or None, on
-    the paper's scale. settings: a setting's path -> values that count as the paper's. train: data set -> its training
+    them. methods: row of the paper -> method of ours, where
+    round_2 is the second round's embedder also if that is the last one and called trained. figures: row of the paper ->
+    a value for each column or None, on the paper's scale. settings: a setting's path -> values that count as the paper's. train: data set -> its training
     queries. stand_ins: whether figures of other data of the same task may stand beside a column.
     """
 
@@ -129,7 +130,7 @@ def _beside(table: Published, config: Config, rows: Sequence[Row]) -> dict[str, 
                     "same_data": key == of_data and _same_members(column, config),
                     "n": max(row["n"] for row in by_column[key].values()),
                     "published_n": column.get("n"),
-                    "methods": _methods(table, place, by_column[key]),
+                    "methods": _methods(table, place, by_column[key], num_rounds=config.rounds),
                 }
             )
     told = differences(table, config)
@@ -148,11 +149,11 @@ def _beside(table: Published, config: Config, rows: Sequence[Row]) -> dict[str, 
     }
 
 
-def _methods(table: Published, place: int, ours: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """The rows of a column that the paper or the run has."""
-    result, told = result_of(ours), []
+def _methods(table: Published, place: int, ours: Mapping[str, Row], *, num_rounds: int) -> list[dict[str, Any]]:
+    """The rows of a column that the paper or the run has. The last round's embedder is the run's result."""
+    last, result, told = f"round_{num_rounds}", result_of(ours), []
     for name, method in table.methods.items():
-        method = result if method == "trained" else method
+        method = result if method in ("trained", last) else method
         row, value = ours.get(method), table.figures[name][place]
         if row is None and value is None:
             continue

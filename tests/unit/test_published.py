@@ -144,6 +144,22 @@ def test_percent_and_fractions_are_on_one_scale():
     ]
 
 
+def test_a_round_stands_beside_the_same_round_of_the_paper():
+    """The embedder of a single round is compared with the first iteration, not with the second."""
+    config = Config(report=ReportConfig(reproduces=["llm_r_table_10"]), datasets={"piqa": DatasetConfig(task="icl")})
+
+    def ours(rounds, means):
+        rows = [row("piqa", "icl", method, "accuracy", mean) for method, mean in means.items()]
+        (table,) = beside_published(replace(config, rounds=rounds), rows)
+        (figure,) = [figure for figure in table["figures"] if figure["column"] == "PIQA"]
+        return {told["published_method"]: told["ours"] for told in figure["methods"] if told["ours"] is not None}
+
+    assert ours(1, {"trained": 0.5}) == {"LLM-R it 1": 50.0}
+    assert ours(2, {"round_1": 0.25, "trained": 0.5}) == {"LLM-R it 1": 25.0, "LLM-R it 2": 50.0}
+    rounds = {"round_1": 0.25, "round_2": 0.375, "round_3": 0.5, "trained": 0.625}
+    assert list(ours(4, rounds).values()) == [25.0, 37.5, 50.0], "the paper has no fourth"
+
+
 def test_differences_are_read_off_the_configuration():
     """Reasons in free text are those that someone thought of."""
     table = published_tables()["llm_embedder_table_2"]
