@@ -30,10 +30,10 @@ class Published:
     """A table of a paper.
 
     columns: name, data, task, measure, and n (test queries) and members (data sets of an average) where the source says
-    them. methods: row of the paper -> method of ours, where
-    round_2 is the second round's embedder also if that is the last one and called trained. figures: row of the paper ->
-    a value for each column or None, on the paper's scale. settings: a setting's path -> values that count as the paper's. train: data set -> its training
-    queries. stand_ins: whether figures of other data of the same task may stand beside a column.
+    them. methods: row of the paper -> method of ours, where round_2 is the second round's embedder also if that is the
+    last one and called trained. figures: row of the paper -> a value for each column or None, on the paper's scale.
+    settings: a setting's path -> values that count as the paper's. train: data set -> its training queries. stand_ins:
+    whether figures of other data of the same task may stand beside a column.
     """
 
     name: str
