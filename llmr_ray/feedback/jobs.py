@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import seed_of
 from llmr_ray.config import Config, LLMConfig, TaskScore
+from llmr_ray.data.example_labels import classifications
 from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.rules import rule_of
@@ -57,12 +58,23 @@ class Job:
         return tuple(document for document, rule in zip(self.documents, self.rules, strict=True) if rule is None)
 
 
-def make_job(query: Row, documents: Sequence[Row], settings: TaskScore, llm: LLMConfig, seed: int) -> Job:
-    """A job."""
+def make_job(
+    query: Row,
+    documents: Sequence[Row],
+    settings: TaskScore,
+    llm: LLMConfig,
+    seed: int,
+    *,
+    is_classification: bool = False,
+) -> Job:
+    """A job; `is_classification` as for rules.rule_of."""
     return Job(
         query=query,
         documents=tuple(documents),
-        rules=tuple(rule_of(settings, query, document, place) for place, document in enumerate(documents)),
+        rules=tuple(
+            rule_of(settings, query, document, place=place, is_classification=is_classification)
+            for place, document in enumerate(documents)
+        ),
         settings=settings,
         target=desired_output(query, settings, seed),
         max_candidate_tokens=llm.max_candidate_tokens,
@@ -107,6 +119,9 @@ class ScoreJobs:
         self.tasks = feedback_tasks(config)
         self.llm, self.seed = config.llm, config.seed
         self.queries, self.corpus = queries, corpus
+        self._labelled = (
+            classifications(queries) if any(task.same_label for task in self.tasks.values()) else set[str]()
+        )
         query_row = _rows_of(candidates["query_id"], queries["query_id"], "query")
         tasks = queries["task"].combine_chunks().take(query_row)
         candidates = candidates.filter(pc.is_in(tasks, value_set=pa.array(list(self.tasks), pa.string())))
@@ -158,7 +173,11 @@ class ScoreJobs:
         jobs = []
         for query, start, stop in zip(queries, bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True):
             settings = self.tasks[query["task"]]
-            jobs.append(make_job(query, documents[start:stop], settings, self.llm, self.seed))
+            is_classification = query["dataset"] in self._labelled
+            job = make_job(
+                query, documents[start:stop], settings, self.llm, self.seed, is_classification=is_classification
+            )
+            jobs.append(job)
         return jobs
 
 

@@ -16,7 +16,7 @@ from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback.requests import Segment
 
-PROMPTS_VERSION = 1
+PROMPTS_VERSION = 2
 """Raised whenever a template, its trimming or its stop strings change; part of what determines llm_scores."""
 
 EXAMPLE_END = {"llm_embedder": "\n", "llm_r": "\n\n"}
@@ -61,7 +61,9 @@ def feedback_segments(
         ConfigError: the task has no template (tools are trained on labels, methods.md A.4.2).
     """
     text = "" if doc_row is None else candidate_text(task, doc_row)
-    candidate = Segment(text=text, trim_order=_CANDIDATE, max_tokens=max_candidate_tokens)
+    # An example's answer stands at its end: what is left of it must be that.
+    side = "left" if task == "icl" else "right"
+    candidate = Segment(text=text, trim_order=_CANDIDATE, trim_side=side, max_tokens=max_candidate_tokens)
     # Cut on the left: the question itself stands at the end of a query that carries its history.
     query = Segment(text=_exact(task, query_row["query"]), trim_order=_QUERY, trim_side="left")
     shown: tuple[Segment, ...] = ()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmr_ray.config import TaskScore
-from llmr_ray.data.example_tasks import TASKS, owner_of, pool_of
+from llmr_ray.data.example_labels import has_other_label, is_own_example
 
 OTHER_TASK = "other_task"
 OTHER_LABEL = "other_label"
@@ -20,26 +20,31 @@ RULES = frozenset({OTHER_TASK, OTHER_LABEL, FURTHER})
 """Reasons for a pair without a score that are no failures."""
 
 
-def rule_of(settings: TaskScore, query: Mapping[str, Any], document: Mapping[str, Any], place: int = 0) -> str | None:
+def rule_of(
+    settings: TaskScore,
+    query: Mapping[str, Any],
+    document: Mapping[str, Any],
+    *,
+    place: int = 0,
+    is_classification: bool = False,
+) -> str | None:
     """The rule by which a candidate ranks below all scored ones; None where the LLM is to be asked.
 
-    The rules do not add up: a label is compared only within a task (methods.md I.18). An example's label is its last
-    line, because its input may have several.
+    The rules do not add up: a label is compared only within a task (methods.md I.18).
 
     Args:
         settings: of the query's task.
         query: a row of `queries`.
-        document: a row of `corpus`; `dataset` in its meta names the task that it is an example of.
+        document: a row of `corpus`.
         place: of the candidate among those of the query, from 0.
+        is_classification: whether the query's answer is a label (example_labels.classifications).
     """
     if settings.num_first and place >= settings.num_first:
         return FURTHER
     if not (settings.same_task or settings.same_label):
         return None
-    own = pool_of(query["dataset"])
-    if owner_of(document["meta"]) != own:
+    if not is_own_example(document, query):
         return OTHER_TASK if settings.same_task else None
-    is_classification = own in TASKS and TASKS[own].kind == "labels"
-    if settings.same_label and is_classification and document["text"].rsplit("\n", 1)[-1] != query["targets"][0]:
+    if settings.same_label and is_classification and has_other_label(document, query):
         return OTHER_LABEL
     return None

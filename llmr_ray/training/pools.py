@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, Counts
 from llmr_ray.config import TaskConfig
-from llmr_ray.data.example_tasks import owner_of
+from llmr_ray.data.example_labels import has_other_label, is_own_example
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
 from llmr_ray.frames import PAIR, frame_of
@@ -63,27 +63,6 @@ def join_pools(
     return {row["query_id"]: row for row in grouped.iter_rows(named=True)}
 
 
-def classifications(queries: pa.Table) -> set[str]:
-    """The data sets whose queries all have the same options: their answers are labels."""
-    columns = frame_of(queries, ["dataset", "options"])
-    options = pl.col("options")
-    of_set = columns.group_by("dataset").agg(one=options.n_unique() == 1, given=options.is_not_null().all())
-    return set(of_set.filter(pl.col("one") & pl.col("given"))["dataset"])
-
-
-def has_label(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
-    """Whether a document is an example of the query's own data set and right option, its last line (methods.md B.4).
-
-    Args:
-        document: title, text and meta of a row of the corpus; `meta` names the data set it was made from.
-        query: a row of the queries of a classification.
-    """
-    label = str(query["options"][query["gold_option"]]).strip()
-    return bool(
-        owner_of(document["meta"]) == query["dataset"] and document["text"].rpartition("\n")[2].strip() == label
-    )
-
-
 def pool_of(docs: list[str], roles: list[str], rewards: list[float | None] | None) -> Pool:
     """The pool of a row of the groups table."""
     keys = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
@@ -130,7 +109,7 @@ def group_row(
     gold = [found["reward"][n] == 1 if by_llm else found["gold"][n] and task.group.with_gold for n in places]
     bars = is_classification and not task.group.same_label_negatives and query["gold_option"] is not None
     roles = [
-        GOLD if is_gold else SAME_LABEL if bars and has_label(document, query) else CANDIDATE
+        GOLD if is_gold else SAME_LABEL if bars and _has_its_label(document, query) else CANDIDATE
         for is_gold, document in zip(gold, documents, strict=True)
     ]
     reason = reject_reason(
@@ -146,6 +125,10 @@ def group_row(
     row |= {"doc_ids": [found["doc_id"][n] for n in places], "docs": docs, "roles": roles, "rewards": rewards}
     row["weights"] = _weights([found["source"][n] for n in places], task.group.pseudo_weight) if needs_rewards else None
     return row, without
+
+
+def _has_its_label(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
+    return is_own_example(document, query) and not has_other_label(document, query)
 
 
 def _weights(sources: list[str | None], pseudo_weight: float) -> list[float] | None:

@@ -15,12 +15,13 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import SHARD_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, TaskConfig, identity, later_identity, question_tasks, training_seed
+from llmr_ray.data.example_labels import classifications
 from llmr_ray.errors import ConfigError
 from llmr_ray.precision import training_precision
 from llmr_ray.training import running
 from llmr_ray.training.bi_encoder import EmbedderRecipe, instructions_of
 from llmr_ray.training.groups import SAME_LABEL
-from llmr_ray.training.pools import classifications, group_row, join_pools, named_documents, write_groups
+from llmr_ray.training.pools import group_row, join_pools, named_documents, write_groups
 
 GROUP_VERSION = 4
 TRAIN_VERSION = 5

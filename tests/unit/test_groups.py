@@ -12,7 +12,7 @@ from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskSc
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.schemas import table_of
 from llmr_ray.training.groups import Pool, in_batch_negatives, pool_rewards, reject_reason, sample
-from llmr_ray.training.pools import classifications, group_row, has_label, join_pools
+from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.stage import group_spec, run_group, training_tasks
 
 
@@ -253,31 +253,6 @@ def test_barred_documents_may_be_positives_but_no_negatives():
         draw(everything, positive="teacher")
     all_but_the_best = dataclasses.replace(plain, is_barred=np.array([False, True, True, True, True]))
     assert reject_reason(all_but_the_best, **settings) == "no_negative"
-
-
-def test_classifications_have_the_same_options_everywhere():
-    """Prevents questions with options of their own from being taken for labels."""
-    queries = pa.table(
-        {
-            "dataset": ["a", "a", "b", "b", "c", "d", "d"],
-            "options": [["No", "Yes"], ["No", "Yes"], ["x", "y"], ["y", "z"], None, ["p", "q"], None],
-        }
-    )
-    assert classifications(queries) == {"a"}
-
-
-def test_same_label_is_the_last_line_of_an_example_of_the_same_data_set():
-    """Prevents a label word in another task's example, or within the text, from counting (methods.md I.18, I.19)."""
-    query = {"dataset": "rte", "options": ["No", "Yes"], "gold_option": 1}
-
-    def label(text, meta='{"dataset": "rte"}'):
-        return has_label({"text": text, "meta": meta}, query)
-
-    assert label("Is it?\nYes")
-    assert not label("Is it?\nNo")
-    assert not label("Yes\nNo")
-    assert not label("Is it?\nYes", '{"dataset": "snli"}')
-    assert not label("Is it?\nYes", None)
 
 
 @pytest.mark.parametrize(

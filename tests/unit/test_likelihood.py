@@ -10,6 +10,7 @@ from llmr_ray.feedback import chunks
 from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine, silent_ids
 from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
+from llmr_ray.feedback.prompts import feedback_segments
 from llmr_ray.feedback.requests import LLMRequest, Segment
 from llmr_ray.feedback.store import LLMStore
 from tests.tiny_llm import TEXT, make_tokenizer, save_model
@@ -109,6 +110,18 @@ def test_segments_own_limit(tokenizer):
     kept = tokenizer.decode(fitted.prompt_ids).removesuffix("\nQ:")
     assert TEXT.startswith(kept)
     assert len(tokenizer(kept)["input_ids"]) == 5
+
+
+@pytest.mark.parametrize("layout", ["llm_embedder", "llm_r"])
+def test_an_example_that_is_cut_keeps_its_answer(tokenizer, layout):
+    """Prevents long examples (a text and its summary) from being judged by their input alone (methods.md B.4)."""
+    document = {"text": f"{TEXT}\nIn short: the sea.", "continuation": None}
+    segments = feedback_segments("icl", {"query": "What?"}, document, max_candidate_tokens=12, layout=layout)
+    fitted = fit(tokenizer, request(*segments), "Paris")
+    assert fitted.truncated
+    prompt = tokenizer.decode(fitted.prompt_ids)
+    assert TEXT[:20] not in prompt
+    assert "In short: the sea.\n" in prompt
 
 
 def test_prompt_of_a_target_does_not_depend_on_its_company(tokenizer):

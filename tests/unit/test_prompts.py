@@ -56,7 +56,7 @@ def test_candidate_is_cut_first_then_context_then_query(task):
     segments = feedback_segments(task, QUERY, DOCUMENT, max_candidate_tokens=7)
     order = [s for s in sorted(segments, key=lambda s: s.trim_order) if s.trim_order]
     assert order[0].text.strip() == DOCUMENT["text"].strip()
-    assert (order[0].max_tokens, order[0].trim_side) == (7, "right")
+    assert (order[0].max_tokens, order[0].trim_side) == (7, "left" if task == "icl" else "right")
     assert order[-1].text.strip() == "who wrote it?"
     assert order[-1].trim_side == "left"
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from llmr_ray.config import LLMConfig, TaskScore
+from llmr_ray.config import Config, DatasetConfig, LLMConfig, TaskConfig, TaskScore
 from llmr_ray.errors import DataError
-from llmr_ray.feedback.jobs import make_job
+from llmr_ray.feedback.jobs import ScoreJobs, make_job
 from llmr_ray.feedback.rewards import distinct_draws, likelihood, rank_of, rank_reward, reward_rows
 from llmr_ray.feedback.rules import FURTHER, OTHER_LABEL, OTHER_TASK, rule_of
 from llmr_ray.schemas import table_of
@@ -129,14 +129,43 @@ def test_documents_judged_by_a_rule_rank_below_all_scored_ones():
         ("rte", None, "P\nYes", {"same_task": True}, OTHER_TASK),
         ("rte", "snli", "P\nNo", {}, None),
         ("mnli_m", "mnli", "P\nYes", {"same_task": True, "same_label": True}, None),
-        ("arc_e", "arc_e", "P\nanother", {"same_task": True, "same_label": True}, None),
-        ("mine", "mine", "P\nanother", {"same_task": True, "same_label": True}, None),
+        ("mine", "mine", "P\nNo", {"same_task": True, "same_label": True}, OTHER_LABEL),
     ],
 )
 def test_rules_compare_tasks_and_then_the_labels_of_classifications(dataset, of, text, settings, expected):
-    """Options differ from row to row: only where labels are a task's own words does another one mean "worse"."""
+    """Only where labels are the words of all questions does another one mean "worse"."""
     document = {"text": text, "meta": None if of is None else json.dumps({"dataset": of})}
-    assert rule_of(TaskScore(**settings), {"dataset": dataset, "targets": ["Yes"]}, document) == expected
+    query = {"dataset": dataset, "options": ["No", "Yes"], "gold_option": 1}
+    assert rule_of(TaskScore(**settings), query, document, is_classification=True) == expected
+    of_task = None if expected == OTHER_LABEL else expected
+    assert rule_of(TaskScore(**settings), query, document, is_classification=False) == of_task
+
+
+def test_a_data_set_of_the_user_s_own_is_a_classification_by_its_options():
+    """Prevents the LLM from being paid for examples of wrong labels where a data set is not in the task table."""
+
+    def query(name, number, options):
+        row = dict.fromkeys(("context", "meta", "history_end"))
+        row |= {"query_id": f"{name}-{number}", "task": "icl", "dataset": name, "split": "train", "query": "w"}
+        return row | {"targets": [options[0]], "options": options, "gold_option": 0, "pool": "icl"}
+
+    queries = [query("intents", n, ["buy", "ask"]) for n in range(2)]
+    queries += [query("quiz", n, [f"one {n}", f"two {n}"]) for n in range(2)]
+    documents = [
+        {"doc_id": f"{name}-{word}", "pool": "icl", "position": place, "task": "icl", "title": None}
+        | {"text": f"x\n{word}", "continuation": None, "meta": json.dumps({"dataset": name})}
+        for place, (name, word) in enumerate([("intents", "buy"), ("intents", "ask"), ("quiz", "ask")])
+    ]
+    named = {"intents": ("intents-buy", "intents-ask"), "quiz": ("quiz-ask",)}
+    mined = [
+        {"query_id": row["query_id"], "doc_id": doc_id, "source": "bm25", "rank": place, "retrieval_score": 1.0}
+        for row in queries
+        for place, doc_id in enumerate(named[row["dataset"]])
+    ]
+    settings = TaskScore(feedback="likelihood", prompt="llm_r", same_task=True, same_label=True)
+    config = Config(tasks={"icl": TaskConfig(score=settings)}, datasets={"intents": DatasetConfig(task="icl")})
+    jobs = ScoreJobs(config, table_of("queries", queries), table_of("corpus", documents), table_of("candidates", mined))
+    assert [job.rules for job in jobs.of_shard(0)] == [(None, OTHER_LABEL)] * 2 + [(None,)] * 2
 
 
 def test_the_llm_is_asked_about_the_first_candidates_alone():
