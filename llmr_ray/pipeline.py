@@ -76,8 +76,10 @@ class Pipeline:
 
     def costs(self) -> list[TaskCost]:
         """The LLM work of writing questions, and of scoring by task and round: exact once candidates are mined, else an
-        upper bound."""
+        upper bound. An annotator that is no LLM costs nothing."""
         result = [] if self.prepared.is_done else planning.question_costs(self.config)
+        if not self.config.labeling.asks_llm:
+            return result
         for number in range(1, self.config.rounds + 1):
             for name, client in self.scorers.items():
                 if self._of_round(scoring_stage(name), number).is_done:
@@ -111,6 +113,11 @@ class Pipeline:
         costs = self.costs()
         _print_costs(self.console, self.config, costs, exact=self.is_mined)
         if probe:
+            if not self.config.labeling.asks_llm:
+                raise ConfigError(
+                    f"labeling.annotator is {self.config.labeling.annotator}, so no LLM is asked about pairs, whose "
+                    "speed a probe would measure. Run without --probe."
+                )
             work = self._work(1)
             if work is None:
                 raise ConfigError(

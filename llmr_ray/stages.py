@@ -189,7 +189,7 @@ class StagePlan:
             scores = self._add("score", labeling.gold_spec(config, **of), labeling.run_gold, **of)
         else:
             scores = self._scored(partial(feedback.run_score, table="asked"), of)
-        of = {**round_of, "selected": selected, "llm_scores": scores}
+        of = {**round_of, "embeddings": miner.embeddings, "selected": selected, "llm_scores": scores}
         self._labels = self._add("label", labeling.label_spec(config, **of), labeling.run_label, **of)
         of = {"prepare": self.prepare, "candidates": selected, "rewards": self._labels}
         return self._add("group", training.group_spec(config, **of), training.run_group, **of)

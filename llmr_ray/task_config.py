@@ -169,6 +169,11 @@ class TaskTrain:
         return self._weights_on_rewards > 0 or by_reward
 
     @property
+    def has_graded_labels(self) -> bool:
+        """Whether a loss takes the rewards as graded labels: above 0 is relevant to some degree (C.3)."""
+        return self.listwise_weight + self.pairwise_weight > 0
+
+    @property
     def has_loss(self) -> bool:
         """Whether any term of the loss has weight."""
         return self.contrastive_weight + self.full_contrastive_weight + self._weights_on_rewards > 0

@@ -7,7 +7,7 @@ Legend: N items (query-document pairs), A annotators, V distinct values.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,7 +33,7 @@ Annotations = Mapping[Pair, Mapping[str, float]]
 class Consensus:
     """What annotators hold together.
 
-    label: None where too few agree. share: of the weight that stands behind the leading label. votes: who said what.
+    label: None where too few agree. share: of the annotators that gave the leading label. votes: who said what.
     """
 
     label: float | None
@@ -208,29 +208,21 @@ def fooled_rates(canaries: pa.Table, *, samples: int, seed: int) -> list[dict[st
     return found
 
 
-def consensus(
-    said: Mapping[str, float], *, weights: Mapping[str, float] | None = None, min_agreement: float = 0.5
-) -> Consensus:
-    """The label with the most weight behind it; of equal ones the lowest, because a wrong positive does more harm.
+def consensus(said: Mapping[str, float], *, min_agreement: float = 0.5) -> Consensus:
+    """The label that most annotators gave; of equal ones the lowest, because a wrong positive does more harm.
 
     Args:
         said: labels of one pair by annotator; at least one.
-        weights: by annotator; 1 for those without one.
-        min_agreement: share of the weight that must stand behind the label.
+        min_agreement: share of the annotators that must have given the label.
 
     Raises:
-        DataError: nobody with any weight said anything.
+        DataError: nobody said anything.
     """
-    behind: dict[float, float] = defaultdict(float)
-    for name, label in said.items():
-        behind[label] += (weights or {}).get(name, 1.0)
-    total = sum(behind.values())
-    if total <= 0:
-        raise DataError(f"the annotators {sorted(said)} have no weight, so there is no consensus of theirs.")
-    most = max(behind.values())
-    # Sums of the same weights in another order differ in the last bits; they count as equal.
-    leading = min(label for label, weight in behind.items() if math.isclose(weight, most))
-    share = behind[leading] / total
+    if not said:
+        raise DataError("no annotator gave a label, so there is no consensus of theirs.")
+    behind = Counter(said.values())
+    leading = min(behind, key=lambda label: (-behind[label], label))
+    share = behind[leading] / len(said)
     is_enough = share >= min_agreement or math.isclose(share, min_agreement)
     return Consensus(label=leading if is_enough else None, share=share, votes=dict(said))
 

@@ -127,6 +127,13 @@ LEAKS = {
 }
 """What the page calls the kinds of copies."""
 
+LEAK_PLACES = {
+    "training": "among training queries",
+    "documents": "among examples that may be retrieved",
+    "passages": "among the documents that they are to find (no leak by itself)",
+}
+"""Where the terminal says that copies are, by the part of the figures."""
+
 REMOVED = ("duplicate_of_test", "example_of_held_out_query")
 """What `prepare` leaves out so that no test query is learned: reasons of its accounting."""
 
@@ -193,12 +200,11 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
-    for where in ("training", "documents"):
+    for where, place in LEAK_PLACES.items():
         for row in results.get("leakage", {}).get(where, []):
             if row["kinds"]:
                 told = ", ".join(f"{count} {LEAKS[kind].lower()}" for kind, count in row["kinds"].items())
-                place = "training queries" if where == "training" else "examples that may be retrieved"
-                console.print(f"{row['dataset']}: of {row['n']} test queries among {place}: {told}")
+                console.print(f"{row['dataset']}: of {row['n']} test queries {place}: {told}")
     for row in results.get("questions", []):
         dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "
@@ -206,16 +212,25 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
-    """Who labelled what how in the last round: query_id, doc_id, annotator, label. None where nobody labelled."""
+    """Who labelled what how: query_id, doc_id, annotator, label. None where nobody labelled.
+
+    Where labels are made in rounds, those of all rounds; but of several annotators, and without rounds, what they said
+    of the last round's pairs.
+    """
     scores = artifacts.get("llm_scores")
     if scores is None:
         return None
     if "annotations" in scores.require()["rows"]:
-        return scores.read("annotations")
-    labels = scores.read("llm_scores")
-    labels = labels.filter(pc.equal(labels["kind"], "label")).select(["query_id", "doc_id", "label"])
-    name = pa.array(["llm"] * labels.num_rows, pa.string())
-    return labels.append_column("annotator", name) if labels.num_rows else None
+        said = scores.read("annotations")
+    elif "labels" in artifacts:
+        labels = artifacts["labels"].read("labels")
+        labels = labels.filter(pc.not_equal(labels["source"], "retriever"))
+        said = labels.select(["query_id", "doc_id", "label", "source"]).rename_columns({"source": "annotator"})
+    else:
+        labels = scores.read("llm_scores")
+        labels = labels.filter(pc.equal(labels["kind"], "label")).select(["query_id", "doc_id", "label"])
+        said = labels.append_column("annotator", pa.array(["llm"] * labels.num_rows, pa.string()))
+    return said if said.num_rows else None
 
 
 def labels_told(told: dict[str, Any]) -> dict[str, Any]:
@@ -231,15 +246,16 @@ def labels_told(told: dict[str, Any]) -> dict[str, Any]:
             )
             for label in (1.0, 0.5, 0.0, None)
         }
-        for source in ("llm", "retriever")
+        for source in (told["annotator"], "retriever")
     }
     precision = {(row["source"], row["label"]): row["precision"] for row in told["quality"]}
     calibration = told["calibration"] or {}
+    same = ("round", "annotator", "calls", "spent", "pairs", "thresholds", "ndcg_before", "ndcg", "audit", "stop")
     return {
-        **{name: told[name] for name in ("round", "calls", "spent", "thresholds", "ndcg", "audit", "stop")},
-        "llm": by_source["llm"],
+        **{name: told[name] for name in same},
+        "labels": by_source[told["annotator"]],
         "pseudo": by_source["retriever"],
-        "right": {source: [precision.get((source, label)) for label in (1.0, 0.0)] for source in by_source},
+        "right": [[precision.get((source, label)) for label in (1.0, 0.0)] for source in by_source],
         "ece": calibration.get("ece"),
         "notes": calibration.get("notes", []),
     }

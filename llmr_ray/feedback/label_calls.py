@@ -165,9 +165,9 @@ def _judged(job: Job, votes: Sequence[Said | str], passage: str, gold: Sequence[
     rejected = next((vote for vote in votes if isinstance(vote, str)), None)
     if rejected is not None:
         return rejected
-    check = job.settings.check_evidence
+    chars, check = job.settings.evidence_chars, job.settings.check_evidence
     said = [vote for vote in votes if isinstance(vote, Said)]
-    return labels.combined([labels.checked(vote, passage, gold, check_evidence=check) for vote in said])
+    return labels.combined([labels.checked(vote, passage, gold, chars, check_evidence=check) for vote in said])
 
 
 def _reading(answers: Sequence[LLMResult]) -> dict[str, Any]:

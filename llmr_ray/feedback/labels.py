@@ -151,7 +151,9 @@ def parse_answer(text: str, count: int) -> dict[str, Said | str]:
     return {name: _said(entries[name]) if name in entries else NO_ENTRY for name in ids}
 
 
-def checked(said: Said, passage: str, gold_answers: Sequence[str], *, check_evidence: bool = True) -> Label:
+def checked(
+    said: Said, passage: str, gold_answers: Sequence[str], evidence_chars: int, *, check_evidence: bool = True
+) -> Label:
     """The label that the evidence bears.
 
     A score above 0 loses 0.5 where the evidence is empty or not in the passage (its words one after the other, or 80%
@@ -161,10 +163,11 @@ def checked(said: Said, passage: str, gold_answers: Sequence[str], *, check_evid
         said: by the LLM.
         passage: whole, also where the LLM saw less of it.
         gold_answers: what `gold_answers` gives.
+        evidence_chars: that the schema allowed.
         check_evidence: False leaves a score as it is whatever was quoted for it.
     """
     score, flags = said.score, []
-    if check_evidence and score > 0 and not is_quoted(said.evidence, passage):
+    if check_evidence and score > 0 and not is_quoted(said.evidence, passage, evidence_chars):
         score -= 0.5
         flags.append(NOT_QUOTED)
     if score == 1 and gold_answers and not any(holds_answer(text, gold_answers) for text in (passage, said.evidence)):
@@ -189,13 +192,15 @@ def holds_answer(text: str, answers: Sequence[str]) -> bool:
     return any(f" {' '.join(_words(answer))} " in words for answer in answers)
 
 
-def is_quoted(evidence: str, passage: str) -> bool:
-    """Whether the evidence is a quote: its words stand in the passage in a row (the last may be cut, as the schema may
-    have done), or at least 80% of them stand there at all. Case, punctuation and white space do not count."""
+def is_quoted(evidence: str, passage: str, evidence_chars: int) -> bool:
+    """Whether the evidence is a quote: its words stand in the passage in a row, or at least 80% of them stand there at
+    all. Case, punctuation and white space do not count. Where the evidence has as many characters as the schema allowed
+    its last word may be cut; in shorter evidence nothing has cut it, and "1" is no quote of "1815"."""
     quoted, words = _words(evidence), _words(passage)
     if not quoted:
         return False
-    if f" {' '.join(quoted)}" in f" {' '.join(words)}":
+    end = "" if len(evidence) >= evidence_chars else " "
+    if f" {' '.join(quoted)}{end}" in f" {' '.join(words)} ":
         return True
     return (Counter(quoted) & Counter(words)).total() >= _MIN_OVERLAP * len(quoted)
 

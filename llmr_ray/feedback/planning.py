@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 
-from llmr_ray.config import Config, TaskScore, question_tasks
+from llmr_ray.config import Config, LLMConfig, TaskScore, question_tasks
 from llmr_ray.feedback import labels
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
@@ -68,11 +68,13 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
         asked = min(mined, settings.num_candidates or mined, settings.num_first or mined)
         pairs = queries * asked
         if settings.feedback == "label":
-            tokens = queries * _labels(settings, asked, config.llm.max_candidate_tokens)
+            tokens = queries * _labels(settings, asked, candidate_tokens(config.llm))
         else:
-            prompt = config.llm.max_candidate_tokens + _QUERY_TOKENS
+            prompt = candidate_tokens(config.llm) + _QUERY_TOKENS
             tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
+    if not config.labeling.asks_llm:
+        return []
     return _within_calls(result, config.labeling) if config.labeling.enabled else result
 
 
@@ -85,12 +87,17 @@ def question_costs(config: Config) -> list[TaskCost]:
     for task, settings in question_tasks(config).items():
         documents = _question_documents(config, task)
         questions = documents * settings.per_document
-        passage = config.llm.max_candidate_tokens + FRAME_TOKENS
+        passage = candidate_tokens(config.llm) + FRAME_TOKENS
         shown = settings.num_demonstrations * (settings.demonstration_tokens + _QUERY_TOKENS)
         tokens = documents * (passage + shown) + questions * (2 * QUESTION_TOKENS + passage + ANSWER_TOKENS)
         calls = documents + questions
         result.append(TaskCost(task=task, feedback="questions", pairs=calls, missing=calls, tokens=tokens))
     return result
+
+
+def candidate_tokens(llm: LLMConfig) -> int:
+    """Tokens of a candidate in a prompt, at the most: without a limit of its own, all that the model reads."""
+    return llm.max_candidate_tokens or llm.max_model_tokens
 
 
 def _question_documents(config: Config, task: str) -> int:
@@ -102,8 +109,6 @@ def _question_documents(config: Config, task: str) -> int:
 
 def _within_calls(found: list[TaskCost], labeling: AdaptiveConfig) -> list[TaskCost]:
     """Costs of a round of labelling, which asks about no more pairs than it has calls."""
-    if labeling.annotator == "gold":
-        return []
     share = min(1.0, labeling.calls_per_round / max(1, sum(cost.pairs for cost in found)))
     return [
         replace(

@@ -9,7 +9,7 @@ Legend: P pairs, F = 2 features, K knots.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,12 @@ from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.labeling.settings import AdaptiveConfig
 
 RETRIEVER = "retriever"
-"""The source of pseudo-labels; all other sources (llm, human) count as the LLM's."""
+"""The source of pseudo-labels; all other sources (llm, gold, human) count as the LLM's."""
 
 FOLDS = 5
+
+FEWEST_QUESTIONS = 2
+"""Calibration questions with labels that a round after the first needs: one to fit on, one to judge the fit by."""
 
 
 def is_calibration(query_id: str, fraction: float) -> bool:
@@ -70,12 +73,6 @@ class Calibrator:
         """As JSON values."""
         knots = None if self.knots_K2 is None else self.knots_K2.tolist()
         return {"weight": self.weight_F.tolist(), "bias": self.bias, "knots": knots}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Calibrator":
-        """The inverse of record."""
-        knots = None if record["knots"] is None else np.asarray(record["knots"], np.float64)
-        return cls(weight_F=np.asarray(record["weight"], np.float64), bias=record["bias"], knots_K2=knots)
 
 
 def fit(feature_PF: np.ndarray, is_one_P: np.ndarray, *, method: str) -> Calibrator:
@@ -121,7 +118,7 @@ def cross_fitted(query_ids: Sequence[str], feature_PF: np.ndarray, is_one_P: np.
         DataError: of fewer than two questions.
     """
     questions = sorted(set(query_ids), key=lambda name: (unit_hash("calibration fold", name), name))
-    if len(questions) < 2:
+    if len(questions) < FEWEST_QUESTIONS:
         raise DataError(
             f"{len(questions)} calibration questions have labels of the LLM, and probabilities cannot be told on the "
             "questions they were fitted on. Label more questions, or raise calibration_fraction."
@@ -245,7 +242,7 @@ class Calibration:
     num_questions: int
 
     def record(self) -> dict[str, Any]:
-        """As JSON values: for the report, and to go on from."""
+        """As JSON values."""
         made = self.thresholds
         return {
             "calibrator": self.calibrator.record(),

@@ -53,7 +53,7 @@ _Row = dict[str, Any]
 
 def label_tasks(config: Config) -> dict[str, TaskScore]:
     """The tasks of a run that an LLM labels, so that canaries are of use."""
-    if not config.labeling.num_canaries or (config.labeling.enabled and config.labeling.annotator != "llm"):
+    if not (config.labeling.num_canaries and config.labeling.asks_llm):
         return {}
     return {task: score for task, score in feedback_tasks(config).items() if score.feedback == "label"}
 

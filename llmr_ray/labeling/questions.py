@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from llmr_ray.evaluation.answers import normalize
 from llmr_ray.feedback.requests import Segment
 
-QUESTIONS_VERSION = 1
+QUESTIONS_VERSION = 2
 """Raised whenever a prompt, or what is read of its output, changes; part of what determines generated questions."""
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 16
@@ -29,7 +29,8 @@ SAME_TEXT, NEAR_TEXT, NEAR_VECTOR = "same_text", "near_text", "near_vector"
 NO_ROUND_TRIP, GIVES_ANSWER = "no_round_trip", "gives_answer"
 """Why a question is not kept."""
 
-_MARKER = re.compile(r"^\s*(?:[-*•]\s*|\(?\d+[.):]\s*|(?:question|q)\s*\d*\s*[:.]\s*)+", re.IGNORECASE)
+# "3.5 million people ..." and "1984: ..." begin a question, and not a list.
+_MARKER = re.compile(r"^\s*(?:(?:[-*•]|\(?\d{1,2}[.):])\s+)?(?:(?:question|q)\s*\d{0,2}\s*[:.]\s+)?", re.IGNORECASE)
 # "the author of Dune" and "the passage of the act" can be asked about by anyone.
 _ABOUT_PASSAGE = re.compile(
     r"\b(?:(?:this|above|given|following|provided)\s+(?:passage|text|article|paragraph|excerpt|document|author|writer)"

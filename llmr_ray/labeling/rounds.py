@@ -7,7 +7,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmr_ray.errors import DataError
 from llmr_ray.evaluation.metrics import retrieval_values
 from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.labeling.calibration import RETRIEVER, of_calibration
@@ -68,18 +67,19 @@ def well_trained_questions(rounds: Sequence[pa.Table], settings: AdaptiveConfig)
     return set.intersection(*ahead)
 
 
-def calibration_ndcg(pairs: pa.Table, labels: pa.Table, settings: AdaptiveConfig) -> float:
+def calibration_ndcg(pairs: pa.Table, labels: pa.Table, settings: AdaptiveConfig) -> float | None:
     """Mean nDCG@10 over the calibration questions that have a label above 0, gains 1 and 2 for 0.5 and 1.
 
-    Only labelled pairs are ranked: one that nobody judged says nothing. Rounds are compared on the same labels.
+    Only labelled pairs are ranked: one that nobody judged says nothing. Two retrievers can be compared by it on the
+    same labels alone, because with other labels come other questions.
 
     Args:
-        pairs: columns query_id, doc_id, cosine.
+        pairs: at least all labelled pairs of these questions; columns query_id, doc_id, cosine.
         labels: columns query_id, doc_id, label, source.
         settings: of the rounds.
 
-    Raises:
-        DataError: no such question.
+    Returns:
+        None where there is no such question.
     """
     known = of_calibration(labels, settings.calibration_fraction)
     judged = (
@@ -92,24 +92,24 @@ def calibration_ndcg(pairs: pa.Table, labels: pa.Table, settings: AdaptiveConfig
         rankings.setdefault(query_id, []).append((doc_id, cosine))
     qrels = {query_id: relevance for query_id, relevance in qrels.items() if any(relevance.values())}
     if not qrels:
-        raise DataError("no calibration question has a label above 0, so a round's gain cannot be told. Label more.")
+        return None
     return float(np.mean(list(retrieval_values(qrels, rankings, ["nDCG@10"])["nDCG@10"].values())))
 
 
-def stop_reason(before: float | None, after: float, *, spent: int, settings: AdaptiveConfig) -> str | None:
-    """Why no further round is made, or None: "budget" (total_calls are spent), "no_gain" (relative, below min_gain).
+def stop_reason(before: float | None, after: float | None, *, spent: int, settings: AdaptiveConfig) -> str | None:
+    """Why nothing more is asked, or None: "budget" (total_calls are spent), "no_gain" (relative, below min_gain).
 
     Args:
-        before, after: nDCG@10 on the calibration questions, on the same labels, of this round's retriever and of the
-            one before; None after the first round.
+        before, after: nDCG@10 on the calibration questions, on the same labels, of the retriever of the round before
+            and of this round's; None where it cannot be told.
         spent: pairs asked about so far.
-        settings: of the rounds.
+        settings: of the rounds; a negative min_gain never stops.
     """
     if settings.total_calls and spent >= settings.total_calls:
         return "budget"
-    if before is not None and (after <= before or after - before < settings.min_gain * before):
-        return "no_gain"
-    return None
+    if before is None or after is None or settings.min_gain < 0:
+        return None
+    return "no_gain" if after <= before or after - before < settings.min_gain * before else None
 
 
 def label_distribution(labels: pa.Table) -> pa.Table:

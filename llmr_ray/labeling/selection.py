@@ -36,7 +36,7 @@ UNCERTAIN, DRAWN, CALIBRATION = "uncertain", "drawn", "calibration"
 AUDIT = {POSITIVE: "audit_positive", NEGATIVE: "audit_negative"}
 """Why the LLM is asked about a pair that the retriever would have labelled so."""
 BUDGET, WELL_TRAINED, POSITIVES_CAP, PSEUDO_CAP = "budget", "well_trained", "positives_cap", "pseudo_cap"
-AUDIT_FAILED, NO_ANSWER = "audit_failed", "no_answer"
+AUDIT_FAILED, NO_ANSWER, STOPPED = "audit_failed", "no_answer", "stopped"
 
 POLICIES = ("adaptive", "uncertainty", "random")
 
@@ -102,6 +102,31 @@ def decide(
     order = state.by(np.zeros(len(state.draw_P)) if is_random else np.abs(state.probability_P - 0.5), undecided)
     state.ask(order, calls - of_kept, DRAWN if is_random else UNCERTAIN)
     return state.table()
+
+
+def unchanged(pairs: pa.Table, labels: pa.Table, *, number: int) -> pa.Table:
+    """The table `decisions` of a round that decides nothing: what has a label keeps it, also that of the retriever.
+
+    Args:
+        pairs: of the round; columns query_id, doc_id.
+        labels: as for `decide`.
+        number: of the round.
+    """
+    known = frame_of(labels, [*PAIR, "label", "source"])
+    was_asked, has_label = pl.col("source").is_not_null(), pl.col("label").is_not_null()
+    why_left = pl.when(was_asked).then(pl.lit(NO_ANSWER)).otherwise(pl.lit(STOPPED))
+    rows = (
+        frame_of(pairs, PAIR)
+        .join(known, on=PAIR, how="left", maintain_order="left")
+        .select(
+            *PAIR,
+            decision=pl.when(has_label).then(pl.lit(LABELLED)).otherwise(pl.lit(LEAVE)),
+            reason=pl.when(has_label).then("source").otherwise(why_left),
+            probability=pl.lit(0.5),
+            round=pl.lit(number, pl.Int32),
+        )
+    )
+    return conform(rows.to_arrow(), "decisions")
 
 
 class _Round:
@@ -231,7 +256,14 @@ class Settled:
     audit: Audit
 
 
-def settle(decisions: pa.Table, answers: pa.Table, thresholds: Thresholds, settings: AdaptiveConfig) -> Settled:
+def settle(
+    decisions: pa.Table,
+    answers: pa.Table,
+    thresholds: Thresholds,
+    settings: AdaptiveConfig,
+    *,
+    annotator: str = "llm",
+) -> Settled:
     """The round's outcome: what the audit takes back, and the new labels.
 
     If the LLM agrees with less than audit_agreement of the audited pairs of either label, both thresholds move outwards
@@ -246,6 +278,7 @@ def settle(decisions: pa.Table, answers: pa.Table, thresholds: Thresholds, setti
         answers: of the LLM; columns query_id, doc_id, label (0, 0.5 or 1), and no other pairs than were asked about.
         thresholds: that `decide` was given.
         settings: of the rounds.
+        annotator: the source of the answers.
 
     Raises:
         DataError: an answer to what was not asked.
@@ -277,7 +310,7 @@ def settle(decisions: pa.Table, answers: pa.Table, thresholds: Thresholds, setti
     frame = frame.with_columns(decision=what, reason=why)
     return Settled(
         decisions=conform(frame.drop("label", "was_asked").to_arrow(), "decisions"),
-        new_labels=_new_labels(frame),
+        new_labels=_new_labels(frame, annotator),
         thresholds=tightened,
         audit=Audit(
             num_drawn=len(audited),
@@ -301,14 +334,14 @@ def _is_beyond(thresholds: Thresholds, column: str) -> pl.Expr:
     return pl.when(pl.col(column) == POSITIVE).then(p >= thresholds.hi).otherwise(p <= thresholds.lo)
 
 
-def _new_labels(settled: pl.DataFrame) -> pa.Table:
-    """Rows of the table `labels` of a round: the LLM's answers, its refusals, and the pseudo-labels."""
+def _new_labels(settled: pl.DataFrame, annotator: str) -> pa.Table:
+    """Rows of the table `labels` of a round: the annotator's answers, its refusals, and the pseudo-labels."""
     is_pseudo, p = pl.col("decision").is_in([POSITIVE, NEGATIVE]), pl.col("probability")
     is_one = pl.col("decision") == POSITIVE
     rows = settled.filter(is_pseudo | pl.col("was_asked")).select(
         *PAIR,
         label=pl.when(is_pseudo).then(is_one.cast(pl.Float32)).otherwise(pl.col("label").cast(pl.Float32)),
-        source=pl.when(is_pseudo).then(pl.lit(RETRIEVER)).otherwise(pl.lit("llm")),
+        source=pl.when(is_pseudo).then(pl.lit(RETRIEVER)).otherwise(pl.lit(annotator)),
         round="round",
         confidence=pl.when(is_pseudo).then(pl.when(is_one).then(p).otherwise(1 - p)),
     )

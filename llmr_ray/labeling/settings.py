@@ -82,8 +82,15 @@ class AdaptiveConfig:
     audit_steps: int = 1
     """So often in a round at the most, each time for the audited pairs that are still beyond the thresholds."""
     min_gain: float = 0.005
-    """A round whose nDCG@10 on the calibration questions gains less, relatively, is the last."""
+    """From the round on whose retriever gains less than that of the round before, relatively, in nDCG@10 on the
+    calibration questions, the LLM is asked nothing more: later rounds train on the labels there are. Negative: whatever
+    it gains."""
     min_agreement: float = later(0.6)
     """Where several LLMs label: share of them that must give the same label. Two of three do, one of two does not."""
     num_canaries: int = later(20)
     """Passages of each task that try to talk the LLM into a high score; the report says how often they do. 0: none."""
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether feedback comes from an LLM, not from an annotator in its place."""
+        return not self.enabled or self.annotator == "llm"

@@ -2,7 +2,7 @@
 
 select: what becomes of each candidate, before the LLM is asked. label: what the LLM said, the audit, and the labels
 that the round trains on. The first round has no labels to learn from: the LLM labels all candidates of as many
-questions as its calls reach.
+questions as its calls reach. Once the stop rule has been told, nothing is asked and all labels stay as they are.
 """
 
 import math
@@ -17,11 +17,18 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import Config, identity
 from llmr_ray.data.splits import unit_hash
-from llmr_ray.errors import DataError
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.feedback.jobs import feedback_tasks
 from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_similarities
-from llmr_ray.labeling.calibration import RETRIEVER, Thresholds, calibrate, is_calibration
+from llmr_ray.labeling.calibration import (
+    FEWEST_QUESTIONS,
+    RETRIEVER,
+    Thresholds,
+    calibrate,
+    is_calibration,
+    of_calibration,
+)
 from llmr_ray.labeling.calibration import with_probability as probable
 from llmr_ray.labeling.rounds import (
     calibration_ndcg,
@@ -32,12 +39,13 @@ from llmr_ray.labeling.rounds import (
     stop_reason,
     well_trained_questions,
 )
-from llmr_ray.labeling.selection import ASK, CALIBRATION, DRAWN, LEAVE, accounting, decide, settle
+from llmr_ray.labeling.selection import ASK, CALIBRATION, DRAWN, LEAVE, accounting, decide, settle, unchanged
+from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.labeling.simulation import annotate, label_quality
 from llmr_ray.schemas import PSEUDO, conform, table_of
 
-SELECT_VERSION = 1
-LABEL_VERSION = 1
+SELECT_VERSION = 2
+LABEL_VERSION = 2
 GOLD_VERSION = 1
 
 EARLIER = "earlier"
@@ -92,15 +100,23 @@ def run_select(
         number: of the round, from 1.
         prepare, candidates, embeddings: finished artifacts; the embeddings are those of the round's retriever.
         labels: of the round before; None in the first.
+
+    Raises:
+        ConfigError: the first round cannot label what a second one needs.
     """
     started = time.monotonic()
-    offered = _offered(config, prepare, candidates.read("candidates"), labels)
-    pairs = with_cosine(offered.select(PAIR), embeddings)
+    gain = {} if labels is None else _gain(config, labels, embeddings)
+    offered = _offered(config, prepare, candidates.read("candidates"), labels, with_pseudo=bool(gain.get("stop")))
     if labels is None:
-        decisions, told = _first(config, pairs)
+        decisions, told = _first(config, offered)
         of_rounds = LEADS.empty_table()
+    elif gain["stop"]:
+        decisions, of_rounds = unchanged(offered, labels.read("labels"), number=number), labels.read("leads")
+        told = {"calls": 0, "thresholds": None, **gain}
     else:
+        pairs = with_cosine(offered.select(PAIR), embeddings)
         decisions, told, of_rounds = _later(config, pairs, labels, number)
+        told |= gain
     # What the manifest tells is computed again where a killed run had written the tables and no more.
     if artifact.pending(1):
         is_asked = pc.equal(decisions["decision"], ASK)
@@ -117,13 +133,33 @@ def _settings(config: Config, labels: Artifact | None) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _OF_ANNOTATOR}
 
 
-def _offered(config: Config, prepare: Artifact, mined: pa.Table, labels: Artifact | None) -> pa.Table:
-    """The mined candidates of tasks that have feedback, and after them the pairs that were labelled before."""
+def _gain(config: Config, labels: Artifact, embeddings: Artifact) -> dict[str, Any]:
+    """What the round's retriever gains over that of the round before, and whether something is still to be asked."""
+    before = labels.require()["extra"]
+    spent, settings = before["spent"], config.labeling
+    ndcg = _ndcg(labels.read("labels"), embeddings, settings)
+    # A rule that was told once holds: rounds that ask nothing have no new labels by which it could be taken back.
+    stop = before["stop"] or stop_reason(before["ndcg"], ndcg, spent=spent, settings=settings)
+    return {"spent": spent, "ndcg_before": before["ndcg"], "ndcg": ndcg, "stop": stop}
+
+
+def _ndcg(labels: pa.Table, embeddings: Artifact, settings: AdaptiveConfig) -> float | None:
+    """The retriever's nDCG@10 on the calibration questions as these labels have them; None where it cannot be told."""
+    judged = of_calibration(labels, settings.calibration_fraction).select(PAIR).to_arrow()
+    return calibration_ndcg(with_cosine(judged, embeddings), labels, settings)
+
+
+def _offered(
+    config: Config, prepare: Artifact, mined: pa.Table, labels: Artifact | None, *, with_pseudo: bool
+) -> pa.Table:
+    """The mined candidates of tasks that have feedback, and after them the pairs that were labelled before (those of
+    the retriever's labels only where these stay)."""
     queries = frame_of(prepare.read("queries"), ["query_id", "task"])
     asked = queries.filter(pl.col("task").is_in(list(feedback_tasks(config))))
     offered = frame_of(mined, mined.column_names).join(asked.select("query_id"), on="query_id", how="semi")
     if labels is not None:
-        known = frame_of(labels.read("labels"), [*PAIR, "source"]).filter(pl.col("source") != RETRIEVER)
+        known = frame_of(labels.read("labels"), [*PAIR, "source"])
+        known = known.filter(pl.lit(with_pseudo) | (pl.col("source") != RETRIEVER))
         earlier = known.join(offered, on=PAIR, how="anti").select(*PAIR, source=pl.lit(EARLIER))
         offered = pl.concat([offered, earlier], how="diagonal")
     # Pairs of a query stand together, as later stages want them.
@@ -143,13 +179,14 @@ def _first(config: Config, pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     settings = config.labeling
     calls = calls_of_round(settings, 0)
     sizes = frame_of(pairs, ["query_id"]).group_by("query_id", maintain_order=True).len("pairs")
-    kept: list[tuple[float, str, int]] = []
-    others: list[tuple[float, str, int]] = []
+    judging: list[_Sized] = []
+    others: list[_Sized] = []
     for query_id, size in sizes.iter_rows():
-        of = kept if is_calibration(query_id, settings.calibration_fraction) else others
+        of = judging if is_calibration(query_id, settings.calibration_fraction) else others
         of.append((unit_hash("question", query_id), query_id, size))
-    reason_of = _within(kept, round(settings.calibration_share * calls), CALIBRATION)
-    spent = sum(size for _, query_id, size in kept if query_id in reason_of)
+    judging, others = sorted(judging), sorted(others)
+    reason_of = _within(judging, _calls_of_calibration(config, judging, others, calls), CALIBRATION)
+    spent = sum(size for _, query_id, size in judging if query_id in reason_of)
     reason_of |= _within(others, calls - spent, DRAWN)
     rows = [
         {
@@ -164,10 +201,35 @@ def _first(config: Config, pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     return table_of("decisions", rows), {"calls": calls, "spent": 0, "thresholds": None}
 
 
-def _within(questions: list[tuple[float, str, int]], calls: int, reason: str) -> dict[str, str]:
-    """The first questions by hash whose pairs the calls reach, with the reason."""
+_Sized = tuple[float, str, int]
+"""A question: a hash by which they are in order, its id, its number of pairs."""
+
+
+def _calls_of_calibration(config: Config, judging: list[_Sized], others: list[_Sized], calls: int) -> int:
+    """Calls of the first round for calibration questions: their share, or what a second round needs of them.
+
+    Raises:
+        ConfigError: there is a second round, and the calls do not reach what it needs.
+    """
+    share = round(config.labeling.calibration_share * calls)
+    needed = sum(size for *_, size in judging[:FEWEST_QUESTIONS])
+    at_least = needed + sum(size for *_, size in others[:1])
+    if len(judging) >= FEWEST_QUESTIONS and others and at_least <= calls:
+        return max(share, needed)
+    if config.rounds > 1:
+        raise ConfigError(
+            f"a second round needs the labels of {FEWEST_QUESTIONS} calibration questions and of one that trains. Of "
+            f"{len(judging)} and {len(others)} there are here the first have {at_least} pairs, and the first round may "
+            f"ask about {calls}. Raise labeling.calls_per_round or total_calls, with too few calibration questions "
+            "labeling.calibration_fraction, or set rounds: 1. Nothing has been asked yet."
+        )
+    return share
+
+
+def _within(questions: list[_Sized], calls: int, reason: str) -> dict[str, str]:
+    """The first questions whose pairs the calls reach, with the reason."""
     chosen = {}
-    for _, query_id, size in sorted(questions):
+    for _, query_id, size in questions:
         if size > calls:
             break
         chosen[query_id], calls = reason, calls - size
@@ -193,14 +255,10 @@ def _later(config: Config, pairs: pa.Table, labels: Artifact, number: int) -> tu
         seed=config.seed,
         well_trained=well_trained_questions(in_turn, settings),
     )
-    ndcg = calibration_ndcg(pairs, known, settings)
     told = {
         "calls": calls,
-        "spent": before["spent"],
         "thresholds": {"hi": thresholds.hi, "lo": thresholds.lo, "tightening": thresholds.tightening},
         "calibration": found.record(),
-        "ndcg": ndcg,
-        "stop": stop_reason(before["ndcg"], ndcg, spent=before["spent"], settings=settings),
     }
     return decisions, told, of_rounds
 
@@ -249,15 +307,28 @@ def gold_labels(prepare: Artifact) -> pa.Table:
 
 
 def label_spec(
-    config: Config, *, prepare: Artifact, selected: Artifact, llm_scores: Artifact, labels: Artifact | None
+    config: Config,
+    *,
+    prepare: Artifact,
+    embeddings: Artifact,
+    selected: Artifact,
+    llm_scores: Artifact,
+    labels: Artifact | None,
 ) -> ArtifactSpec:
-    """What determines a round's labels: its decisions, the answers, and the labels so far."""
+    """What determines a round's labels: its decisions, the answers, and the labels so far; and its retriever, which is
+    judged by them."""
     earlier = {} if labels is None else {"labels": labels.id}
     return ArtifactSpec(
         stage="label",
         version=LABEL_VERSION,
         config={"labeling": _settings(config, labels)},
-        inputs={"prepare": prepare.id, "selected": selected.id, "llm_scores": llm_scores.id, **earlier},
+        inputs={
+            "prepare": prepare.id,
+            "embeddings": embeddings.id,
+            "selected": selected.id,
+            "llm_scores": llm_scores.id,
+            **earlier,
+        },
     )
 
 
@@ -266,13 +337,22 @@ def run_label(
     artifact: Artifact,
     *,
     prepare: Artifact,
+    embeddings: Artifact,
     selected: Artifact,
     llm_scores: Artifact,
     labels: Artifact | None,
 ) -> None:
     """Writes `labels` (all that hold after the round), `decisions` as settled, `rewards` (the labels that train: not
     those of calibration questions), and `leads`. The manifest's ``extra["rounds"]`` tells what each round so far has
-    spent and learned, and how many labels are right where the data has labels of its own.
+    spent and learned, and how many labels are right where the data has labels of its own; ``extra["ndcg"]`` how well
+    the round's retriever orders the calibration questions by the labels after it, which the next one is compared with.
+
+    Args:
+        config: the run's.
+        artifact: to be made.
+        prepare, selected, llm_scores: finished artifacts.
+        embeddings: of the round's retriever, that `selected` was made with.
+        labels: of the round before; None in the first.
 
     Raises:
         DataError: nothing was labelled that can train.
@@ -282,9 +362,9 @@ def run_label(
     decisions = selected.read("decisions")
     scores = llm_scores.read("llm_scores")
     answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label"])
-    settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings)
+    settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings, annotator=settings.annotator)
     before = table_of("labels", []) if labels is None else labels.read("labels")
-    after = next_labels(before, settled.new_labels)
+    after = before if told.get("stop") else next_labels(before, settled.new_labels)
     rewards = _rewards(after, settings.calibration_fraction)
     if not rewards.num_rows:
         raise DataError(
@@ -296,17 +376,20 @@ def run_label(
     spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows
     this_round = {
         "round": selected.spec.config["round"],
+        "annotator": settings.annotator,
         "calls": spent - told["spent"],
         "spent": spent,
+        "pairs": decisions.num_rows,
         "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
         "distribution": label_distribution(after).to_pylist(),
         "quality": quality,
-        **{name: told.get(name) for name in ("thresholds", "calibration", "ndcg", "stop")},
+        **{name: told.get(name) for name in ("thresholds", "calibration", "ndcg_before", "ndcg", "stop")},
     }
     extra = {
         "spent": spent,
         "tightening": settled.thresholds.tightening,
-        "ndcg": told.get("ndcg"),
+        "ndcg": _ndcg(after, embeddings, settings),
+        "stop": told.get("stop"),
         "rounds": [*([] if labels is None else labels.require()["extra"]["rounds"]), this_round],
     }
     if artifact.pending(1):

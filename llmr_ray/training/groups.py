@@ -43,6 +43,13 @@ class Pool:
         """Keys of the texts that may not be negatives, however they are chosen: of gold and of barred documents."""
         return self.keys[self.is_gold if self.is_barred is None else self.is_gold | self.is_barred]
 
+    def relevant_keys(self, *, by_label: bool) -> np.ndarray:
+        """Keys of the texts that are no negatives where they stand in another query's group: of gold documents, and
+        where the rewards are graded labels of all that are labelled above 0 (methods.md C.3)."""
+        if self.rewards is None or not by_label:
+            return self.keys[self.is_gold]
+        return self.keys[self.is_gold | (self.rewards > 0)]
+
 
 def pool_rewards(rewards: Sequence[float | None]) -> np.ndarray:
     """Rewards as a pool holds them: float32 [M]. None ranks below every number and has no weight in a softmax: -inf."""
@@ -195,38 +202,38 @@ def reward_spread(rewards_BG: np.ndarray) -> float:
     return float((best_B - worst_B)[worst_B <= best_B].sum())
 
 
-def in_batch_negatives(keys_NG: np.ndarray, gold_keys: Sequence[np.ndarray], rows: range) -> np.ndarray:
+def in_batch_negatives(keys_NG: np.ndarray, relevant_keys: Sequence[np.ndarray], rows: range) -> np.ndarray:
     """Which documents of the global batch are in-batch negatives of which query: bool [B, N * G].
 
-    Left out are a query's own group (the losses treat it by position), every text of it, and every gold document of
+    Left out are a query's own group (the losses treat it by position), every text of it, and every relevant document of
     the query, wherever in the batch it stands (methods.md I.7).
 
     Args:
         keys_NG: text keys of the groups of all N queries.
-        gold_keys: text keys of the gold documents, for each of the B queries.
+        relevant_keys: `Pool.relevant_keys` of each of the B queries.
         rows: the B consecutive queries of this rank.
     """
     keys_C = keys_NG.reshape(-1)
-    barred = [np.append(gold, keys_NG[row]) for row, gold in zip(rows, gold_keys, strict=True)]
+    barred = [np.append(relevant, keys_NG[row]) for row, relevant in zip(rows, relevant_keys, strict=True)]
     return np.stack([~np.isin(keys_C, own) for own in barred])
 
 
 def peers(
-    positive_keys_N: np.ndarray, gold_keys: Sequence[np.ndarray], query_keys_N: np.ndarray, rows: range
+    positive_keys_N: np.ndarray, relevant_keys: Sequence[np.ndarray], query_keys_N: np.ndarray, rows: range
 ) -> np.ndarray:
     """Which other queries of the global batch ask for something else: bool [B, N].
 
-    A query of the same text, or one whose positive is a positive or gold document of this one, is no negative.
+    A query of the same text, or one whose positive is a positive or relevant document of this one, is no negative.
 
     Args:
         positive_keys_N: text keys of the positives of all N queries.
-        gold_keys: text keys of the gold documents, for each of the B queries.
+        relevant_keys: `Pool.relevant_keys` of each of the B queries.
         query_keys_N: keys of the queries' texts.
         rows: the B consecutive queries of this rank.
     """
     return np.stack(
         [
-            ~np.isin(positive_keys_N, np.append(gold, positive_keys_N[row])) & (query_keys_N != query_keys_N[row])
-            for row, gold in zip(rows, gold_keys, strict=True)
+            ~np.isin(positive_keys_N, np.append(relevant, positive_keys_N[row])) & (query_keys_N != query_keys_N[row])
+            for row, relevant in zip(rows, relevant_keys, strict=True)
         ]
     )

@@ -7,7 +7,7 @@ query; the batch's loss is their mean over all queries of all ranks.
 What may serve as a negative is decided once for all losses (methods.md I.7):
   own_BG     the columns of the query's own group in `sim_BC`;
   same_BGG   which positions of a group hold the same text: never each other's negatives;
-  others_BC  which columns are in-batch negatives: not the query's own group, no text of it, no gold document of it.
+  others_BC  which columns are in-batch negatives: not the query's own group, no text of it, no relevant document of it.
 Masks are boolean and masked similarities -inf, so a masked document has exactly no weight and no gradient.
 """
 
@@ -165,8 +165,16 @@ def listwise(
     """Cross-entropy with softmax(label / T) over the group as target and all in-batch documents at 0 (methods.md C.3).
 
     A text that stands in the group twice counts once. A query all of whose labels are 0 (or less) says nothing about
-    what is relevant and gives 0 without gradient. A label of less weight has less of the target: t_i is in proportion
-    to w_i exp(label_i / T), as if w of a document were there. Where labels above 0 weigh nothing there is no target.
+    what is relevant and gives 0 without gradient. Of the group's documents i with similarities f_i, labels l_i and
+    weights w_i, and the in-batch negatives c, the loss is
+
+        W * sum_i u_i (log(sum_j w_j exp f_j + sum_c exp f_c) - f_i),
+        u_i in proportion to w_i exp(l_i / T),
+        W = sum_i t_i w_i with t_i in proportion to exp(l_i / T).
+
+    A document thus pulls and pushes as if w of it were there, in target and denominator alike, so that the order that
+    is best does not depend on the weights; and a query whose relevant documents are uncertain has less say. Where
+    labels above 0 weigh nothing there is no target.
 
     Args:
         sim_BC, own_BG, same_BGG, others_BC: see above.
@@ -179,16 +187,20 @@ def listwise(
     """
     sim_BC, labels_BG = _wide(sim_BC), _wide(labels_BG)
     is_first_BG = ~_repeats(same_BGG)
-    counts_BG = is_first_BG if weights_BG is None else is_first_BG & (weights_BG > 0)
+    weights_BG = torch.ones_like(labels_BG) if weights_BG is None else _wide(weights_BG)
+    counts_BG = is_first_BG & (weights_BG > 0)
+    log_weights_BG = weights_BG.clamp(min=torch.finfo(torch.float32).tiny).log()
     raised_BG = labels_BG / label_temperature
-    if weights_BG is not None:
-        raised_BG = raised_BG + _wide(weights_BG).clamp(min=torch.finfo(torch.float32).tiny).log()
     says_B = ((labels_BG > 0) & counts_BG).any(dim=1)
     # Where nothing counts the softmax would be NaN, and so the gradient of the whole batch.
-    target_BG = F.softmax(raised_BG.masked_fill(~counts_BG & says_B[:, None], -torch.inf), dim=1)
+    left_out_BG = ~counts_BG & says_B[:, None]
+    target_BG = F.softmax((raised_BG + log_weights_BG).masked_fill(left_out_BG, -torch.inf), dim=1)
     own_sim_BG = sim_BC.gather(1, own_BG)
-    all_B = torch.logaddexp(_logsumexp(own_sim_BG, is_first_BG), _logsumexp(sim_BC, others_BC))
-    loss_B = (target_BG * (all_B[:, None] - own_sim_BG)).sum(dim=1)
+    own_B = _logsumexp(own_sim_BG + log_weights_BG, counts_BG)
+    all_B = torch.logaddexp(own_B, _logsumexp(sim_BC, others_BC))
+    # As what is lacking to 1, so that it is exactly 1 where all weights are.
+    say_B = 1 - (F.softmax(raised_BG.masked_fill(~is_first_BG, -torch.inf), dim=1) * (1 - weights_BG)).sum(dim=1)
+    loss_B = say_B * (target_BG * (all_B[:, None] - own_sim_BG)).sum(dim=1)
     return torch.where(says_B, loss_B, loss_B.detach() * 0)
 
 

@@ -133,13 +133,14 @@ def local_batch(
     _, first, where = np.unique(data.text_keys(numbers), return_index=True, return_inverse=True)
     own = sampled[mine.start : mine.stop]
     own_BG = keys_NG[mine.start : mine.stop]
-    gold = [group.pool.keys[group.pool.is_gold] for group in own]
+    by_label = [tasks[data.task(row)].has_graded_labels for row in rows_B]
+    relevant = [group.pool.relevant_keys(by_label=is_so) for group, is_so in zip(own, by_label, strict=True)]
     if keeps_false_negatives:
         same_BGG = np.tile(np.eye(group_size, dtype=bool), (len(own), 1, 1))
         others_BC = np.arange(keys_NG.size)[None, :] // group_size != np.asarray(mine)[:, None]
     else:
         same_BGG = own_BG[:, :, None] == own_BG[:, None, :]
-        others_BC = groups.in_batch_negatives(keys_NG, gold, mine)
+        others_BC = groups.in_batch_negatives(keys_NG, relevant, mine)
     return LocalBatch(
         dataset=block.dataset,
         epoch=block.epoch,
@@ -153,7 +154,7 @@ def local_batch(
         positive_BG=np.arange(group_size) < np.asarray([group.num_positives for group in own])[:, None],
         same_BGG=same_BGG,
         others_BC=others_BC,
-        peers_BN=groups.peers(keys_NG[:, 0], gold, data.text_keys(data.query_texts(block.rows)), mine)
+        peers_BN=groups.peers(keys_NG[:, 0], relevant, data.text_keys(data.query_texts(block.rows)), mine)
         if any(tasks[data.task(row)].full_contrastive_weight for row in block.rows)
         else None,
         tasks_B=[data.task(row) for row in rows_B],

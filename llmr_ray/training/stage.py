@@ -26,6 +26,9 @@ from llmr_ray.training.pools import group_row, join_pools, named_documents, writ
 GROUP_VERSION = 4
 TRAIN_VERSION = 5
 
+GRADED_VERSION = 2
+"""Of what graded labels teach: part of a trained embedder's id where a task learns from them, and nowhere else."""
+
 STEPS_SCHEMA = pa.schema([*running.STEP_FIELDS, ("num_false_negatives", pa.int64()), ("uniformity", pa.float64())])
 """What the artifact keeps of each step."""
 
@@ -116,6 +119,8 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
     del train["checkpoint_interval"]
     # One number, wherever it is said.
     train.pop("seed", None)
+    tasks = training_tasks(config)
+    is_graded = any(task.train.has_graded_labels for task in tasks.values())
     return ArtifactSpec(
         stage="train",
         version=TRAIN_VERSION,
@@ -127,7 +132,8 @@ def train_spec(config: Config, groups: Artifact, base: Asset) -> ArtifactSpec:
             "max_document_tokens": config.embedder.max_document_tokens,
             "precision": training_precision(config.embedder.precision),
             **later_identity(config.embedder),
-            "tasks": {name: identity(task.train) for name, task in training_tasks(config).items()},
+            "tasks": {name: identity(task.train) for name, task in tasks.items()},
+            **({"graded_version": GRADED_VERSION} if is_graded else {}),
             "prompts": saved_prompts(config),
         },
         inputs={"groups": groups.id, "base": base.fingerprint},

@@ -134,10 +134,7 @@ def test_intervals_draw_queries_and_not_pairs():
         ({"a": 1, "b": 0.5, "c": 0}, {}, None, 1 / 3),
         ({"a": 1, "b": 0.5, "c": 0}, {"min_agreement": 0}, 0, 1 / 3),
         ({"a": 1, "b": 1, "c": 0}, {"min_agreement": 0.7}, None, 2 / 3),
-        ({"a": 1, "b": 0, "c": 0}, {"weights": {"a": 3}}, 1, 3 / 5),
-        ({"a": 1, "b": 0}, {"weights": {"a": 0}}, 0, 1),
-        ({"a": 0, "b": 0, "c": 1}, {"weights": {"a": 0.1, "b": 0.2, "c": 0.3}}, 0, 1 / 2),
-        ({"c": 0, "a": 1, "b": 1}, {"weights": {"a": 0.1, "b": 0.2, "c": 0.3}}, 0, 1 / 2),
+        ({"a": 1, "b": 1, "c": 0, "d": 0.5, "e": 0.5}, {"min_agreement": 0.4}, 0.5, 2 / 5),
         ({"a": 0.5}, {"min_agreement": 1}, 0.5, 1),
     ],
 )
@@ -148,6 +145,5 @@ def test_consensus(said, settings, label, share):
 
 
 def test_a_consensus_of_nobody_is_an_error():
-    for said, weights in (({}, None), ({"a": 1.0}, {"a": 0.0})):
-        with pytest.raises(DataError, match="no weight"):
-            consensus(said, weights=weights)
+    with pytest.raises(DataError, match="no annotator"):
+        consensus({})

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from llmr_ray import loading
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskScore, TaskTrain
 from llmr_ray.errors import ConfigError, DataError
@@ -14,6 +16,8 @@ from llmr_ray.schemas import table_of
 from llmr_ray.training.groups import Pool, in_batch_negatives, pool_rewards, reject_reason, sample
 from llmr_ray.training.pools import group_row, join_pools
 from llmr_ray.training.stage import group_spec, run_group, training_tasks
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def pool(keys, gold=(), rewards=None):
@@ -291,6 +295,36 @@ def test_rewards_are_asked_for_by_name():
     """Prevents a labels-only pool from being sorted by rewards it does not have."""
     with pytest.raises(DataError, match=r"score\.feedback"):
         draw(pool([1, 2, 3], gold=[0]), negatives="lowest")
+
+
+def test_every_document_of_label_1_is_a_positive_in_some_epoch():
+    """Prevents the second passage of a question that needs two from never training: it is no negative either."""
+    labels = [0.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0]
+    of = pool(range(8), gold=[1, 3, 5], rewards=labels)
+    for path in ("arl2_recipe", "arl2"):
+        config = loading.load(CONF / f"{path}.yaml")
+        trained, size = config.tasks["qa"].train, config.train.group_size
+        seen = Counter()
+        for epoch in range(30):
+            chosen, count = sample(
+                of,
+                size=size,
+                positive=trained.positive,
+                negatives=trained.negatives,
+                num_positives=trained.num_positives,
+                rng=np.random.default_rng(seed_of(1, "group", epoch, "q")),
+            )
+            assert 0 < sum(labels[place] == 1 for place in chosen) == count < size - 1
+            seen.update(chosen.tolist())
+        assert set(seen) == set(range(8))
+        assert len({seen[1], seen[3], seen[5]}) == 1 or min(seen[1], seen[3], seen[5]) > 10
+
+
+def test_relevant_documents_are_those_labelled_above_0():
+    of = pool([1, 2, 3, 4], gold=[0], rewards=[1.0, 0.5, 0.0, -np.inf])
+    assert of.relevant_keys(by_label=True).tolist() == [1, 2]
+    assert of.relevant_keys(by_label=False).tolist() == [1], "a log-likelihood above 0 says nothing"
+    assert pool([1, 2], gold=[1]).relevant_keys(by_label=True).tolist() == [2]
 
 
 def test_in_batch_negatives_against_a_loop():

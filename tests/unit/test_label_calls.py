@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llmr_ray import loading
-from llmr_ray.artifacts import Artifact
+from llmr_ray.artifacts import Artifact, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import TaskMine, TaskScore
+from llmr_ray.config import TaskMine, TaskScore, TaskTrain
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback import labels, stage
 from llmr_ray.feedback.client import LocalClient
@@ -21,6 +21,7 @@ from llmr_ray.feedback.requests import LLMResult
 from llmr_ray.feedback.stage import reward_spec, run_reward, run_score, score_jobs, score_spec
 from llmr_ray.feedback.store import LLMStore
 from llmr_ray.labeling.settings import AdaptiveConfig
+from llmr_ray.pipeline import Pipeline
 from tests.feedback_world import PASSAGES, make_config, make_world
 from tests.tiny_llm import save_model
 
@@ -59,10 +60,10 @@ class ScriptedClient:
 
 
 def judged(passages, scores=None):
-    """An answer that quotes every passage's beginning."""
+    """An answer that quotes every passage's first words."""
     scores = scores or [1] * len(passages)
     return {
-        str(n): {"evidence": passage[:20], "score": score}
+        str(n): {"evidence": " ".join(passage.split()[:4]), "score": score}
         for n, (passage, score) in enumerate(zip(passages, scores, strict=True), start=1)
     }
 
@@ -142,7 +143,7 @@ def test_checks_lower_a_label_and_stay_as_its_flags(tmp_path):
         configured(tmp_path), ScriptedClient(lambda passages, _: judged(passages)), 1, targets=("Paris",)
     )
     assert [(row["label"], row["flags"]) for row in rows] == [(1.0, []), *[(0.5, [labels.NO_GOLD_ANSWER])] * 3]
-    assert [row["evidence"] for row in rows] == [passage[:20] for passage in PASSAGES]
+    assert [row["evidence"] for row in rows] == [" ".join(passage.split()[:4]) for passage in PASSAGES]
     rewards = Artifact(tmp_path, reward_spec(configured(tmp_path), prepare, scores))
     rewards.begin()
     run_reward(configured(tmp_path), rewards, prepare, scores)
@@ -245,6 +246,38 @@ def test_a_round_of_labelling_costs_no_more_than_its_calls(tmp_path, annotator, 
     )
     assert [cost.pairs for cost in limited] == pairs
     assert [cost.tokens for cost in limited] == [round(cost.tokens * 4 / cost.pairs) for cost in free][: len(pairs)]
+
+
+@pytest.mark.parametrize(("annotator", "pairs"), [("llm", [12]), ("gold", [])])
+def test_an_annotator_that_is_no_llm_has_nothing_to_be_paid(tmp_path, annotator, pairs):
+    """Prevents a forecast of thousands of pairs for labels that come with the data, once it is known which."""
+    world = make_world(tmp_path / "world")
+    for name in ("bert", "llm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    config = configured(tmp_path)
+    config = dataclasses.replace(
+        config,
+        datasets={"main": dataclasses.replace(config.datasets["main"], path=str(tmp_path / "world"), num_train=3)},
+        tasks={
+            name: dataclasses.replace(task, train=TaskTrain(listwise_weight=1.0)) for name, task in config.tasks.items()
+        },
+        embedder=dataclasses.replace(config.embedder, model=str(tmp_path / "bert")),
+        llm=dataclasses.replace(config.llm, model=str(tmp_path / "llm")),
+        labeling=AdaptiveConfig(enabled=True, annotator=annotator),
+    )
+    pipeline = Pipeline(config)
+    candidates = world[1].read("candidates")
+    tables = {name: world[0].read(name) for name in ("queries", "corpus")}
+    for artifact, of in ((pipeline.prepared, tables), (pipeline.by_name["select"].artifact, {"asked": candidates})):
+        artifact.begin()
+        artifact.write_shard(0, of, Counts(rows_in=1, ok=1))
+        artifact.commit(1, seconds=0)
+    assert [cost.missing for cost in pipeline.costs()] == pairs
+    assert pipeline.is_mined
+    if annotator == "gold":
+        with pytest.raises(ConfigError, match="no LLM is asked"):
+            pipeline.plan(probe=True, tokens_per_second=0)
 
 
 def test_the_identity_of_labels_is_theirs_alone(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Probabilities from a retriever's scores, their reliability, and the thresholds."""
 
 import dataclasses
-import json
 
 import numpy as np
 import polars as pl
@@ -11,7 +10,6 @@ from scipy.optimize import minimize
 
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.labeling.calibration import (
-    Calibrator,
     calibrate,
     choose_thresholds,
     cross_fitted,
@@ -115,15 +113,6 @@ def test_parted_classes_and_constant_features_stay_finite():
 def test_an_unknown_method_is_refused():
     with pytest.raises(ConfigError, match="platt or isotonic"):
         fit(np.zeros((2, 2)), np.array([True, False]), method="beta")
-
-
-@pytest.mark.parametrize("method", ["platt", "isotonic"])
-def test_a_calibrator_survives_json(method):
-    """Prevents a resumed run from going on with other probabilities."""
-    feature_PF, _, is_one_P, _ = drawn(200, sigmoid)
-    made = fit(feature_PF, is_one_P, method=method)
-    again = Calibrator.from_record(json.loads(json.dumps(made.record())))
-    assert (again.probability(feature_PF) == made.probability(feature_PF)).all()
 
 
 def test_probabilities_are_told_on_other_questions():

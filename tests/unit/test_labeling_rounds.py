@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.errors import ConfigError
 from llmr_ray.labeling.calibration import calibrate, is_calibration, with_probability
 from llmr_ray.labeling.rounds import (
     calibration_ndcg,
@@ -65,8 +65,7 @@ def test_calibration_ndcg_in_closed_form():
     )
     ideal = 2 + 1 / math.log2(3)
     assert calibration_ndcg(pairs, labels, settings) == pytest.approx((1 + 2 / 2) / ideal)
-    with pytest.raises(DataError, match="no calibration question"):
-        calibration_ndcg(pairs, labels_of([(free, "one", 1.0, "llm")]), settings)
+    assert calibration_ndcg(pairs, labels_of([(free, "one", 1.0, "llm")]), settings) is None
 
 
 @pytest.mark.parametrize(
@@ -79,11 +78,20 @@ def test_calibration_ndcg_in_closed_form():
         (0.0, 0.0, 10, "no_gain"),
         (0.0, 0.1, 10, None),
         (0.5, 0.9, 100, "budget"),
+        (0.5, None, 10, None),
+        (None, None, 100, "budget"),
     ],
 )
 def test_stop_rule(before, after, spent, reason):
     """Prevents rounds beyond the budget and rounds that gain nothing."""
     assert stop_reason(before, after, spent=spent, settings=AdaptiveConfig(total_calls=100)) == reason
+
+
+def test_a_negative_least_gain_never_stops():
+    """Prevents policies that are compared at a budget from spending others: one stops, another does not."""
+    settings = AdaptiveConfig(total_calls=100, min_gain=-1.0)
+    assert [stop_reason(0.5, after, spent=10, settings=settings) for after in (0.5, 0.0)] == [None, None]
+    assert stop_reason(0.5, 0.9, spent=100, settings=settings) == "budget"
 
 
 def test_calls_of_the_last_round_are_what_is_left():

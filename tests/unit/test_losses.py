@@ -363,18 +363,72 @@ def test_listwise_equals_the_loop():
 
 def test_a_label_of_weight_n_counts_as_n_documents():
     """Prevents pseudo-labels from having the say of the LLM's, in the target and in the pairs."""
-    own, same, others = layout(1, 3)
+    own, same, _ = layout(1, 3)
     sim = torch.tensor([[0.5, -1.0, 2.0]])
     labels, weights = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[1.0, 0.5, 0.25]])
-    mass = [float(w) * math.exp(float(label) / 0.2) for w, label in zip(weights[0], labels[0], strict=True)]
-    total = math.log(sum(math.exp(float(s)) for s in sim[0]))
-    expected = sum(m / sum(mass) * (total - float(s)) for m, s in zip(mass, sim[0], strict=True))
-    others[:] = False
-    settings = {"label_temperature": 0.2, "weights_BG": weights}
-    assert float(losses.listwise(sim, own, labels, same, others, **settings)[0]) == pytest.approx(expected, abs=1e-6)
+    # Four documents for weight 1, two for 1/2 and one for 1/4, all of weight 1, are the same list.
+    copies = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    own_7, same_7, _ = layout(1, 7)
+    none = torch.zeros(1, 7, dtype=torch.bool)
+    settings = {"label_temperature": 0.2}
+    found = losses.listwise(sim, own, labels, same, none[:, :3], **settings, weights_BG=weights)
+    copied = losses.listwise(sim[:, copies], own_7, labels[:, copies], same_7, none, **settings)
+    target = [math.exp(label / 0.2) for label in (1.0, 0.5, 0.0)]
+    say = sum(t * float(w) for t, w in zip(target, weights[0], strict=True)) / sum(target)
+    # The copies make all of the denominator four times what the weights make of it.
+    assert found.item() == pytest.approx(say * (copied.item() - math.log(4)), abs=1e-6)
     pairs = [(0, 1, 0.5 * 1.0 * 0.5), (0, 2, 1.0 * 1.0 * 0.25), (1, 2, 0.5 * 0.5 * 0.25)]
     each = [share * math.log1p(math.exp(-float(sim[0, i] - sim[0, j]))) for i, j, share in pairs]
     assert float(losses.pairwise(sim, labels, weights_BG=weights)[0]) == pytest.approx(sum(each) / 3, abs=1e-6)
+
+
+def listwise_gradient(sim, labels, weights, others=None):
+    """Of the loss of one query in double precision, and by finite differences."""
+    own, same, _ = layout(1, labels.shape[1])
+    others = torch.zeros(1, sim.shape[1], dtype=torch.bool) if others is None else others
+
+    def loss(at):
+        settings = {"label_temperature": 0.2, "weights_BG": weights}
+        return losses.listwise(at, own, labels, same, others, **settings).sum()
+
+    sim = sim.double().requires_grad_()
+    loss(sim).backward()
+    steps = torch.eye(sim.shape[1], dtype=torch.float64) * 1e-5
+    return sim.grad[0], torch.stack([(loss(sim.detach() + step) - loss(sim.detach() - step)) / 2e-5 for step in steps])
+
+
+def test_a_label_of_less_weight_pulls_and_pushes_less():
+    """Prevents weights that leave the gradient as it was, or raise it: formerly .1186 became .1217."""
+    labels = torch.tensor([[1.0] + [0.0] * 7], dtype=torch.float64)
+    even, one = torch.zeros(1, 8), torch.ones(1, 8, dtype=torch.float64)
+    plain, _ = listwise_gradient(even, labels, one)
+    assert plain[1:].tolist() == pytest.approx([1 / 8 - 1 / (math.exp(5) + 7)] * 7)
+    pseudo_zeros, differences = listwise_gradient(even, labels, torch.where(labels == 0, 0.5, 1.0))
+    assert torch.allclose(pseudo_zeros, differences, atol=1e-8)
+    # Beside each other zeros share the push: were they one of 7 pairs each, it would be the half.
+    assert pseudo_zeros[1:].tolist() == pytest.approx([0.1054] * 7, abs=1e-4)
+    pseudo_one, differences = listwise_gradient(even, labels, torch.where(labels == 1, 0.5, 1.0))
+    assert torch.allclose(pseudo_one, differences, atol=1e-8)
+    assert 0.5 < (pseudo_one[0] / plain[0]).item() < 0.6
+    halved, _ = listwise_gradient(even, labels, 0.5 * one)
+    assert torch.allclose(halved, 0.5 * plain), "without in-batch negatives half of all weights is half of the loss"
+    generator = torch.Generator().manual_seed(2)
+    sim, weights = torch.randn(1, 12, generator=generator) * 3, torch.rand(1, 8, generator=generator)
+    mixed = torch.tensor([[1.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.5, 0.0]], dtype=torch.float64)
+    others = torch.tensor([[False] * 8 + [True] * 4])
+    found, differences = listwise_gradient(sim, mixed, weights.double(), others)
+    assert torch.allclose(found, differences, atol=1e-7)
+
+
+def test_weights_of_one_change_nothing():
+    own, same, others = layout(2, 3)
+    labels = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.0, 0.0]])
+    sim = (COSINES / 0.05).float()
+    found = [
+        losses.listwise(sim, own, labels, same, others, label_temperature=0.2, weights_BG=weights)
+        for weights in (None, torch.ones(2, 3))
+    ]
+    assert found[0].tolist() == found[1].tolist()
 
 
 def test_labels_without_weight_teach_nothing():

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from llmr_ray.config import TaskTrain
 from llmr_ray.schemas import table_of
 from llmr_ray.training import groups
 from llmr_ray.training.batches import Plan
@@ -213,6 +214,35 @@ def test_what_may_be_no_negative_is_none(tmp_path):
     batch = local_batch(data, plan.block(0), tasks=TASKS, group_size=6, seed=3, rank=0, world_size=1)
     negatives = {"".join(map(chr, data.text(batch.texts[at]))) for at in batch.doc_BG[0, 1:]}
     assert negatives == {f"chat!{row['docs'][5]}"[:30]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_negative"), [("listwise_weight", False), ("pairwise_weight", False), ("kl_weight", True)]
+)
+def test_what_helps_a_little_is_no_in_batch_negative(tmp_path, loss, is_negative):
+    """Prevents a passage labelled 0.5 from being pushed away as another question's document (methods.md C.3)."""
+    shared = {"task": "qa", "dataset": "qa", "weights": None, "roles": ["gold", "candidate", "candidate"]}
+    rows = [
+        {"query_id": "a", "query": "a", "docs": ["one", "half", "none"], "rewards": [1.0, 0.5, 0.0]},
+        {"query_id": "b", "query": "b", "docs": ["half", "none", "other"], "rewards": [1.0, 0.0, 0.0]},
+    ]
+    rows = [row | shared | {"doc_ids": row["docs"]} for row in rows]
+    data = read(table_of("groups", rows), tmp_path)
+    plan = Plan(data.rows_by("dataset"), repeats={}, batch_size=2, batching="mixed", seed=3)
+    block = plan.block(0)
+    tasks = {"qa": TaskTrain(positive="teacher", **{loss: 1.0})}
+    # Two documents a group: the one labelled 0.5 need not be in the own one.
+    for seed in range(20):
+        batch = local_batch(data, block, tasks=tasks, group_size=2, seed=seed, rank=0, world_size=1)
+        texts = np.array(["".join(map(chr, data.text(text)))[len("qa!") :] for text in batch.texts], object)
+        columns = texts[batch.doc_BG].reshape(-1)
+        query = [*map(int, block.rows)].index(0)
+        own = columns[2 * query : 2 * query + 2]
+        for column, text in enumerate(columns):
+            if column // 2 != query:
+                expected = text not in own and text != "one" and (text != "half" or is_negative)
+                assert batch.others_BC[query, column] == expected
+        assert "half" in columns[2 - 2 * query : 4 - 2 * query]
 
 
 @pytest.mark.parametrize("batching", ["homogeneous", "mixed"])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from llmr_ray.artifacts import Artifact, Counts
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.report import print_table, write_report
 from llmr_ray.evaluation.results import result_rows
@@ -294,6 +294,41 @@ def test_the_page_tells_what_became_of_generated_questions(run, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     print_table(results, console)
     assert "3 written, 2 kept; not kept: 1 not_written, 1 no_question_mark" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("annotator", "named"), [("llm", "the LLM"), ("gold", "the annotator (gold)")])
+def test_the_page_tells_who_labelled_and_what_labelling_everything_would_take(run, tmp_path, annotator, named):
+    """Labels of the data that pass for the LLM's, and calls without what they saved, make a policy look better."""
+    config, artifacts, stages, _ = run
+    pair = {"query_id": "q", "doc_id": "d", "round": 1}
+    held = [pair | {"label": 1.0, "source": annotator}, pair | {"doc_id": "e", "label": 0.0, "source": "retriever"}]
+    audit = {"num_drawn": 0, "num_answered": 0, "agreement": None, "steps": 0, "discarded": 0}
+    first = {"round": 1, "annotator": annotator, "calls": 70, "spent": 70, "pairs": 500, "audit": audit}
+    first |= dict.fromkeys(("thresholds", "calibration", "ndcg_before", "ndcg", "stop"))
+    first |= {
+        "distribution": [
+            {"round": 1, "source": annotator, "label": 1.0, "num_pairs": 13},
+            {"round": 1, "source": "retriever", "label": 0.0, "num_pairs": 29},
+        ],
+        "quality": [{"source": annotator, "label": 1.0, "num_pairs": 13, "precision": 0.875}],
+    }
+    second = first | {"round": 2, "calls": 0, "pairs": 511, "ndcg_before": 0.75, "ndcg": 0.625, "stop": "no_gain"}
+    made = Artifact(tmp_path, ArtifactSpec(stage="label", version=1, config={}, inputs={}))
+    made.begin()
+    made.write_shard(0, {"labels": table_of("labels", held)}, Counts(rows_in=2, ok=2))
+    made.commit(1, seconds=0, extra={"rounds": [first, second]})
+    nothing = make_artifact(tmp_path, "score", {"llm_scores": table_of("llm_scores", [])})
+    folder = tmp_path / "run"
+    results = write((config, artifacts | {"labels": made, "llm_scores": nothing}, stages, folder))
+    # The last round asked nothing: the labels of the first are judged.
+    assert [row["annotator"] for row in results["annotators"]["quality"]] == [annotator]
+    text = re.sub(r"\s+", " ", (folder / "report.html").read_text())
+    assert f"<th>Asked {named}<br>" in text
+    assert f"<th>Labels of {named}<br>" in text
+    assert "<td>70<small>70 so far, of 500</small></td> <td>13 / 0 / 0 / 0</td><td>0 / 29</td>" in text
+    assert "<td>0<small>70 so far, of 511</small></td>" in text
+    assert "0.625<small>from 0.750</small><small>stopped: no_gain</small>" in text
+    assert "0.875" in text
 
 
 def test_unfinished_evaluation_is_no_report(run):

@@ -149,6 +149,19 @@ def test_rounds_of_labelling_build_on_the_labels_before(tmp_path, annotator):
     assert "reward" not in stages
 
 
+def test_what_graded_labels_teach_is_part_of_their_ids_alone(tmp_path, monkeypatch):
+    """Prevents a correction of the list-wise loss from training all other embedders again."""
+    graded = {"icl": dataclasses.replace(CONFIG.tasks["icl"], train=TaskTrain(positive="teacher", pairwise_weight=1.0))}
+
+    def trained():
+        return plan(tmp_path)["train"].artifact.id, plan(tmp_path, tasks=graded)["train"].artifact.id
+
+    before = trained()
+    monkeypatch.setattr("llmr_ray.training.stage.GRADED_VERSION", 99)
+    after = trained()
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+
+
 def test_policies_of_labelling_share_the_first_round(tmp_path):
     """A comparison of policies must start from the same labels, and train on them once."""
     one, other = (
