@@ -15,7 +15,7 @@ The shard is the unit of retry, order and determinism: whatever order shards fin
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -394,6 +394,13 @@ class Artifact:
     def lock(self) -> AbstractContextManager[None]:
         """Holds the artifact for this process; LockedError names a living owner."""
         return locked(self.path)
+
+    def make(self, run: Callable[[], object]) -> None:
+        """Has `run` write and commit the artifact, locked and begun, unless it is finished."""
+        if not self.is_done:
+            with self.lock():
+                self.begin()
+                run()
 
 
 def _having(path: Path, key: str, wanted: pa.Array, columns: Sequence[str] | None) -> pa.Table:

@@ -11,7 +11,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import resolve
 from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, TaskConfig
 from llmr_ray.index import collection
-from llmr_ray.index.snapshot import current, folder_of, previous, read_manifest
+from llmr_ray.index.snapshot import current, folder_of, read_manifest
 from llmr_ray.index.stage import EmbedWorker, IndexWorker, embed_spec, index_spec
 from llmr_ray.index.vectors import encoder_of
 from llmr_ray.schemas import table_of
@@ -143,7 +143,7 @@ class World:
         metrics = Metrics()
         canaries = canary_queries(self.root, "docs", spec, settings.num_canaries)
         switcher = Switcher(self.root, settings, composed, spec, canaries, metrics.watch)
-        asyncio.run(switcher.start(lambda: previous(self.collection)))
+        asyncio.run(switcher.start())
         keys = KeyRing(Path(settings.keys_file)) if settings.keys_file else None
         return Service(Gate(settings, metrics, keys), composed, switcher, spec)
 

@@ -7,6 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
 
 import asyncio
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,9 @@ KEY_VARIABLE = "LLMR_API_KEY"
 
 BATCH = 64
 """Texts of a request; a server's default limit (max_texts). Longer lists go in several requests, one after another."""
+
+RESULTS = 3200
+"""Queries of a request times top_k, with texts; a server's default limit (max_results). Requests are cut to it too."""
 
 Side = Literal["query", "document"]
 T = TypeVar("T")
@@ -71,7 +75,8 @@ class _Connection:
     ) -> Exchange[list[Retrieval]]:
         how = {"task": task, "top_k": top_k, "filter": filter, "min_score": min_score, "with_text": with_text}
         found: list[Retrieval] = []
-        for part in self._batches(queries, "queries"):
+        most = max(1, RESULTS // max(1, top_k)) if with_text else self._batch
+        for part in self._batches(queries, "queries", most):
             answer = yield from self._post("/v1/retrieve", {"queries": list(part)} | how)
             found += self._read(results.retrievals, answer, part)
         return found
@@ -97,10 +102,11 @@ class _Connection:
         answer = yield from exchange(self.url, "GET", "/info", None, self._patience)
         return self._read(results.server_info, answer)
 
-    def _batches(self, texts: Sequence[str], name: str) -> list[Sequence[str]]:
+    def _batches(self, texts: Sequence[str], name: str, most: int = sys.maxsize) -> list[Sequence[str]]:
         if isinstance(texts, str):
             raise TypeError(f"`{name}` is one text; give a list of texts.")
-        return [texts[start : start + self._batch] for start in range(0, len(texts), self._batch)]
+        size = min(self._batch, most)
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
 
     def _read(self, read: Callable[..., T], answer: Mapping[str, Any], *more: Any) -> T:
         """The answer in its typed form."""
@@ -164,7 +170,7 @@ class Client(_Connection):
             top_k: documents for each.
             filter: which documents count, in OpenAI's or Qdrant's form.
             min_score: least retrieval score.
-            with_text: fetch titles, texts and metadata too.
+            with_text: fetch the texts too; ids, titles and metadata always come.
         """
         asked = self._retrieving(
             queries, task=task, top_k=top_k, filter=filter, min_score=min_score, with_text=with_text

@@ -132,9 +132,9 @@ class RaySearch:
         texts = self._kept("corpus", rows, len(doc_ids))
         self._embeddings = Artifact(self._root, embed_spec(self._config, self._asset, texts))
         embeddings = self._embeddings
-        _make(embeddings, lambda: run_embed(self._config, embeddings, self._asset, texts, with_queries=False))
+        embeddings.make(lambda: run_embed(self._config, embeddings, self._asset, texts, with_queries=False))
         self._index = index = Artifact(self._root, index_spec(self._config, embeddings))
-        _make(index, lambda: run_index(self._config, index, embeddings))
+        index.make(lambda: run_index(self._config, index, embeddings))
         self._doc_ids = doc_ids
 
     def search(
@@ -230,7 +230,7 @@ class RaySearch:
             seconds = time.monotonic() - started
             embeddings.commit(num_shards, seconds=seconds, extra={"encoder": encoder_of(embeddings)})
 
-        _make(embeddings, run)
+        embeddings.make(run)
         return embeddings
 
     @property
@@ -259,15 +259,8 @@ class RaySearch:
                 texts.write_shard(shard, {table: table_of(table, part)}, Counts(rows_in=len(part), ok=len(part)))
             texts.commit(num_shards, seconds=time.monotonic() - started)
 
-        _make(texts, run)
+        texts.make(run)
         return texts
-
-
-def _make(artifact: Artifact, run: Callable[[], None]) -> None:
-    if not artifact.is_done:
-        with artifact.lock():
-            artifact.begin()
-            run()
 
 
 def _text(value: Any, row_id: str) -> str:

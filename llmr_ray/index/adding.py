@@ -9,7 +9,7 @@ the shards that are missing, and only then is there a new snapshot.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -71,11 +71,11 @@ def add(runtime: RuntimeConfig, name: str, file: Path, *, max_bad_fraction: floa
     embedder = _embedder(manifest["model"], base, root, runtime.cache_root)
     config = _config(base, manifest, runtime)
     documents = Artifact(root, _documents_spec(file, name, sorted(config.tasks)))
-    _make(documents, partial(_run_documents, runtime, documents, file, max_bad_fraction))
+    documents.make(partial(_run_documents, runtime, documents, file, max_bad_fraction))
     embeddings = Artifact(root, _embed_spec(base, documents))
-    _make(embeddings, partial(run_embed, config, embeddings, embedder, documents, with_queries=False))
+    embeddings.make(partial(run_embed, config, embeddings, embedder, documents, with_queries=False))
     index = Artifact(root, index_spec(config, embeddings))
-    _make(index, partial(run_index, config, index, embeddings))
+    index.make(partial(run_index, config, index, embeddings))
     counts = documents.require()["counts"]
     return collection.add_segment(root, name, index.id, num_quarantined=sum(counts["quarantined"].values()))
 
@@ -92,11 +92,11 @@ def compact(runtime: RuntimeConfig, name: str) -> Change:
     inputs = {"snapshot": sha256_text(content)}
     documents = Artifact(root, ArtifactSpec(stage="documents", version=DOCUMENTS_VERSION, config={}, inputs=inputs))
     live = _live_rows(root, name, manifest)
-    _make(documents, partial(_run_copy, runtime, documents, manifest, live, "prepare", "corpus"))
+    documents.make(partial(_run_copy, runtime, documents, manifest, live, "prepare", "corpus"))
     embeddings = Artifact(root, _embed_spec(base, documents))
-    _make(embeddings, partial(_run_copy, runtime, embeddings, manifest, live, "embeddings", "document_embeddings"))
+    embeddings.make(partial(_run_copy, runtime, embeddings, manifest, live, "embeddings", "document_embeddings"))
     index = Artifact(root, index_spec(config, embeddings))
-    _make(index, partial(run_index, config, index, embeddings))
+    index.make(partial(run_index, config, index, embeddings))
     return collection.replace_segments(root, name, index.id, instead_of=manifest["id"])
 
 
@@ -137,14 +137,6 @@ def _config(base: Artifact, manifest: dict[str, Any], runtime: RuntimeConfig) ->
 def _embed_spec(base: Artifact, documents: Artifact) -> ArtifactSpec:
     inputs = {"embedder": base.spec.inputs["embedder"], "prepare": documents.id}
     return ArtifactSpec(stage="embed", version=base.spec.version, config=base.spec.config, inputs=inputs)
-
-
-def _make(artifact: Artifact, run: Callable[[], None]) -> None:
-    if artifact.is_done:
-        return
-    with artifact.lock():
-        artifact.begin()
-        run()
 
 
 # --- documents of a file ---------------------------------------------------------------------------------------------

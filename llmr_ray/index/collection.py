@@ -8,7 +8,7 @@ because a snapshot is named by its content and found again.
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from llmr_ray.artifacts import Artifact, canonical_json, sha256_file, sha256_text, write_table
 from llmr_ray.durable import remove, staged, write_atomic
 from llmr_ray.errors import DataError
-from llmr_ray.index.snapshot import current, folder_of, read_deleted, read_manifest
+from llmr_ray.index.snapshot import Named, current, folder_of, named, read_deleted, read_manifest
 from llmr_ray.locks import locked
 
 Rows = Mapping[int, np.ndarray]
@@ -178,11 +178,24 @@ def rollback(root: Path | str, name: str) -> Change:
     """
     collection = folder_of(root, name)
     with locked(collection):
-        state = json.loads((collection / "CURRENT").read_text()) if current(collection) else {}
-        if state["previous"] is None:
+        before = named(collection).previous
+        if before is None:
             raise DataError(f"collection {name} has had one snapshot only; there is none to go back to.")
-        manifest = read_manifest(collection, state["previous"])
+        manifest = read_manifest(collection, before)
         _switch(collection, manifest["id"])
+        return Change(snapshot=manifest["id"], num_documents=manifest["num_documents"])
+
+
+def accept(root: Path | str, name: str) -> Change:
+    """Has servers serve the current snapshot although canary queries find other documents in it than before.
+
+    It is remembered of this snapshot, so that servers that start later serve it too.
+    """
+    collection = folder_of(root, name)
+    with locked(collection):
+        state = named(collection)
+        manifest = read_manifest(collection, state.current)
+        _name(collection, replace(state, accepted=state.current))
         return Change(snapshot=manifest["id"], num_documents=manifest["num_documents"])
 
 
@@ -305,7 +318,12 @@ def _write(
 
 
 def _switch(collection: Path, snapshot_id: str) -> None:
-    path = collection / "CURRENT"
-    before = json.loads(path.read_text())["current"] if path.exists() else None
-    if before != snapshot_id:
-        write_atomic(path, (canonical_json({"current": snapshot_id, "previous": before}) + "\n").encode())
+    before = named(collection) if (collection / "CURRENT").exists() else None
+    if before is None:
+        _name(collection, Named(current=snapshot_id, previous=None, accepted=None))
+    elif before.current != snapshot_id:
+        _name(collection, replace(before, current=snapshot_id, previous=before.current))
+
+
+def _name(collection: Path, state: Named) -> None:
+    write_atomic(collection / "CURRENT", (canonical_json(asdict(state)) + "\n").encode())

@@ -117,6 +117,18 @@ def rollback(name: Name, root: Root = "artifacts", as_json: AsJSON = False) -> N
 
 
 @app.command()
+def accept(name: Name, root: Root = "artifacts", as_json: AsJSON = False) -> None:
+    """Has servers serve the current snapshot although it answers their canary questions otherwise than the one before.
+
+    For a change that is meant, as by `create --replace`. Servers see it at once, those that start later too.
+    """
+    with exit_on_user_error():
+        from llmr_ray.index import collection
+
+        _show(asdict(collection.accept(root, name)), as_json)
+
+
+@app.command()
 def prune(
     name: Name,
     keep: Annotated[int, typer.Option(help="So many newest snapshots stay.")] = 3,
@@ -124,7 +136,10 @@ def prune(
     root: Root = "artifacts",
     as_json: AsJSON = False,
 ) -> None:
-    """Removes old snapshots and what only they need; the one that is served and the one before it stay."""
+    """Removes old snapshots and what only they need; the current one and the one before it stay.
+
+    Servers that refuse those may serve an older one: prune when /readyz names the current one.
+    """
     with exit_on_user_error():
         from llmr_ray.index import pruning
 

@@ -8,7 +8,7 @@ from typing import Any
 from llmr_ray.durable import remove
 from llmr_ray.errors import DataError
 from llmr_ray.index.collection import snapshots
-from llmr_ray.index.snapshot import folder_of, previous
+from llmr_ray.index.snapshot import folder_of, named
 from llmr_ray.locks import locked
 
 _ROLES = ("index", "embeddings", "prepare")
@@ -25,7 +25,10 @@ class Pruned:
 
 
 def prune(root: Path | str, name: str, *, keep: int, dry_run: bool = False) -> Pruned:
-    """Removes all but the newest snapshots of a collection; what is served, and what a roll-back brings, stays.
+    """Removes all but the newest snapshots of a collection; the current one, and what a roll-back brings, stay.
+
+    Which one servers serve is not known here: their storage may be read-only. A server that refused all that stay
+    serves an older one, and says so at /readyz; prune when the current one is served.
 
     Of the artifacts that only removed snapshots have, those go that `llmr index add` and `compact` made. A run's own
     documents and vectors are the run's and stay, as does what a snapshot of any other collection needs. A process that
@@ -47,12 +50,9 @@ def prune(root: Path | str, name: str, *, keep: int, dry_run: bool = False) -> P
     collection = folder_of(root, name)
     with locked(collection):
         known = snapshots(root, name)
-        newest = {manifest["id"] for manifest in known[-keep:]}
-        old = [
-            manifest
-            for manifest in known
-            if not manifest["is_current"] and manifest["id"] not in newest | {previous(collection)}
-        ]
+        state = named(collection)
+        stay = {state.current, state.previous, *(manifest["id"] for manifest in known[-keep:])}
+        old = [manifest for manifest in known if manifest["id"] not in stay]
         gone = {manifest["id"] for manifest in old}
         needed = {
             artifact

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -50,23 +51,32 @@ def folder_of(root: Path | str, collection: str) -> Path:
     return Path(root) / "collections" / collection
 
 
-def current(collection: Path) -> str:
-    """The id of the snapshot that is to be served.
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a collection's file CURRENT says.
 
-    Raises:
-        DataError: the collection has none.
+    current: the id of the snapshot that is to be served. previous: of the one that was current before, and that a
+    roll-back makes current again; None: there is none. accepted: of the one that is to be served whatever canary
+    queries find (collection.accept); None: there is none.
     """
+
+    current: str
+    previous: str | None
+    accepted: str | None
+
+
+def named(collection: Path) -> Named:
+    """Which snapshots a collection names; DataError where there is no such collection."""
     path = collection / "CURRENT"
     if not path.exists():
         raise DataError(f"there is no collection {collection.name} in {collection.parent}. Make it: llmr index create.")
-    snapshot_id: str = json.loads(path.read_text())["current"]
-    return snapshot_id
+    state: dict[str, str | None] = json.loads(path.read_text())
+    return Named(current=str(state["current"]), previous=state["previous"], accepted=state.get("accepted"))
 
 
-def previous(collection: Path) -> str | None:
-    """The id of the snapshot that was current before, and that a roll-back makes current again; None: there is none."""
-    state: dict[str, str | None] = json.loads((collection / "CURRENT").read_text())
-    return state["previous"]
+def current(collection: Path) -> str:
+    """The id of the snapshot that is to be served; errors as of `named`."""
+    return named(collection).current
 
 
 def read_manifest(collection: Path, snapshot_id: str) -> dict[str, Any]:
@@ -195,6 +205,16 @@ class OpenSnapshot:
                 rows_QK[members], scores_QK[members] = merge_topk(found, k)
         return rows_QK, scores_QK
 
+    def read_attributes(self) -> None:
+        """Reads what filters see of the opened shards' documents, which the first filter would otherwise do."""
+        for opened in self._shards:
+            opened.attributes.read()
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether an opened shard only proposes documents, so that results of several k need not begin alike."""
+        return any(opened.shard.proposals is not None for opened in self._shards)
+
     def documents(self, rows: Sequence[int], *, with_text: bool) -> list[Document]:
         """The documents of some rows, in their order.
 
@@ -236,7 +256,7 @@ class OpenSnapshot:
                 live_N = np.ones(shard.num_rows, bool)
                 gone = deleted[at]
                 live_N[gone[(gone >= start) & (gone < start + shard.num_rows)] - start] = False
-            attributes = _LazyAttributes(self._artifact(segment["prepare"]), start, start + shard.num_rows)
+            attributes = _LazyAttributes.of(self._artifact(segment["prepare"]), start, start + shard.num_rows)
             opened.append(_OpenShard(shard, live_N, attributes))
         return opened
 
@@ -255,20 +275,40 @@ class OpenSnapshot:
 
 
 class _LazyAttributes:
-    """What filters see of some rows of a segment, read when the first filter comes."""
+    """What filters see of some rows of a segment, read when it is first needed, for all open snapshots that have it."""
+
+    _known: ClassVar[WeakValueDictionary[tuple[Path, int, int], "_LazyAttributes"]] = WeakValueDictionary()
+    _known_lock: ClassVar[Lock] = Lock()
 
     def __init__(self, prepare: Artifact, start: int, end: int) -> None:
         self._prepare, self._start, self._end = prepare, start, end
         self._lock = Lock()
         self._attributes: Attributes | None = None
 
+    @classmethod
+    def of(cls, prepare: Artifact, start: int, end: int) -> "_LazyAttributes":
+        """Those of rows [start, end), as any open snapshot has them already."""
+        key = (prepare.path, start, end)
+        with cls._known_lock:
+            if (known := cls._known.get(key)) is None:
+                known = cls._known[key] = cls(prepare, start, end)
+            return known
+
+    def read(self) -> None:
+        """Reads them, unless that is done."""
+        with self._lock:
+            self._read()
+
     def mask(self, chosen: Filter) -> np.ndarray:
         """bool, one for each of the rows."""
         with self._lock:
-            if self._attributes is None:
-                columns = [*COLUMNS, "meta"]
-                self._attributes = Attributes(read_rows(self._prepare, "corpus", self._start, self._end, columns))
-            return self._attributes.mask(chosen)
+            return self._read().mask(chosen)
+
+    def _read(self) -> Attributes:
+        if self._attributes is None:
+            columns = [*COLUMNS, "meta"]
+            self._attributes = Attributes(read_rows(self._prepare, "corpus", self._start, self._end, columns))
+        return self._attributes
 
 
 class _Cache:

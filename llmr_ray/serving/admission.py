@@ -25,63 +25,70 @@ class Admission:
         self._of_key: Counter[str] = Counter()
         self._tokens: dict[str, tuple[float, float]] = {}
         self._mean_seconds = 0.05
-        self._waiting_bytes = 0
+        self._inside = 0
+        self._held_bytes = 0
         self.working = 0
         self.waiting = 0
 
     @asynccontextmanager
-    async def admitted(self, key: str, num_bytes: int = 0) -> AsyncIterator[float]:
-        """Surrounds the work of a request; yields the seconds that it waited.
+    async def entered(self, key: str) -> AsyncIterator["Visit"]:
+        """Surrounds a request from before its body is read until its answer is made.
 
         The bound of the queue is the time that it may take: where clients ask again at once, answering refusals is work
         too, so that a short queue loses more answers to refusals than it saves in waiting.
 
         Args:
             key: whose limits count.
-            num_bytes: of the body, which is kept while the request waits.
 
         Raises:
             RequestError: 429 with the time after which it is worth asking again.
         """
         self._check_key(key)
-        if self.working >= self._settings.max_concurrent and not self._has_room(num_bytes):
-            raise self._overloaded()
+        if self._inside >= max(1, self._settings.max_concurrent) + self._settings.max_queued:
+            raise self.overloaded()
         self._of_key[key] += 1
-        started = time.perf_counter()
+        self._inside += 1
+        visit = Visit(self)
         try:
-            await self._wait(num_bytes)
-            begun = time.perf_counter()
-            self.working += 1
-            try:
-                yield begun - started
-            finally:
-                self.working -= 1
-                self._slots.release()
-                self._mean_seconds += 0.05 * (time.perf_counter() - begun - self._mean_seconds)
+            yield visit
         finally:
+            visit.release()
+            self._inside -= 1
             self._of_key[key] -= 1
             if not self._of_key[key]:
                 del self._of_key[key]
 
-    async def _wait(self, num_bytes: int) -> None:
-        """Until there is a place to work at, which is taken."""
+    @asynccontextmanager
+    async def work(self) -> AsyncIterator[float]:
+        """Waits for a place to work at and holds it; yields its start, by time.perf_counter. 429 if it waits long."""
         self.waiting += 1
-        self._waiting_bytes += num_bytes
         try:
             async with asyncio.timeout(self._settings.queue_timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise self._overloaded() from None
+            raise self.overloaded() from None
         finally:
             self.waiting -= 1
-            self._waiting_bytes -= num_bytes
+        begun = time.perf_counter()
+        self.working += 1
+        try:
+            yield begun
+        finally:
+            self.working -= 1
+            self._slots.release()
+            self._mean_seconds += 0.05 * (time.perf_counter() - begun - self._mean_seconds)
 
-    def _has_room(self, num_bytes: int) -> bool:
-        most = self._settings.max_queued_mb * 2**20
-        return self.waiting < self._settings.max_queued and self._waiting_bytes + num_bytes <= most
+    def hold(self, num_bytes: int) -> None:
+        """Counts bytes of bodies that are kept; below 0: no longer."""
+        self._held_bytes += num_bytes
 
-    def _overloaded(self) -> RequestError:
-        # What waits now is done in about this time.
+    def has_room(self, own: int, more: int) -> bool:
+        """Whether a body of which `own` bytes are held may grow. A body that is alone may: its length is bounded."""
+        is_alone = self._held_bytes == own
+        return is_alone or self._held_bytes + more <= self._settings.max_queued_mb * 2**20
+
+    def overloaded(self) -> RequestError:
+        """The refusal of a full server: 429, with the time in which about what waits now is done."""
         seconds = self._mean_seconds * (self.waiting + self.working) / max(1, self._settings.max_concurrent)
         return _busy("the server is busy.", "overloaded", seconds)
 
@@ -98,6 +105,37 @@ class Admission:
             self._tokens[key] = (tokens, now)
             raise _busy(f"this key may make {rate:g} requests a second.", "rate_limited", (1 - tokens) / rate)
         self._tokens[key] = (tokens - 1, now)
+
+
+class Visit:
+    """A request that was let in, and the bytes of its body that it holds until it is worked on."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission, self._num_bytes = admission, 0
+
+    def expect(self, num_bytes: int) -> None:
+        """Raises RequestError (429) if there is no room for so many bytes more."""
+        if not self._admission.has_room(self._num_bytes, num_bytes):
+            raise self._admission.overloaded()
+
+    def take(self, num_bytes: int) -> None:
+        """Counts bytes that have come; RequestError (429) if there is no room for them."""
+        self.expect(num_bytes)
+        self._num_bytes += num_bytes
+        self._admission.hold(num_bytes)
+
+    def release(self) -> None:
+        """Counts the body no longer."""
+        self._admission.hold(-self._num_bytes)
+        self._num_bytes = 0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[float]:
+        """Surrounds the work; yields the seconds that it waited. RequestError (429) if they are too many."""
+        started = time.perf_counter()
+        async with self._admission.work() as begun:
+            self.release()
+            yield begun - started
 
 
 def _busy(message: str, code: str, seconds: float) -> RequestError:

@@ -59,7 +59,7 @@ class Service:
             "model": self.name,
             "index_snapshot": found.snapshot_id,
             "partial": found.partial,
-            "usage": {"queries": len(asked.texts), "results": sum(map(len, found.hits))},
+            "usage": {"queries": len(asked.texts), "results": call.num_results},
             "timings_ms": told | {"total": round((time.perf_counter() - started) * 1e3, 3)},
             "request_id": call.request_id,
         }
@@ -70,7 +70,7 @@ class Service:
             raise RequestError(404, "there is no such vector store.", code="not_found")
         asked = parse(protocol.SearchRequest, body, self.settings).as_retrieval()
         found = await self._retrieve(call, asked)
-        return protocol.search_page(found.hits, asked.texts, name)
+        return protocol.search_page(found.hits, asked.texts, name, asked.top_k)
 
     async def _retrieve(self, call: Call, asked: protocol.RetrieveRequest) -> Retrieved:
         self._check_model(asked.model)
@@ -80,21 +80,25 @@ class Service:
         instruction, max_tokens = self.spec.prompt(self._task(asked.task), "query")
         prompted: list[Prompted] = [(text, instruction, max_tokens) for text in asked.texts]
         self.metrics.texts.labels("retrieve").inc(len(prompted))
-        found = await self.engine.retrieve(
-            served.snapshot_id,
-            prompted,
-            min(asked.top_k, served.num_documents),
-            self._filter(call, asked.filter),
-            with_text=asked.with_text,
-            min_score=asked.min_score,
-        )
+        chosen = self._filter(call, asked.filter)
+        try:
+            found = await self.engine.retrieve(
+                served.snapshot_id,
+                prompted,
+                min(asked.top_k, served.num_documents),
+                chosen,
+                with_text=asked.with_text,
+                min_score=asked.min_score,
+            )
+        finally:
+            self.metrics.missing.set(self.engine.groups_failed)
+        call.num_results = sum(map(len, found.hits))
         for stage, seconds in found.seconds.items():
             self.metrics.took(stage, seconds)
-        self.metrics.missing.set(self.engine.groups_failed)
         return found
 
     async def embeddings(self, call: Call, body: bytes) -> Any:
-        """POST /v1/embeddings, as OpenAI's."""
+        """POST /v1/embeddings, as OpenAI's. `usage` is an estimate from the texts' lengths, four characters a token."""
         asked = parse(protocol.EmbeddingsRequest, body, self.settings)
         prompt = self._models().get(asked.model)
         if prompt is None:
@@ -117,7 +121,7 @@ class Service:
             {"object": "embedding", "index": at, "embedding": protocol.embedding(vector, asked.encoding_format)}
             for at, vector in enumerate(vectors.tolist())
         ]
-        # Characters, by OpenAI's rule of four to a token: counting would tokenise everything twice.
+        # OpenAI's rule of four characters to a token: the encoder tells no counts, and counting would tokenise twice.
         tokens = sum(len(text) // 4 + 1 for text in asked.texts)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": rows, "model": asked.model, "usage": usage}
@@ -155,7 +159,10 @@ class Service:
     async def info(self, call: Call, body: bytes) -> Any:
         """GET /info: what is served and within which limits."""
         settings, served, refused = self.settings, self.switcher.served, self.switcher.refused
-        limits = ("max_body_bytes", "max_text_chars", "max_texts", "max_documents", "max_top_k", "request_timeout_s")
+        limits = (
+            "max_body_bytes", "max_text_chars", "max_texts", "max_documents", "max_top_k", "max_results",
+            "request_timeout_s",
+        )  # fmt: skip
         return {
             "model": self.name,
             "collection": settings.collection,
@@ -251,7 +258,7 @@ class Service:
 def _refusal(refused: Refused, call: Call) -> dict[str, Any]:
     """What is wrong with the current snapshot; the reason names files, which is the operators' business."""
     told = {"id": refused.snapshot_id, "attempts": refused.attempts}
-    is_operator = call.key is None or "admin" in call.key.scopes
+    is_operator = call.key is None or call.key.may("admin")
     return told | ({"reason": refused.reason} if is_operator else {})
 
 

@@ -29,12 +29,13 @@ from ray.serve.schema import LoggingConfig
 
 from llmr_ray.errors import ConfigError, DataError, LlmrError, ResourceError
 from llmr_ray.index.filters import Filter
-from llmr_ray.index.snapshot import current, folder_of, previous, read_manifest
+from llmr_ray.index.snapshot import current, folder_of, read_manifest
 from llmr_ray.serving import engine
 from llmr_ray.serving.api import Service, build_api
 from llmr_ray.serving.canaries import canary_queries
 from llmr_ray.serving.gate import ACCESS_LOG, Gate
 from llmr_ray.serving.keys import KeyRing
+from llmr_ray.serving.launch import warn_if_slow
 from llmr_ray.serving.metrics import Metrics, merged
 from llmr_ray.serving.models import EncoderSpec, PairScorer, Prompted, TextEncoder, encoder_spec
 from llmr_ray.serving.protocol import RequestError
@@ -204,8 +205,8 @@ class _Ingress:
         groups: list[DeploymentHandle],
     ) -> None:
         _log_to_stderr()
+        warn_if_slow(settings)
         root = Path(settings.artifact_root)
-        collection = folder_of(root, settings.collection)
         keys = KeyRing(Path(settings.keys_file)) if settings.keys_file else None
         encoder = _RemoteModels(models) if models else _local_models(settings, spec)
         local = engine.LocalShards(root, settings)
@@ -215,7 +216,7 @@ class _Ingress:
         composed = engine.Engine(settings, encoder, shard_groups, documents)
         canaries = canary_queries(root, settings.collection, spec, settings.num_canaries)
         switcher = Switcher(root, settings, composed, spec, canaries, self._metrics.watch)
-        await switcher.start(lambda: previous(collection))
+        await switcher.start()
         gate = Gate(settings, self._metrics, keys, only_local=_is_local())
         self._service = Service(gate, composed, switcher, spec, self._scrape)
         self._watch = asyncio.create_task(switcher.watch())

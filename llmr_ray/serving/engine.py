@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,11 @@ class ShardGroup(Protocol):
 
 
 class LocalEncoder:
-    """Models in this process, called from one thread, with the texts of concurrent requests in one batch."""
+    """Models in this process, with the texts of concurrent requests in one batch.
+
+    Embedder and reranker have a thread each: ranking takes seconds, for which no query should wait. Both work in slices
+    of about `encode_batch_tokens` tokens.
+    """
 
     def __init__(
         self,
@@ -66,17 +70,19 @@ class LocalEncoder:
         rank: Callable[[Sequence[tuple[str, str]]], np.ndarray] | None,
         settings: ServingSettings,
     ) -> None:
-        self._thread = ThreadPoolExecutor(1, "encode")
-        self._encode: Batcher[Prompted, np.ndarray] = Batcher(self._in_thread(encode), settings.batch_queries)
+        room = settings.encode_batch_tokens
+        least = max(1, room // max(1, settings.batch_queries))  # so that there are no more than batch_queries
+        self._encode: Batcher[Prompted, np.ndarray] = Batcher(
+            _in_thread(encode, "encode"),
+            room,
+            lambda prompted: max(least, min(prompted[2], _num_tokens(prompted[0]) + _num_tokens(prompted[1]))),
+        )
         self._rank: Batcher[tuple[str, str], float] | None = None
         if rank is not None:
-            self._rank = Batcher(self._in_thread(rank), settings.max_documents)
-
-    def _in_thread(self, work: Callable[[Any], np.ndarray]) -> Callable[[list[Any]], Any]:
-        async def run(items: list[Any]) -> np.ndarray:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, items)
-
-        return run
+            most = settings.reranker_max_tokens
+            self._rank = Batcher(
+                _in_thread(rank, "rank"), room, lambda pair: max(1, min(most, sum(map(_num_tokens, pair))))
+            )
 
     async def encode(self, prompted: Sequence[Prompted]) -> np.ndarray:
         """float32 [Q, D]."""
@@ -89,8 +95,69 @@ class LocalEncoder:
         return np.asarray(await self._rank.submit(pairs), np.float32)
 
 
-class LocalShards:
-    """Some shards of a collection's snapshots in this process.
+def _num_tokens(text: str) -> int:
+    """About how many tokens a text has; rather too many, as some scripts have a token for each character."""
+    return len(text) // 2
+
+
+def _in_thread(work: Callable[[Any], Any], name: str) -> Callable[[list[Any]], Awaitable[Any]]:
+    """Work that is done in a thread of its own."""
+    thread = ThreadPoolExecutor(1, name)
+
+    async def run(items: list[Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(thread, work, items)
+
+    return run
+
+
+class DocumentStore:
+    """A collection's snapshots in this process without their vectors: texts come from Parquet when they are asked for.
+
+    Args:
+        root: the artifact root.
+        settings: of the server.
+    """
+
+    def __init__(self, root: Path, settings: ServingSettings) -> None:
+        self._root, self._settings = root, settings
+        self._open: dict[str, OpenSnapshot] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._loader = ThreadPoolExecutor(1, "load")
+
+    def opened(self, snapshot_id: str) -> OpenSnapshot:
+        """A snapshot, opened and checked once; DataError where it cannot be."""
+        with self._locks.setdefault(snapshot_id, threading.Lock()):
+            if snapshot_id not in self._open:
+                self._open[snapshot_id] = self._opened(snapshot_id)
+            return self._open[snapshot_id]
+
+    def _opened(self, snapshot_id: str) -> OpenSnapshot:
+        return OpenSnapshot(self._root, self._settings.collection, snapshot_id, shards=())
+
+    async def load(self, snapshot_id: str) -> dict[str, Any]:
+        """See ShardGroup. Searches go on meanwhile, in another thread."""
+        snapshot = await self.snapshot(snapshot_id)
+        return {
+            "encoder": snapshot.encoder,
+            "dimension": snapshot.dimension,
+            "num_documents": snapshot.num_documents,
+            "num_shards": snapshot.num_shards,
+        }
+
+    async def snapshot(self, snapshot_id: str) -> OpenSnapshot:
+        """An opened snapshot."""
+        if (snapshot := self._open.get(snapshot_id)) is not None:
+            return snapshot
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.opened, snapshot_id)
+
+    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+        """See ShardGroup. Who reads or searches a snapshot holds it."""
+        for snapshot_id in set(self._open) - set(snapshot_ids):
+            del self._open[snapshot_id]
+
+
+class LocalShards(DocumentStore):
+    """Some shards of a collection's snapshots in this process, and its documents.
 
     Args:
         root: the artifact root.
@@ -99,42 +166,25 @@ class LocalShards:
     """
 
     def __init__(self, root: Path, settings: ServingSettings, group: int = 0, groups: int = 1) -> None:
-        self._root, self._settings, self._group, self._groups = root, settings, group, groups
-        self._open: dict[str, OpenSnapshot] = {}
-        self._locks: dict[str, threading.Lock] = {}
-        self._threads = ThreadPoolExecutor(1, "search")
-        self._loader = ThreadPoolExecutor(1, "load")
+        super().__init__(root, settings)
+        self._group, self._groups = group, groups
+        self._searcher = ThreadPoolExecutor(1, "search")
         self._batchers: dict[str, Batcher[tuple[np.ndarray, Filter | None, int], Found]] = {}
         shards.set_threads(settings.search_threads)
 
-    def opened(self, snapshot_id: str) -> OpenSnapshot:
-        """This group's shards of a snapshot, opened and checked once; DataError where they cannot be."""
-        with self._locks.setdefault(snapshot_id, threading.Lock()):
-            if snapshot_id not in self._open:
-                place: tuple[Any, ...] = (self._root, self._settings.collection, snapshot_id)
-                numbers = None
-                if self._groups > 1:
-                    whole = OpenSnapshot(*place, shards=())
-                    numbers = range(self._group, whole.num_shards, self._groups)
-                threads = self._settings.search_threads
-                self._open[snapshot_id] = OpenSnapshot(*place, shards=numbers, num_threads=threads)
-            return self._open[snapshot_id]
-
-    async def load(self, snapshot_id: str) -> dict[str, Any]:
-        """See ShardGroup. Searches go on meanwhile, in another thread."""
-        loop = asyncio.get_running_loop()
-        snapshot = await loop.run_in_executor(self._loader, self.opened, snapshot_id)
-        return {
-            "encoder": snapshot.encoder,
-            "dimension": snapshot.dimension,
-            "num_documents": snapshot.num_documents,
-            "num_shards": snapshot.num_shards,
-        }
+    def _opened(self, snapshot_id: str) -> OpenSnapshot:
+        place = (self._root, self._settings.collection, snapshot_id)
+        numbers = None
+        if self._groups > 1:
+            numbers = range(self._group, super()._opened(snapshot_id).num_shards, self._groups)
+        snapshot = OpenSnapshot(*place, shards=numbers, num_threads=self._settings.search_threads)
+        # Here, in the loader's thread: it takes seconds, and the first search with a filter would hold up all others.
+        snapshot.read_attributes()
+        return snapshot
 
     async def search(self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]) -> Found:
         """See ShardGroup. Queries of concurrent requests are searched for together."""
-        if snapshot_id not in self._open:
-            await self.load(snapshot_id)
+        await self.snapshot(snapshot_id)  # an error in opening it is none of a batch
         batcher = self._batchers.get(snapshot_id)
         if batcher is None:
             batcher = self._batchers[snapshot_id] = Batcher(
@@ -145,39 +195,29 @@ class LocalShards:
 
     async def _search(self, snapshot_id: str, items: list[tuple[np.ndarray, Filter | None, int]]) -> list[Found]:
         snapshot = await self.snapshot(snapshot_id)
-        query_QD = np.stack([query_D for query_D, _, _ in items])
-        filters, most = [chosen for _, chosen, _ in items], max(k for _, _, k in items)
-
-        def search() -> Found:
-            return snapshot.search(query_QD, most, allowed=filters)
-
-        rows, scores = await asyncio.get_running_loop().run_in_executor(self._threads, search)
-        # The k best of more than k are the first k: ties have an order.
-        return [(rows[at, :k], scores[at, :k]) for at, (_, _, k) in enumerate(items)]
-
-    async def snapshot(self, snapshot_id: str) -> OpenSnapshot:
-        """An opened snapshot."""
-        if snapshot_id not in self._open:
-            await self.load(snapshot_id)
-        return self._open[snapshot_id]
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, _found, snapshot, items)
 
     async def keep(self, snapshot_ids: Sequence[str]) -> None:
-        """See ShardGroup. A search under way holds what it searches."""
-        for snapshot_id in set(self._open) - set(snapshot_ids):
-            del self._open[snapshot_id]
-            self._batchers.pop(snapshot_id, None)
+        """See ShardGroup."""
+        await super().keep(snapshot_ids)
+        for snapshot_id in set(self._batchers) - set(snapshot_ids):
+            del self._batchers[snapshot_id]
 
 
-class DocumentStore(LocalShards):
-    """A collection's documents without its vectors: texts come from Parquet when they are asked for."""
-
-    def opened(self, snapshot_id: str) -> OpenSnapshot:
-        """A snapshot opened without shards."""
-        with self._locks.setdefault(snapshot_id, threading.Lock()):
-            if snapshot_id not in self._open:
-                place = (self._root, self._settings.collection, snapshot_id)
-                self._open[snapshot_id] = OpenSnapshot(*place, shards=())
-            return self._open[snapshot_id]
+def _found(snapshot: OpenSnapshot, items: list[tuple[np.ndarray, Filter | None, int]]) -> list[Found]:
+    """What each query of a batch, with its filter and its k, finds."""
+    deepest = max(k for _, _, k in items)
+    together: dict[int, list[int]] = {}
+    for at, (_, _, k) in enumerate(items):
+        # What an approximate index proposes depends on k, and nobody's answer may depend on who asks beside them. Of an
+        # exact one, the k best of more than k are the first k: ties have an order.
+        together.setdefault(k if snapshot.is_approximate else deepest, []).append(at)
+    found: dict[int, Found] = {}
+    for k, members in together.items():
+        query_QD = np.stack([items[at][0] for at in members])
+        rows_QK, scores_QK = snapshot.search(query_QD, k, allowed=[items[at][1] for at in members])
+        found |= {at: (rows_QK[row], scores_QK[row]) for row, at in enumerate(members)}
+    return [(found[at][0][:k], found[at][1][:k]) for at, (_, _, k) in enumerate(items)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +241,12 @@ class Engine:
     """
 
     def __init__(
-        self, settings: ServingSettings, encoder: Encoder, groups: Sequence[ShardGroup], documents: LocalShards
+        self, settings: ServingSettings, encoder: Encoder, groups: Sequence[ShardGroup], documents: DocumentStore
     ) -> None:
         self.settings, self.encoder, self.groups, self._documents = settings, encoder, list(groups), documents
         self._readers = ThreadPoolExecutor(2, "documents")
         self.groups_failed = 0
+        """Of the latest search, also of one that failed for them."""
 
     async def load(self, snapshot_id: str) -> dict[str, Any]:
         """Opens a snapshot everywhere; the first error ends it. Says what the snapshot is, as all its parts agree."""
@@ -218,7 +259,7 @@ class Engine:
 
     async def keep(self, snapshot_ids: Sequence[str]) -> None:
         """Closes all other snapshots everywhere."""
-        parts = [self._documents, *self.groups]
+        parts: list[DocumentStore | ShardGroup] = [self._documents, *self.groups]
         for result in await asyncio.gather(*(part.keep(snapshot_ids) for part in parts), return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("a shard group could not close old snapshots: %r", result)
@@ -231,8 +272,6 @@ class Engine:
     async def _scatter(
         self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None], *, partial: bool
     ) -> tuple[Found, bool]:
-        if len(self.groups) == 1:
-            return await self.groups[0].search(snapshot_id, query_QD, k, filters), False
         searches = [group.search(snapshot_id, query_QD, k, filters) for group in self.groups]
         parts = await asyncio.gather(*searches, return_exceptions=True)
         failed = [part for part in parts if isinstance(part, BaseException)]

@@ -1,6 +1,7 @@
 """The way of an HTTP request into the server and out: key, limits, body, time, disconnects, errors, one line of log.
 
-Everything that can be refused is refused before the body is read, and everything else before it is worked on.
+What the headers tell is refused before the body is read: a wrong host, key, type or length, a key above its rate, and
+whoever comes to a full server. The body is counted as it arrives, and checked before it is worked on.
 """
 
 import asyncio
@@ -17,10 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from llmr_ray.errors import LlmrError
-from llmr_ray.serving.admission import Admission
+from llmr_ray.serving.admission import Admission, Visit
 from llmr_ray.serving.keys import Key, KeyRing
 from llmr_ray.serving.metrics import Metrics
-from llmr_ray.serving.protocol import RequestError, to_json, too_large
+from llmr_ray.serving.protocol import RequestError, to_json, to_json_in_steps, too_large
 from llmr_ray.serving.settings import ServingSettings
 
 ACCESS_LOG = "llmr_ray.serving.access"
@@ -28,6 +29,9 @@ ACCESS_LOG = "llmr_ray.serving.access"
 
 WATCH_AFTER_SECONDS = 0.05
 """Work shorter than this ends by itself; of longer work the client's leaving is noticed."""
+
+LARGE_RESULTS = 256
+"""An answer of more results is written in a thread, so that other requests go on meanwhile."""
 
 _LOCAL_HOSTS = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -45,6 +49,7 @@ class Call:
     route: str
     key: Key | None = None
     snapshot_id: str = ""
+    num_results: int = 0
     told: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,10 +93,9 @@ class Gate:
         call = Call(request_id=_request_id(request.headers.get("x-request-id")), route=route)
         headers: dict[str, str] = {}
         try:
-            result = await self._answer(request, call, scope, work)
-            status, response = 200, result
+            response = await self._answer(request, call, scope, work)
         except RequestError as error:
-            status, response = error.status, error.body(call.request_id)
+            response = _json_response(to_json(error.body(call.request_id)), error.status)
             if error.retry_after is not None:
                 headers["retry-after"] = str(max(1, round(error.retry_after)))
             if error.status == 401:
@@ -100,37 +104,44 @@ class Gate:
                 headers["connection"] = "close"  # the rest of the body is not read
             call.told["error"] = error.code
         except ClientDisconnect:
-            status, response = 499, {}
+            response = Response(status_code=499)
         seconds = time.perf_counter() - started
-        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.requests.labels(route, str(response.status_code)).inc()
         if scope is not None:
             self.metrics.took("total", seconds)
-        self._log(call, status, seconds)
+        self._log(call, response.status_code, seconds)
         headers["x-request-id"] = call.request_id
         if call.snapshot_id:
             headers["x-index-snapshot"] = call.snapshot_id
-        if isinstance(response, Response):
-            response.headers.update(headers)
-            return response
-        return Response(to_json(response), status, headers, "application/json")
+        response.headers.update(headers)
+        return response
 
-    async def _answer(self, request: Request, call: Call, scope: str | None, work: Work) -> Any:
+    async def _answer(self, request: Request, call: Call, scope: str | None, work: Work) -> Response:
         if scope is None:
             return await self._guarded(call, work(call, b""))
         self._check_host(request)
         call.key = self._admit_key(request, scope)
-        body = await self._body(request) if request.method == "POST" else b""
-        async with self.admission.admitted(call.key_name, len(body)) as waited:
-            self.metrics.took("queue", waited)
-            if waited > WATCH_AFTER_SECONDS and await request.is_disconnected():
-                raise ClientDisconnect  # of what waited through an overload, many have gone
-            return await self._watched(request, call, work(call, body))
+        has_body = request.method == "POST"
+        length = self._told_length(request) if has_body else 0
+        async with self.admission.entered(call.key_name) as visit:
+            visit.expect(length)
+            body = await self._body(request, visit) if has_body else b""
+            async with visit.turn() as waited:
+                self.metrics.took("queue", waited)
+                if waited > WATCH_AFTER_SECONDS and await request.is_disconnected():
+                    raise ClientDisconnect  # of what waited through an overload, many have gone
+                return await self._watched(request, call, work(call, body))
 
-    async def _guarded(self, call: Call, work: Awaitable[Any]) -> Any:
-        """Errors of the work as errors of a request, without anything that it said."""
+    async def _guarded(self, call: Call, work: Awaitable[Any]) -> Response:
+        """The answer of the work; its errors as errors of a request, without anything that it said."""
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
-                return await work
+                result = await work
+                if isinstance(result, Response):
+                    return result
+                if call.num_results > LARGE_RESULTS:
+                    return _json_response(await asyncio.to_thread(to_json_in_steps, result))
+                return _json_response(to_json(result))
         except (RequestError, asyncio.CancelledError):
             raise
         except TimeoutError:
@@ -149,8 +160,8 @@ class Gate:
             log.error("request %s of %s failed: %s at %s", call.request_id, call.route, type(error).__name__, where)
             raise RequestError(500, "the server failed.", code="internal_error") from None
 
-    async def _watched(self, request: Request, call: Call, work: Awaitable[Any]) -> Any:
-        """The work's result; the work is cancelled when the client has gone."""
+    async def _watched(self, request: Request, call: Call, work: Awaitable[Any]) -> Response:
+        """The work's answer; the work is cancelled when the client has gone."""
         task = asyncio.ensure_future(self._guarded(call, work))
         try:
             done, _ = await asyncio.wait({task}, timeout=WATCH_AFTER_SECONDS)
@@ -180,26 +191,32 @@ class Gate:
         key = self._keys.find(secret.strip()) if kind.lower() == "bearer" and secret else None
         if key is None:
             raise RequestError(401, "a valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
-        if scope not in key.scopes:
+        if not key.may(scope):
             raise RequestError(403, f"this key lacks the scope '{scope}'.", code="missing_scope")
         return key
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, read no further than is allowed and no longer than it may take."""
-        most = self.settings.max_body_bytes
+    def _told_length(self, request: Request) -> int:
+        """The body's length as its header tells it, 0 where there is none; refuses what cannot be read."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RequestError(415, "the content type must be application/json.", code="unsupported_media_type")
-        length = request.headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > most:
+        told = request.headers.get("content-length", "0")
+        # Cut, because Python takes no number of thousands of digits.
+        length = int(told[:20]) if told.isascii() and told.isdigit() else None
+        if length is None or length > self.settings.max_body_bytes:
             raise too_large(self.settings)
+        return length
+
+    async def _body(self, request: Request, visit: Visit) -> bytes:
+        """The body, read no further than is allowed and no longer than it may take."""
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
                 async for part in request.stream():
                     size += len(part)
-                    if size > most:
+                    if size > self.settings.max_body_bytes:
                         raise too_large(self.settings)
+                    visit.take(len(part))
                     parts.append(part)
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time.", code="body_timeout") from None
@@ -221,6 +238,10 @@ class Gate:
             **call.told,
         }
         access_log.info(json.dumps(told, separators=(",", ":")))
+
+
+def _json_response(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")
 
 
 def _request_id(given: str | None) -> str:

@@ -22,7 +22,7 @@ from llmr_ray.errors import ConfigError
 from llmr_ray.locks import locked
 
 SCOPES = ("read", "admin")
-"""read: ask. admin: also metrics, and having the server look for a new snapshot."""
+"""read: ask. admin: that too, and metrics, why a snapshot was refused, and having the server look for a new one."""
 
 PREFIX = "llmr_"
 """By which a key is known when it turns up where it should not."""
@@ -45,6 +45,10 @@ class Key:
     sha256: str
     created: str = ""
     filter: Mapping[str, Any] | None = None
+
+    def may(self, scope: str) -> bool:
+        """Whether the key has a scope. The scope admin holds all others."""
+        return scope in self.scopes or "admin" in self.scopes
 
 
 def digest(secret: str) -> str:

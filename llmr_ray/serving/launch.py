@@ -2,6 +2,7 @@
 
 import dataclasses
 import ipaddress
+import logging
 import os
 import socket
 import tempfile
@@ -17,6 +18,25 @@ from llmr_ray.serving.settings import ServingSettings, environment_values
 
 RESOLVED = "config.resolved.yaml"
 """A run's folder has its configuration under this name."""
+
+FAST = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # What is asked changes nothing, so a request whose process died may be sent to another.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+    "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": "conn-failure empty-response response-timeout",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    # A client that stops sending, or reading its answer, loses its connection; as long as idle ones are kept.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "90",
+    # The second line goes into HAProxy's defaults below the first: headers must be there within 10 s, or 4,096
+    # connections that send them byte by byte would be all that HAProxy takes. Serve has no variable for it.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
+    # How long a replica that ends goes on answering, for HAProxy to hear of it; Serve's own 30 s hold up its end.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+}
+"""The environment of Serve's throughput-optimised mode, in which every node of Ray has to start."""
+
+log = logging.getLogger(__name__)
 
 
 def configured(run_or_config: str, overrides: list[str]) -> tuple[Path, Config, ServingSettings]:
@@ -105,9 +125,7 @@ def prepare_fast() -> None:
     HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine.
     """
     folder = tempfile.mkdtemp(prefix="llmr-serve-")
-    values = {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    values = FAST | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
@@ -116,12 +134,19 @@ def prepare_fast() -> None:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        # What is asked changes nothing, so a request whose process died may be sent to another.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
-        "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": "conn-failure empty-response response-timeout",
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        # How long a replica that ends goes on answering, for HAProxy to hear of it; Serve's own 30 s hold up its end.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def warn_if_slow(settings: ServingSettings) -> None:
+    """Logs that `fast` has no effect, where Ray was started without its environment. To be called in a replica."""
+    modes = ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_ENABLE_HA_PROXY")
+    absent = [name for name in modes if os.environ.get(name) != "1"]
+    if settings.fast and absent:
+        log.warning(
+            "serving.fast has no effect: Ray started without %s=1, so requests go through Serve's Python proxy, about "
+            "ten times slower. Start every node with the variables of deploy/kuberay/rayservice.yaml, or set "
+            "serving.fast=false.",
+            "=1 and ".join(absent),
+        )

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 if TYPE_CHECKING:
-    from llmr_ray.serving.switching import Switcher
+    from llmr_ray.serving.switching import Refused, Switcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -38,9 +38,13 @@ class Metrics:
         self.working = Gauge("llmr_requests_working", "Requests under way.", registry=self._registry)
         self.waiting = Gauge("llmr_requests_waiting", "Requests that wait.", registry=self._registry)
         self.switches = Counter(
-            "llmr_index_switches_total", "Changes of the snapshot: switched or failed.", ("outcome",),
+            "llmr_index_switches_total",
+            "Attempts to serve another snapshot by outcome: switched or refused.",
+            ("outcome",),
             registry=self._registry,
-        )  # fmt: skip
+        )
+        self._served_id = ""
+        self._refused: "Refused | None" = None
         self._age = Gauge(
             "llmr_index_snapshot_age_seconds", "Time since the served snapshot was made.", registry=self._registry
         )
@@ -67,13 +71,18 @@ class Metrics:
         """Notes what came of the latest look at the collection."""
         served, refused = switcher.served, switcher.refused
         self.refused_snapshot.set(refused is not None)
-        self.switches.labels("refused" if refused else "switched").inc()
+        if refused is not None and refused is not self._refused:
+            self.switches.labels("refused").inc()
+        self._refused = refused
+        if served is not None and served.snapshot_id != self._served_id:  # else a refusal was cleared by a roll-back
+            self.switches.labels("switched").inc()
         if served is not None:
             self._serves(served.snapshot_id, served.created, served.num_documents)
             if served.canary_overlap is not None:
                 self.canary.set(served.canary_overlap)
 
     def _serves(self, snapshot_id: str, created: str, num_documents: int) -> None:
+        self._served_id = snapshot_id
         self._snapshot.clear()
         self._snapshot.labels(snapshot_id).set(1)
         self.documents.set(num_documents)

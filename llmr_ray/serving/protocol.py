@@ -7,7 +7,7 @@ import base64
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -255,14 +255,21 @@ def _invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
 
 
 def _check(request: _Body, limits: ServingSettings) -> None:
+    depth = "top_k"
     if isinstance(request, SearchRequest):
-        request = request.as_retrieval()
+        request, depth = request.as_retrieval(), "max_num_results"
     if isinstance(request, RetrieveRequest):
         if (request.query is None) == (request.queries is None):
             _refuse("give either `query` or `queries`.", code="invalid_value", param="query", status=422)
         if request.top_k > limits.max_top_k:
-            raise above("top_k", limits.max_top_k)
+            raise above(depth, limits.max_top_k)
         check_texts(request.texts, limits, "query" if request.queries is None else "queries", limits.max_texts)
+        if request.with_text and len(request.texts) * request.top_k > limits.max_results:
+            message = (
+                f"queries times `{depth}` may be {limits.max_results} at the most where texts come with the results. "
+                "Ask for fewer, or send the queries in several requests."
+            )
+            raise RequestError(422, message, code="above_limit", param=depth)
     elif isinstance(request, EmbeddingsRequest):
         check_texts(request.texts, limits, "input", limits.max_texts)
     elif isinstance(request, RerankRequest):
@@ -312,8 +319,8 @@ class Hit:
         return {"id": self.doc_id, "score": self.retrieval_score} | {k: v for k, v in found.items() if v is not None}
 
 
-def search_page(hits: Sequence[Sequence[Hit]], texts: Sequence[str], name: str) -> dict[str, Any]:
-    """Results in the form of OpenAI's vector stores: one list of several queries' results, best first."""
+def search_page(hits: Sequence[Sequence[Hit]], texts: Sequence[str], name: str, limit: int) -> dict[str, Any]:
+    """Results in the form of OpenAI's vector stores: one list, the `limit` best of all queries' results."""
     best: dict[str, Hit] = {}
     for of_query in hits:
         for hit in of_query:
@@ -327,7 +334,7 @@ def search_page(hits: Sequence[Sequence[Hit]], texts: Sequence[str], name: str) 
             "attributes": _attributes(hit.metadata),
             "content": [{"type": "text", "text": hit.text or ""}],
         }
-        for hit in sorted(best.values(), key=lambda hit: -hit.retrieval_score)
+        for hit in sorted(best.values(), key=lambda hit: -hit.retrieval_score)[:limit]
     ]
     page = {"object": "vector_store.search_results.page", "search_query": list(texts), "data": data}
     return page | {"has_more": False, "next_page": None, "vector_store_id": name}
@@ -346,5 +353,27 @@ def embedding(vector: Sequence[float], encoding_format: str) -> list[float] | st
 
 
 def to_json(value: Any) -> bytes:
-    """An answer's bytes; NaN cannot be written."""
+    """An answer's bytes; ValueError for NaN and infinity, which cannot be written."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def to_json_in_steps(value: Any) -> bytes:
+    """The same for a large answer in a thread: result by result, because one call of json.dumps stops all threads."""
+    return b"".join(_steps(value, _RESULT_DEPTH))
+
+
+_RESULT_DEPTH = 3
+"""A result stands in the list of a query, in the list of all, in the answer."""
+
+
+def _steps(value: Any, depth: int) -> Iterator[bytes]:
+    if not depth or not value or not isinstance(value, dict | list):
+        yield to_json(value)
+        return
+    members = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+    start, end = (b"{", b"}") if isinstance(value, dict) else (b"[", b"]")
+    for key, item in members:
+        yield start + (to_json(key) + b":" if key is not None else b"")
+        yield from _steps(item, depth - 1)
+        start = b","
+    yield end

@@ -17,7 +17,7 @@ KeysFile = Annotated[Path, typer.Option("--file", envvar="LLMR_SERVE_KEYS_FILE",
 def add(
     name: Annotated[str, typer.Argument(help="What the key is called in logs and limits.")],
     file: KeysFile = Path("keys.json"),
-    scope: Annotated[list[str] | None, typer.Option(help="read (the default) or admin; may be given twice.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="read (the default), or admin, which holds read.")] = None,
     document_filter: Annotated[
         str | None, typer.Option("--filter", help="JSON: the key finds only documents that this filter admits.")
     ] = None,

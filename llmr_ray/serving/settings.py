@@ -63,17 +63,19 @@ class ServingSettings:
     max_documents: int = 256
     """Documents to rank in one request."""
     max_top_k: int = 1000
+    max_results: int = 3200
+    """Queries of a request times its top_k, where texts come with the results: the bound of an answer's length."""
     max_json_depth: int = 32
     max_concurrent: int = 64
     """Requests that an ingress works on at once; more wait."""
     max_queued: int = 1024
-    """Requests that wait at an ingress; more are refused (429)."""
+    """Requests beyond those that an ingress lets in, to send their bodies or to wait; more are refused (429) unread."""
     max_queued_mb: int = 256
-    """MiB of their bodies, likewise."""
+    """MiB of bodies that arrive or wait at an ingress, likewise. A body that is alone is always let in."""
     queue_timeout_s: float = 5.0
     """A request that has waited so long is refused (429)."""
     max_concurrent_per_key: int = 0
-    """Requests of one API key that an ingress works on or keeps waiting; 0: no limit."""
+    """Requests of one API key that an ingress has let in: that arrive, wait or are worked on; 0: no limit."""
     requests_per_second_per_key: float = 0.0
     """Of one API key at one ingress, with bursts of two seconds' worth; 0: no limit."""
     request_timeout_s: float = 30.0
@@ -93,12 +95,14 @@ class ServingSettings:
     num_canaries: int = 8
     """Questions of the collection that are asked of the old and the new snapshot before a switch; 0: none."""
     canary_min_overlap: float = 0.2
-    """Least mean share of the ten best documents that both find. Catches a spoiled index, not one that has grown."""
+    """Least mean share of the ten best documents that both find. Catches a spoiled index, not one that has grown. 0:
+    every snapshot may follow another; `llmr index accept` lets a single one."""
     allow_partial: bool = False
     """Where a shard group fails, answer from the others and say so. False: such requests fail (503)."""
 
     fast: bool = True
-    """Serve's throughput-optimised mode behind HAProxy. False: Serve's Python proxy, ten times slower."""
+    """Serve's throughput-optimised mode behind HAProxy. False: Serve's Python proxy, ten times slower. `llmr serve`
+    sets its environment where it starts Ray; a cluster's nodes must start in it (launch.FAST), else the log says so."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> "ServingSettings":

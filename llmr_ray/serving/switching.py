@@ -4,6 +4,10 @@ The server looks at what the collection names as current. A new snapshot is open
 have been made by the same encoder, and answers canary queries well enough; then one assignment switches all requests
 that come in from then on. Those under way keep the snapshot that they began with. One that cannot be served leaves the
 old one serving, is told of, and is tried again after ever longer waits and whenever the collection names another.
+
+A server that starts does the same: it opens the snapshot before the current one first, and goes on from there. Else
+every restart would bring what the running servers refuse. Two kinds of change need no overlap, because an operator
+wants them: one that was accepted (collection.accept), and one to an older snapshot, which is a roll-back.
 """
 
 import asyncio
@@ -16,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from llmr_ray.errors import DataError
-from llmr_ray.index.snapshot import current, folder_of, read_manifest
+from llmr_ray.index.snapshot import Named, folder_of, named, read_manifest
 from llmr_ray.serving.engine import Engine
 from llmr_ray.serving.models import EncoderSpec, Prompted, vector_settings
 from llmr_ray.serving.settings import ServingSettings
@@ -81,18 +85,27 @@ class Switcher:
         self.served: Served | None = None
         self.refused: Refused | None = None
         self._before: str | None = None
+        self._tried: Named | None = None
+        self._overlaps: dict[tuple[str | None, str], float] = {}
+        """Of the two snapshots last compared. They do not change, so what is tried again need not be opened again."""
 
-    async def start(self, fallback: Callable[[], str | None] = lambda: None) -> None:
-        """Opens the current snapshot, or where that fails the one before it.
+    async def start(self) -> None:
+        """Opens the current snapshot, as one that follows the one before it; where that fails, the one before it.
 
         Raises:
             DataError: neither can be served.
         """
+        state = await asyncio.to_thread(named, self._collection)
+        earlier = state.previous
+        if earlier is not None and self._must_overlap(earlier, state.current, state.accepted):
+            try:
+                async with asyncio.timeout(self._settings.load_timeout_s):
+                    self.served = await self._opened(earlier, None)
+            except Exception as error:
+                log.warning("the current snapshot is compared with nothing, as %s cannot be opened: %r", earlier, error)
         await self.look()
-        if self.served is None and (earlier := fallback()) is not None:
-            refused = self.refused
-            await self._try(earlier)
-            self.refused = refused
+        if self.served is None and earlier is not None:
+            await self._try(earlier, None, still_refused=self.refused)
         if self.served is None:
             reason = self.refused.reason if self.refused else "it names none."
             raise DataError(
@@ -117,26 +130,26 @@ class Switcher:
         """
         async with self._one_at_a_time:
             try:
-                wanted = await asyncio.to_thread(current, self._collection)
+                state = await asyncio.to_thread(named, self._collection)
             except DataError as error:
                 if self.served is None:
                     raise
                 log.warning("the served snapshot stays: %s", error)
                 return
-            if self.served is not None and wanted == self.served.snapshot_id:
+            if self.served is not None and state.current == self.served.snapshot_id:
                 if self.refused is not None:  # rolled back to what is served
                     self.refused = None
                     self._changed(self)
                 return
-            refused = self.refused
-            is_new = again or refused is None or refused.snapshot_id != wanted
-            if is_new or (refused is not None and time.monotonic() >= refused.retry_at):
-                await self._try(wanted)
+            is_new = again or self.refused is None or self._tried != state
+            if is_new or (self.refused is not None and time.monotonic() >= self.refused.retry_at):
+                self._tried = state
+                await self._try(state.current, state.accepted)
 
-    async def _try(self, snapshot_id: str) -> None:
+    async def _try(self, snapshot_id: str, accepted: str | None, still_refused: Refused | None = None) -> None:
         try:
             async with asyncio.timeout(self._settings.load_timeout_s):
-                served = await self._opened(snapshot_id)
+                served = await self._opened(snapshot_id, accepted)
         except Exception as error:
             attempts = self.refused.attempts + 1 if self.refused and self.refused.snapshot_id == snapshot_id else 1
             wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempts - 1))
@@ -146,15 +159,24 @@ class Switcher:
             )
             log.error("snapshot %s is not served: %s", snapshot_id, reason)
             self._changed(self)
-            return
-        old = self.served.snapshot_id if self.served else None
-        self.served, self.refused, self._before = served, None, old
-        self._changed(self)
-        log.warning("serving snapshot %s of %d documents (before: %s)", snapshot_id, served.num_documents, old)
-        # The old one stays open for the requests that began with it, and for a roll-back.
-        await self._engine.keep([snapshot_id, *([old] if old else [])])
+        else:
+            old = self.served.snapshot_id if self.served else None
+            self.served, self.refused, self._before = served, still_refused, old
+            self._changed(self)
+            log.warning("serving snapshot %s of %d documents (before: %s)", snapshot_id, served.num_documents, old)
+        # The one before stays open for the requests that began with it, and for a roll-back. What was refused does not.
+        await self._engine.keep([item for item in (self.served and self.served.snapshot_id, self._before) if item])
 
-    async def _opened(self, snapshot_id: str) -> Served:
+    def _must_overlap(self, old: str, new: str, accepted: str | None) -> bool:
+        """Whether canary queries have to find the same in a new snapshot as in an old one; ids are in order of age."""
+        is_gated = bool(self._canaries) and self._settings.canary_min_overlap > 0
+        return is_gated and old < new and new != accepted
+
+    async def _opened(self, snapshot_id: str, accepted: str | None) -> Served:
+        old = self.served.snapshot_id if self.served else None
+        must_overlap = old is not None and self._must_overlap(old, snapshot_id, accepted)
+        if must_overlap:
+            self._check_overlap(self._overlaps.get((old, snapshot_id)))
         manifest = await asyncio.to_thread(read_manifest, self._collection, snapshot_id)
         if manifest["encoder"] != self._spec.encoder:
             raise DataError("it was embedded by another model than the server's. Start a server for it.")
@@ -167,11 +189,9 @@ class Switcher:
         if what["encoder"] != self._spec.encoder:
             raise DataError("its shards were embedded by another model than the server's.")
         overlap = await self._overlap(snapshot_id, what["dimension"])
-        if overlap is not None and overlap < self._settings.canary_min_overlap:
-            raise DataError(
-                f"canary queries find other documents than before: the ten best overlap by {overlap:.2f}, at least "
-                f"{self._settings.canary_min_overlap:.2f} is asked for (serving.canary_min_overlap)."
-            )
+        if must_overlap and overlap is not None:
+            self._overlaps = {(old, snapshot_id): overlap}
+            self._check_overlap(overlap)
         return Served(
             snapshot_id=snapshot_id,
             num_documents=what["num_documents"],
@@ -180,6 +200,16 @@ class Switcher:
             since=time.time(),
             canary_overlap=overlap,
         )
+
+    def _check_overlap(self, overlap: float | None) -> None:
+        """Raises DataError where too little is found again; None: nothing was compared."""
+        least = self._settings.canary_min_overlap
+        if overlap is not None and overlap < least:
+            raise DataError(
+                f"canary queries find other documents than before: the ten best overlap by {overlap:.2f}, at least "
+                f"{least:.2f} is asked for (serving.canary_min_overlap). Is that meant? Then: llmr index accept "
+                f"{self._settings.collection}. Else go back: llmr index rollback {self._settings.collection}."
+            )
 
     async def _overlap(self, snapshot_id: str, dimension: int) -> float | None:
         """Mean share of the old snapshot's best that the new one finds too; None where there is nothing to compare."""

@@ -1,7 +1,9 @@
 """Approximate indexes: what they propose is scored, filtered and merged exactly, and how much they miss is measured."""
 
+import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from llmr_ray.index.settings import IndexConfig
 from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of
 from llmr_ray.index.stage import index_spec, run_index
 from llmr_ray.index.topk import MISSING, exact_topk, merge_topk, pair_scores
+from llmr_ray.serving.engine import Found, LocalShards
+from llmr_ray.serving.settings import ServingSettings
 from tests.collections_world import document, indexed, unit
 
 KINDS = ("ivf_sq8", "ivf_pq", "hnsw")
@@ -132,6 +136,43 @@ def test_ranges_filters_and_fillers(tmp_path: Path, kind: str) -> None:
         allowed = np.arange(1, 30, 2)
         oracle = exact_topk(queries[number : number + 1], docs[allowed], np.asarray([[0, 15]]), 15)[0][0]
         np.testing.assert_array_equal(rows[number], [*allowed[oracle], *[MISSING] * 25])
+
+
+@pytest.mark.parametrize("kind", ["flat", *KINDS])
+def test_an_answer_does_not_depend_on_who_asks_beside(tmp_path: Path, kind: str) -> None:
+    """A server searches concurrent queries together. A neighbour who wants more results has more proposed to it."""
+    docs = unit(np.random.default_rng(0), ROWS, DIMENSION)
+    least = {} if kind == "flat" else {"effort": 2, "least_recall": 0.0}
+    collection.create(tmp_path, "c", built(tmp_path, docs, kind=kind, **least).id, model="model")
+    snapshot = current(folder_of(tmp_path, "c"))
+    group = LocalShards(tmp_path, ServingSettings(collection="c"))
+    queries = unit(np.random.default_rng(1), 20, DIMENSION)
+    depths = [10] * 15 + [50, 3, 10, 200, 50]
+
+    async def alone() -> list[Found]:
+        return [await group.search(snapshot, queries[at : at + 1], k, [None]) for at, k in enumerate(depths)]
+
+    async def together() -> list[Found]:
+        searches = [group.search(snapshot, queries[at : at + 1], k, [None]) for at, k in enumerate(depths)]
+        return await asyncio.gather(*searches)
+
+    calls = []
+    search = OpenSnapshot.search
+
+    def noting(self: OpenSnapshot, query_QD: np.ndarray, k: int, **options: Any) -> Any:
+        calls.append(k)
+        return search(self, query_QD, k, **options)
+
+    singles = asyncio.run(alone())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenSnapshot, "search", noting)
+        batched = asyncio.run(together())
+    for one, other, k in zip(singles, batched, depths, strict=True):
+        assert one[0].shape == (1, k)
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+    # An exact kind, whose answers begin alike, is searched once for all.
+    assert sorted(calls) == ([200] if kind == "flat" else [3, 10, 50, 200])
 
 
 def test_searching_everything_is_exact(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 from llmr_ray.clients import AsyncClient, Client, RequestRefusedError, ServerUnavailableError, llama_index
+from llmr_ray.clients.http import RESULTS
 from llmr_ray.clients.langchain import LlmrRetriever
 from llmr_ray.errors import ConfigError
 from llmr_ray.modeling.cross_encoder import CrossEncoder
@@ -100,6 +101,20 @@ def test_typed_results_are_what_the_server_says(server: Server, docs: World, kin
     assert [hit.doc_id for hit in single.hits] == [hit.doc_id for hit in found[1].hits]
     bare = ask(kind, server.url, "retrieve", "c d e", min_score=2.0, with_text=False)
     assert bare.hits == []
+
+
+@both
+def test_deep_retrievals_are_cut_to_the_servers_limit(locked: tuple[Server, str], kind: type) -> None:
+    """A batch that the server refuses as too long an answer would be the client's fault, not its user's."""
+    server, key = locked
+    queries, settings = ["a b", "c", "d e", "f", "g"], {"api_key": key}
+    for with_text, num_requests in ((True, 2), (False, 1)):
+        how = {"task": "qa", "top_k": 1000, "with_text": with_text}
+        found = ask(kind, server.url, "retrieve_many", queries, settings=settings, **how)
+        assert [(one.query, len(one.hits)) for one in found] == [(query, 60) for query in queries]
+        assert len({one.request_id for one in found}) == num_requests
+        assert all((hit.text is not None) == with_text and hit.metadata for one in found for hit in one.hits)
+    assert ask(kind, server.url, "info", settings=settings).limits["max_results"] == RESULTS
 
 
 @both

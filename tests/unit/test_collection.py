@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from llmr_ray import durable
 from llmr_ray.errors import DataError
-from llmr_ray.index import collection
+from llmr_ray.index import collection, index_cli
 from llmr_ray.index.filters import Comparison, Not
-from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of
+from llmr_ray.index.snapshot import Named, OpenSnapshot, current, folder_of, named
 from llmr_ray.index.topk import MISSING, exact_topk, select_topk
 from tests.collections_world import document, indexed, unit
 
@@ -203,6 +204,26 @@ def test_changed_bytes_are_noticed(tmp_path: Path, victim: str) -> None:
 
 class Killed(BaseException):
     pass
+
+
+def test_what_was_accepted_is_remembered_of_that_snapshot_alone(tmp_path: Path) -> None:
+    """An operator's word about one snapshot must survive every restart and mean no other."""
+    rng = np.random.default_rng(1)
+    first = collection.create(tmp_path, "c", indexed(tmp_path, unit(rng, 20, DIMENSION)).id, model="model").snapshot
+    folder = folder_of(tmp_path, "c")
+    # As it was written before there was anything to accept.
+    (folder / "CURRENT").write_text(json.dumps({"current": first, "previous": None}))
+    assert named(folder) == Named(current=first, previous=None, accepted=None)
+    second = collection.delete(tmp_path, "c", ["d3"]).snapshot
+    said = CliRunner().invoke(index_cli.app, ["accept", "c", "--root", str(tmp_path), "--json"])
+    assert json.loads(said.stdout)["snapshot"] == second
+    assert named(folder) == Named(current=second, previous=first, accepted=second)
+    third = collection.delete(tmp_path, "c", ["d4"]).snapshot
+    assert named(folder) == Named(current=third, previous=second, accepted=second)
+    collection.rollback(tmp_path, "c")
+    assert named(folder) == Named(current=second, previous=third, accepted=second)
+    with pytest.raises(DataError, match="no collection"):
+        collection.accept(tmp_path, "d")
 
 
 @pytest.mark.parametrize("point", range(6))

@@ -20,6 +20,7 @@ from ray.autoscaler._private.util import validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from llmr_ray import loading
+from llmr_ray.serving import launch
 from llmr_ray.serving.metrics import Metrics
 from llmr_ray.serving.settings import ServingSettings
 
@@ -131,6 +132,17 @@ def test_the_service_is_one_that_serve_and_the_server_understand() -> None:
     mounts = [mount["mountPath"] for mount in workers["template"]["spec"]["containers"][0]["volumeMounts"]]
     for path in (settings.artifact_root, settings.cache_root, settings.keys_file):
         assert any(Path(path).is_relative_to(mount) for mount in mounts), path
+
+
+def test_every_node_of_the_service_starts_in_the_fast_mode() -> None:
+    """Serve reads the variables when its processes start; a setting of the application comes too late."""
+    manifest = read(DEPLOY / "kuberay" / "rayservice.yaml")
+    for group in groups_of(manifest):
+        for container in group["template"]["spec"]["containers"]:
+            given = {variable["name"]: variable["value"] for variable in container["env"]}
+            assert {name: given.get(name) for name in launch.FAST} == launch.FAST
+    [application] = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"])).applications
+    assert ServingSettings.of(application.args, environment={}).fast
 
 
 def test_the_network_is_closed_but_for_what_is_needed() -> None:

@@ -123,6 +123,17 @@ def test_a_filter_lets_through_what_a_naive_reading_does(form) -> None:
     np.testing.assert_array_equal(Attributes(table_of("corpus", DOCUMENTS)).mask(chosen), expected)
 
 
+def test_a_column_is_not_what_metadata_calls_by_its_name() -> None:
+    """Keys are bound to columns; a document that calls itself of another pool in its metadata must not be shown."""
+    metas = [{"pool": "open", "year": 1}, {"pool": "p", "year": 1}]
+    rows = [document(f"d{row}", row, meta=json.dumps(meta)) for row, meta in enumerate(metas)]
+    attributes = Attributes(table_of("corpus", rows))
+    for _ in range(2):  # before the metadata was looked at, and after
+        assert attributes.mask(Comparison("pool", "eq", "p")).tolist() == [True, True]
+        assert attributes.mask(Comparison("pool", "eq", "open")).tolist() == [False, False]
+        assert attributes.mask(Comparison("year", "eq", 1)).tolist() == [True, True]
+
+
 def test_both_forms_are_one() -> None:
     """Two meanings of one question would give two answers to two clients."""
     openai = parse_filter({"type": "and", "filters": [{"type": "nin", "key": "a", "value": ["x", 1]}]})

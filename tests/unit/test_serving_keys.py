@@ -11,7 +11,7 @@ import pytest
 from llmr_ray.errors import ConfigError
 from llmr_ray.serving import keys as keys_module
 from llmr_ray.serving.admission import Admission
-from llmr_ray.serving.keys import KeyRing, add_key, digest, read_keys, revoke_key
+from llmr_ray.serving.keys import Key, KeyRing, add_key, digest, read_keys, revoke_key
 from llmr_ray.serving.protocol import RequestError
 from llmr_ray.serving.settings import ServingSettings
 
@@ -84,6 +84,13 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             call()
 
 
+def test_an_admin_may_read() -> None:
+    """Operators are told to look at /info with their admin key; a reader is no operator."""
+    reader, admin = (Key(name="k", scopes=(scope,), sha256="") for scope in ("read", "admin"))
+    assert [reader.may("read"), reader.may("admin")] == [True, False]
+    assert [admin.may("read"), admin.may("admin")] == [True, True]
+
+
 # --- admission -------------------------------------------------------------------------------------------------------
 
 
@@ -91,10 +98,12 @@ def admission(**changes: float) -> Admission:
     return Admission(ServingSettings().changed(changes))
 
 
-async def held(gate: Admission, key: str, until: asyncio.Event) -> float:
-    async with gate.admitted(key) as waited:
-        await until.wait()
-        return waited
+async def held(gate: Admission, key: str, until: asyncio.Event, num_bytes: int = 0) -> float:
+    async with gate.entered(key) as visit:
+        visit.take(num_bytes)
+        async with visit.turn() as waited:
+            await until.wait()
+            return waited
 
 
 def test_work_and_queue_are_bounded() -> None:
@@ -106,14 +115,14 @@ def test_work_and_queue_are_bounded() -> None:
         await asyncio.sleep(0.01)
         assert (gate.working, gate.waiting) == (2, 3)
         with pytest.raises(RequestError) as caught:
-            async with gate.admitted("other"):
+            async with gate.entered("other"):
                 pass
         assert caught.value.status == 429
         assert 1 <= caught.value.retry_after <= 30
         done.set()
         await asyncio.gather(*tasks)
         assert (gate.working, gate.waiting) == (0, 0)
-        async with gate.admitted("k"):
+        async with gate.entered("k") as visit, visit.turn():
             assert gate.working == 1
 
     asyncio.run(scenario())
@@ -132,20 +141,57 @@ def test_waiting_is_bounded_in_time_and_bytes() -> None:
         assert time.perf_counter() - started >= 0.04
         assert (gate.working, gate.waiting) == (1, 0)
 
-        async def large() -> None:
-            async with gate.admitted("k", 2**19):
-                pass
-
-        two = [asyncio.create_task(large()) for _ in range(2)]
+        two = [asyncio.create_task(held(gate, "k", done, 2**19)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="busy"):
-            async with gate.admitted("k", 1):
-                pass
+            await held(gate, "k", done, 1)
         assert all(isinstance(error, RequestError) for error in await asyncio.gather(*two, return_exceptions=True))
-        again = [asyncio.create_task(large()) for _ in range(2)]
+        again = [asyncio.create_task(held(gate, "k", done, 2**19)) for _ in range(2)]
         await asyncio.sleep(0)
         done.set()
         await asyncio.gather(working, *again)
+
+    asyncio.run(scenario())
+
+
+def test_bodies_that_arrive_count_until_they_are_worked_on() -> None:
+    """A thousand uploads at once fill the memory before one of them waits; work must not block those that come."""
+
+    async def scenario() -> None:
+        gate = admission(max_queued_mb=1)
+        async with gate.entered("a") as first, gate.entered("b") as second:
+            first.take(700_000)
+            with pytest.raises(RequestError, match="busy") as caught:
+                second.expect(400_000)
+            assert caught.value.status == 429
+            second.take(300_000)
+            with pytest.raises(RequestError, match="busy"):
+                first.take(100_000)
+            async with first.turn():
+                second.take(700_000)
+        async with gate.entered("c") as alone:
+            alone.take(3 * 2**20)  # else a bound below max_body_bytes would let no large body in, ever
+            async with gate.entered("d") as other:
+                with pytest.raises(RequestError, match="busy"):
+                    other.take(1)
+        async with gate.entered("e") as one, gate.entered("f") as two:
+            one.take(2**19)
+            two.take(2**19)  # nothing of those that left is counted
+
+    asyncio.run(scenario())
+
+
+def test_who_sends_takes_a_place() -> None:
+    """Else clients that send slowly are as many as like to."""
+
+    async def scenario() -> None:
+        gate = admission(max_concurrent=1, max_queued=1)
+        async with gate.entered("a"), gate.entered("b"):
+            with pytest.raises(RequestError, match="busy"):
+                async with gate.entered("c"):
+                    pass
+        async with gate.entered("c"):
+            pass
 
     asyncio.run(scenario())
 
@@ -177,13 +223,13 @@ def test_one_key_cannot_take_all() -> None:
         tasks = [asyncio.create_task(held(gate, "flood", done)) for _ in range(2)]
         await asyncio.sleep(0.01)
         with pytest.raises(RequestError, match="under way"):
-            async with gate.admitted("flood"):
+            async with gate.entered("flood"):
                 pass
-        async with gate.admitted("other"):
+        async with gate.entered("other"):
             pass
         done.set()
         await asyncio.gather(*tasks)
-        async with gate.admitted("flood"):
+        async with gate.entered("flood"):
             pass
 
     asyncio.run(scenario())
@@ -197,14 +243,14 @@ def test_a_keys_rate_is_limited() -> None:
         passed = refused = 0
         for _ in range(150):
             try:
-                async with gate.admitted("k"):
+                async with gate.entered("k"):
                     passed += 1
             except RequestError:
                 refused += 1
         assert passed >= 100
         assert refused > 20
         await asyncio.sleep(0.1)
-        async with gate.admitted("k"):
+        async with gate.entered("k"):
             pass
 
     asyncio.run(scenario())

@@ -22,10 +22,13 @@ from llmr_ray.serving.protocol import (
     parse,
     search_page,
     to_json,
+    to_json_in_steps,
 )
 from llmr_ray.serving.settings import ServingSettings
 
-LIMITS = ServingSettings(max_body_bytes=4000, max_text_chars=100, max_texts=3, max_documents=4, max_top_k=20)
+LIMITS = ServingSettings(
+    max_body_bytes=4000, max_text_chars=100, max_texts=3, max_documents=4, max_top_k=20, max_results=40
+)
 
 SECRET = "zanzibar"
 """Stands in every bad request; no error may hold it."""
@@ -71,6 +74,8 @@ BAD: dict[str, tuple[type, bytes, int]] = {
     "top_k 0": (RetrieveRequest, b'{"query": "zanzibar", "top_k": 0}', 422),
     "top_k -1": (RetrieveRequest, b'{"query": "zanzibar", "top_k": -1}', 422),
     "top_k above": (RetrieveRequest, b'{"query": "zanzibar", "top_k": 21}', 422),
+    "too many results with text": (RetrieveRequest, b'{"queries": ["zanzibar", "b", "c"], "top_k": 14}', 422),
+    "too many results of a store": (SearchRequest, b'{"query": ["zanzibar", "b", "c"], "max_num_results": 14}', 422),
     "top_k half": (RetrieveRequest, b'{"query": "zanzibar", "top_k": 1.5}', 422),
     "top_k true": (RetrieveRequest, b'{"query": "zanzibar", "top_k": true}', 422),
     "top_k in words": (RetrieveRequest, b'{"query": "zanzibar", "top_k": "3"}', 422),
@@ -164,10 +169,49 @@ def test_a_vector_stores_page_holds_each_document_once_and_best_first() -> None:
     """Several queries find the same document; OpenAI's form has one list."""
     first = [Hit(doc_id="a", retrieval_score=0.5, text="A", metadata={"x": 1, "y": [1]})]
     second = [Hit(doc_id="b", retrieval_score=0.7, text="B"), Hit(doc_id="a", retrieval_score=0.6, text="A")]
-    page = search_page([first, second], ["q", "r"], "docs")
+    page = search_page([first, second], ["q", "r"], "docs", 10)
     assert [(row["file_id"], row["score"]) for row in page["data"]] == [("b", 0.7), ("a", 0.6)]
     assert page["data"][0]["content"] == [{"type": "text", "text": "B"}]
-    assert search_page([first], ["q"], "docs")["data"][0]["attributes"] == {"x": 1}
+    assert search_page([first], ["q"], "docs", 10)["data"][0]["attributes"] == {"x": 1}
+
+
+def test_a_vector_stores_page_is_no_longer_than_asked_for() -> None:
+    """OpenAI's max_num_results is of the page; n queries made n times as many."""
+    found = [[Hit(doc_id=f"{query}{at}", retrieval_score=at + query / 10) for at in (3, 2, 1)] for query in range(4)]
+    page = search_page(found, list("qrst"), "docs", 3)
+    assert [row["score"] for row in page["data"]] == [3.3, 3.2, 3.1]
+
+
+def test_results_without_text_are_not_counted() -> None:
+    """The limit is of an answer's length; rankings without it may be deep. What is named is the caller's field."""
+    deep = b'{"queries": ["a", "b", "c"], "top_k": 20, "with_text": false}'
+    assert parse(RetrieveRequest, deep, LIMITS).top_k == 20
+    assert parse(RetrieveRequest, b'{"queries": ["a", "b"], "top_k": 20}', LIMITS).top_k == 20
+    for kind, body, param in (
+        (RetrieveRequest, b'{"queries": ["a", "b", "c"], "top_k": 20}', "top_k"),
+        (SearchRequest, b'{"query": ["a", "b", "c"], "max_num_results": 14}', "max_num_results"),
+        (SearchRequest, b'{"query": "a", "max_num_results": 21}', "max_num_results"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            parse(kind, body, LIMITS)
+        assert (caught.value.status, caught.value.code, caught.value.param) == (422, "above_limit", param)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"results": [[{"id": "a", "text": "é\n"}, {"id": "b"}], [], [{}]], "n": 1, "partial": False, "none": None},
+        {"data": [{"content": [{"text": "x"}], "attributes": {}}], "next_page": None},
+        {},
+        {"results": []},
+        {"a": {"b": [1, [2, {"c": 3}]]}},
+    ],
+)
+def test_a_large_answer_is_written_as_any_other(value: Any) -> None:
+    """The steps only let other threads in between; not one byte may change."""
+    assert to_json_in_steps(value) == to_json(value)
+    with pytest.raises(ValueError, match="JSON"):
+        to_json_in_steps(value | {"deep": [[{"score": math.inf}]]})
 
 
 def test_nan_is_never_written() -> None:
