@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmr_ray.config import DatasetConfig
+from llmr_ray.data.example_tasks import TASKS
 from llmr_ray.data.records import Record, Source
 from llmr_ray.data.sources import reader
 
@@ -166,6 +167,53 @@ def llm_embedder(root: Path) -> Path:
     }
     for name, rows in files.items():
         write_lines(root / name, rows)
+    return root
+
+
+RELATIONS = (22, 218, 91, 257, 182, 164, 526, 97, 533, 639, 472, 106, 560, 484, 292, 422)
+SUBJECTS = ("abstract_algebra", "philosophy", "sociology", "virology", "anatomy")
+
+
+def whole_llm_embedder(root: Path) -> Path:
+    """LLM-Embedder's archive with every data set of the paper in it, a few rows each."""
+    llm_embedder(root)
+    files: dict[str, list[Any]] = {
+        "qa/nq/dev.json": [{"query": f"which is it {n}", "answers": [f"it {n}"], "query_id": n} for n in range(12)],
+        "qa/popqa/test.json": [
+            {"query": f"Who is {n} of {p}?", "obj": f"Ann {p}", "prop_id": p, "possible_answers": f'["Ann {p}"]'}
+            for p in RELATIONS
+            for n in range(2)
+        ],
+        "qa/mmlu/test.json": [
+            {"query": f"What is {s} {n}?", "choices": ["a fish", "tin", "ice", "sun"], "answer": n, "subject": s}
+            for s in SUBJECTS
+            for n in range(2)
+        ],
+        "convsearch/qrecc/test.concat.json": [{"query": "sea? river?", "pos": ["Rivers run to the sea."]}],
+        "chat/msc/test.json": [
+            {"query": "Do you bake?", "answers": ["I do."], "history": ["Speaker 1: Hi.\nSpeaker 2: Hello."]}
+        ],
+    }
+    for number, name in enumerate(("arxiv", "books3", "codeparrot", "pg19")):
+        text = "".join(f"{number}{place:04d} goes on. " for place in range(300))
+        files[f"lrlm/{name}/test.json"] = [{"text": text}]
+        if name != "pg19":
+            files[f"lrlm/{name}/train.json"] = LRLM_TRAIN
+    corpus, train, test = [], [], []
+    for name, task in TASKS.items():
+        options = [*task.labels] or (["a fish", "a metal"] if task.kind == "choice" else [])
+        answer = options[0] if options else "the answer"
+        if not task.pool and name != "wsc273":
+            inputs = [f"Input {number} of {name}" for number in range(3)]
+            corpus += [{"contents": f"{text}\n{answer}", "task_name": name} for text in inputs]
+            train.append({"query": inputs[0], "pos": [f"{inputs[1]}\n{answer}"], "neg": [f"{inputs[2]}\n{answer}"]})
+            train[-1] |= {"teacher_scores": [-1.0, -2.0], "answers": [answer], "task": "icl"}
+        if name != "mnli":
+            row = {"query": f"Test of {name}", "options": options or [""], "task_name": name}
+            test.append(row | {"answers": ["0" if options else answer]})
+    files |= {"icl/icl/corpus.json": corpus, "icl/icl/train.json": train, "icl/icl/test.json": test}
+    for file, rows in files.items():
+        write_lines(root / file, rows)
     return root
 
 

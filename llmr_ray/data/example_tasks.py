@@ -16,8 +16,9 @@ class ExampleTask:
 
     template: with the fields of a raw row in braces. metric: accuracy, F1 (of `positive_label`), EM or ROUGE-L. labels:
     the answer is one of these words, in the order of the raw label numbers. positive_label: F1 is reported for it, also
-    beside accuracy. normalization: of EM in LLM-R's protocol, squad or trivia_qa. is_held_out: LLM-R does not train on
-    it. pool: the task whose examples are of its kind, where that is another one.
+    beside accuracy. normalization: of EM in LLM-R's protocol, squad or trivia_qa. is_test_only: it has no training
+    split, and its rows are no examples of the pool. pool: the task whose examples are of its kind, where that is
+    another one.
 
     Raw rows are left out when a field of `max_words` has more words, when a field matches `bad_text`, or when there
     are not `num_options` options (0: any number).
@@ -29,7 +30,7 @@ class ExampleTask:
     labels: tuple[str, ...] = ()
     positive_label: str = ""
     normalization: str = "squad"
-    is_held_out: bool = False
+    is_test_only: bool = False
     pool: str = ""
     max_words: dict[str, int] = field(default_factory=dict)
     bad_text: str = ""
@@ -124,22 +125,20 @@ _LLM_R = {
     "piqa": ExampleTask(
         category="Commonsense",
         template='Here is a goal: "{goal}" How would you accomplish this goal?',
-        is_held_out=True,
     ),
     # An option is the candidate with the rest of the sentence.
     "winogrande": ExampleTask(category="Coreference", template="How does the sentence end? {context}"),
     "wsc": ExampleTask(
         category="Coreference", template='{context} Are "{text1}" and "{text2}" the same entity?', labels=_NO_YES
     ),
-    "wsc273": ExampleTask(category="Coreference", template="{context}", is_held_out=True),
+    "wsc273": ExampleTask(category="Coreference", template="{context}", is_test_only=True),
     "mnli": ExampleTask(category="NLI", template=_MNLI, labels=_ENTAILMENT),
-    "mnli_m": ExampleTask(category="NLI", template=_MNLI, labels=_ENTAILMENT, pool="mnli"),
-    "mnli_mm": ExampleTask(category="NLI", template=_MNLI, labels=_ENTAILMENT, pool="mnli"),
+    "mnli_m": ExampleTask(category="NLI", template=_MNLI, labels=_ENTAILMENT, is_test_only=True, pool="mnli"),
+    "mnli_mm": ExampleTask(category="NLI", template=_MNLI, labels=_ENTAILMENT, is_test_only=True, pool="mnli"),
     "qnli": ExampleTask(
         category="NLI",
         template='Does the sentence "{sentence}" answer the question "{question}"?',
         labels=_YES_NO,
-        is_held_out=True,
     ),
     "rte": ExampleTask(
         category="NLI",
@@ -180,7 +179,6 @@ _LLM_R = {
         category="Sentiment",
         template="{text} Is this review positive or negative?",
         labels=_SENTIMENT,
-        is_held_out=True,
         max_words={"text": 256},
     ),
 }
@@ -203,6 +201,7 @@ _SAMPLES = {
     "siqa": ExampleTask(category="Commonsense", template="{passage} {question}"),
     "commonsenseqa": ExampleTask(category="Commonsense", template="{question}"),
     "disambiguation_qa": ExampleTask(category="Coreference", template="{question} What does the pronoun refer to?"),
+    # Judged as SQuAD in both protocols: the same answers have the same figure, and LLM-R has none for it.
     "nq_open": ExampleTask(category="Close QA", template="Question: {question}? Answer:", metric="EM"),
     "mmlu": ExampleTask(category="Close QA", template="{question}"),
     "asdiv": ExampleTask(category="Close QA", template="{passage} {question}", metric="EM"),

@@ -4,7 +4,8 @@ An example is input, newline, output; a query is the input alone (methods.md B.2
 scored as a continuation. Inputs and outputs are single lines, so that an example's last line is its output (methods.md
 I.19). The rows of SAMPLES come with packages; those of any other task of the table are the user's, as JSON lines with
 the fields of its template and `label` (a number or the word), `options` and `answer` (a number, letter or text), or
-`answer` alone (a text or a list).
+`answer` alone (a text or a list), and `split` where it is fixed. Rows of a task that is only tested, such as mnli_m,
+are test rows and no examples.
 """
 
 import bz2
@@ -26,6 +27,7 @@ from llmr_ray.data.records import (
     Record,
     Skip,
     Source,
+    check_split,
     check_text,
     check_texts,
     one_line,
@@ -57,7 +59,8 @@ class Sample:
 
     file: below the data set's folder. template: in place of the table's. fields: the template's names for the rows'
     own. answer_field: "label" or "answer", if not another. label_of: the label's number by the row's value.
-    split_field: rows equal in it go to one split. max_words: beside the table's.
+    split_field: rows equal in it go to one split. names_split: rows may have a field `split`. max_words: beside the
+    table's.
     """
 
     file: str
@@ -67,6 +70,7 @@ class Sample:
     answer_field: str = "answer"
     label_of: dict[Any, int] | None = None
     split_field: str = "question"
+    names_split: bool = False
     max_words: dict[str, int] = field(default_factory=dict)
 
 
@@ -89,6 +93,7 @@ def _own_rows(name: str, task: ExampleTask) -> Sample:
         answer_field="label" if task.labels else "answer",
         label_of=labels | {label: number for number, label in enumerate(task.labels)},
         split_field=next(iter(re.findall(_FIELD, task.template))),
+        names_split=True,
     )
 
 
@@ -104,7 +109,16 @@ def example(
     options: tuple[str, ...] | None = None,
     gold_option: int | None = None,
 ) -> Iterator[Record]:
-    """A task's input as a query, and with its first output as an example of the shared pool."""
+    """A task's input as a query, and with its first output as an example of the shared pool.
+
+    Of a task that is only tested there are no examples, and what names no split is tested.
+
+    Raises:
+        BadRow: no_train_split.
+    """
+    is_test_only = source.name in TASKS and TASKS[source.name].is_test_only
+    if is_test_only and split == "train":
+        raise BadRow("no_train_split", f"{source.name}: {text}")
     query_id = f"{source.name}:{row}"
     doc_id = f"{query_id}:example"
     meta = {"dataset": source.name} | ({"category": category} if category else {})
@@ -114,19 +128,23 @@ def example(
         targets=outputs,
         pool=POOL,
         split_key=split_key,
-        split=split,
+        split=split or ("test" if is_test_only else None),
         options=options,
         gold_option=gold_option,
-        self_doc_id=doc_id,
+        self_doc_id=None if is_test_only else doc_id,
         meta=meta,
     )
-    yield Document(doc_id=doc_id, pool=POOL, text=f"{text}\n{outputs[0]}", from_query=query_id, meta=meta)
+    if not is_test_only:
+        yield Document(doc_id=doc_id, pool=POOL, text=f"{text}\n{outputs[0]}", from_query=query_id, meta=meta)
 
 
 def with_passages(
     dataset: str, category: str, queries: Iterable[Query], passages: Iterable[tuple[str, str] | Bad]
 ) -> Iterator[Record]:
     """A published pool of examples, each with the query it was made from, and then the queries, each with its own.
+
+    Most examples were made from no query of these, and other data sets may test their inputs (mnli's those of mnli_m):
+    which of them stay is decided when all are known (selection.py).
 
     Args:
         dataset: whose examples they are.
@@ -153,6 +171,7 @@ def with_passages(
             pool=POOL,
             text=contents,
             from_query=None if made_from is None else made_from.query_id,
+            is_solved=True,
             meta={"dataset": dataset, "category": category},
         )
     for query in (query for same_input in by_text.values() for query in same_input):
@@ -160,16 +179,17 @@ def with_passages(
 
 
 def _made_from(contents: str, queries: Mapping[str, Sequence[Query]]) -> Query | None:
-    """The query whose input and output a passage holds; else one that has its input, of the test split if any."""
+    """The query whose input and output a passage holds; else the first that has its input."""
+    found: list[Query] = []
     end = contents.find("\n")
     while end >= 0:
         alike = queries.get(contents[:end], ())
-        if alike:
-            held = [query for query in alike if query.split == "test"]
-            same = [query for query in alike if query.targets[:1] == (contents[end + 1 :],)]
-            return (held or same or alike)[0]
+        for query in alike:
+            if query.targets[:1] == (contents[end + 1 :],):
+                return query
+        found += alike
         end = contents.find("\n", end + 1)
-    return None
+    return next(iter(found), None)
 
 
 def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row: Row) -> Iterator[Record]:
@@ -201,7 +221,10 @@ def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row:
             yield Skip(row=where, reason="other_number_of_options")
             return
     key = one_line(str(row.get(sample.split_field) or where)).lower()
-    yield from example(source, where, text, outputs, task.category, split_key=key, options=options, gold_option=gold)
+    split = check_split(row.get("split")) if sample.names_split else None
+    yield from example(
+        source, where, text, outputs, task.category, split_key=key, split=split, options=options, gold_option=gold
+    )
 
 
 def _label(sample: Sample, row: Row) -> int:

@@ -3,19 +3,25 @@
     train.jsonl.gz, test.jsonl.gz   query_id "{task}_{split}_{row}", query, options ([""]: none), answers, task_name
     passages.jsonl.gz               id (a number as text), contents (input, newline, output), task_name
     bm25_train.jsonl.gz and alike   beside a query's fields doc_ids and doc_scores: candidates that are given
+    kd_bm25_train.jsonl.gz and alike   the same, with scores of the reward model: candidates and rewards that are given
+
+What doc_scores are no file says; the setting that names it does (candidates, given_rewards). A query's rows add up,
+in whichever of the files they are.
 
 The answer of a multiple choice is a letter, which is resolved to the option's text, as in the passages. The passage of
 a training query's own row is recognised by its contents, which begin with the query. A passage with a test query's
-input is left out of the pool, unlike in the published evaluation: it holds the answer.
+input is left out of the pool (selection.py), unlike in the published evaluation: it holds the answer.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
 from llmr_ray.data.examples import POOL, gold_option, with_passages
+from llmr_ray.data.judgements import Claims, Line, Lines
+from llmr_ray.data.passages import is_score, scores_of, texts_of
 from llmr_ray.data.records import (
     Bad,
     BadRow,
@@ -26,15 +32,13 @@ from llmr_ray.data.records import (
     check_text,
     check_texts,
     read_json_lines,
+    records_of,
 )
 from llmr_ray.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 
 _NAMED = re.compile(rb'"task_name"\s*:\s*"')
-
-Given = tuple[tuple[str, float | None], ...]
-"""Candidates of a query and their scores, best first."""
 
 
 def read_llm_r(source: Source) -> Iterator[Record]:
@@ -48,18 +52,23 @@ def read_llm_r(source: Source) -> Iterator[Record]:
             f"{source.path} is no folder. The source 'llm_r' reads train, test and passages.jsonl.gz in it."
         )
     task = TASKS[source.name]
-    given = _given(source)
+    candidates = _Scored(source, [source.config.candidates] if source.config.candidates else [])
+    rewards = _Scored(source, source.config.given_rewards)
+    for scored in (candidates, rewards):
+        yield from scored.read()
     queries: list[Query] = []
     for split in ("train", "test"):
         for where, row in _rows(source, f"{split}.jsonl.gz"):
             try:
-                query = row if isinstance(row, Bad) else _query(source, task, split, row, given)
+                query = row if isinstance(row, Bad) else _query(source, task, split, row, candidates, rewards)
             except BadRow as bad:
                 query = bad.at(where)
             if isinstance(query, Query):
                 queries.append(query)
             else:
                 yield query
+    for scored in (candidates, rewards):
+        yield from scored.leftovers()
     yield from with_passages(source.name, task.category, queries, _passages(source))
 
 
@@ -76,9 +85,12 @@ def _rows(source: Source, file: str) -> Iterator[tuple[str, Row | Bad]]:
             yield where, row
 
 
-def _query(source: Source, task: ExampleTask, split: str, row: Row, given: Mapping[str, Given]) -> Query | Skip:
+def _query(
+    source: Source, task: ExampleTask, split: str, row: Row, candidates: "_Scored", rewards: "_Scored"
+) -> Query | Skip:
     limit = source.config.max_text_chars
     identity = check_text(row.get("query_id"), "query_id", limit)
+    retrieved, taught = candidates.of(identity), rewards.of(identity)
     if not identity.startswith(f"{source.name}_{split}_"):
         raise BadRow("bad_id", identity)
     text = check_text(row.get("query"), "query", limit)
@@ -111,7 +123,12 @@ def _query(source: Source, task: ExampleTask, split: str, row: Row, given: Mappi
         options=options,
         gold_option=gold,
         meta={"dataset": source.name, "category": task.category},
-        given=given.get(identity, ()),
+        # Those with a reward alone stay in the order of the files, which is by chance: a few of them are not the best.
+        given=(
+            *sorted(retrieved.items(), key=lambda pair: -pair[1]),
+            *((doc_id, None) for doc_id in taught if doc_id not in retrieved),
+        ),
+        given_rewards=tuple(taught.items()),
     )
 
 
@@ -135,22 +152,54 @@ def _doc_id(identity: str) -> str:
     return f"llm_r:{identity}"
 
 
-def _given(source: Source) -> dict[str, Given]:
-    """Candidates by query id from the file that the data set names, without those whose score is no number."""
-    if not source.config.candidates:
-        return {}
-    result: dict[str, Given] = {}
-    for where, row in _rows(source, source.config.candidates):
-        if isinstance(row, Bad):
-            raise DataError(f"{where}: {row.reason} {row.excerpt!r}. Fetch the file of candidates again.")
-        ids, scores = row.get("doc_ids", []), row.get("doc_scores", [])
-        if len(ids) != len(scores) or not all(isinstance(score, (int, float)) for score in scores):
-            raise DataError(
-                f"{source.config.candidates}, row {where}: no doc_ids with as many doc_scores. Fetch it again."
-            )
-        pairs = [(_doc_id(str(item)), float(score)) for item, score in zip(ids, scores, strict=True)]
-        best: dict[str, float] = {}
-        for doc_id, score in sorted((pair for pair in pairs if math.isfinite(pair[1])), key=lambda pair: -pair[1]):
-            best.setdefault(doc_id, score)
-        result[str(row.get("query_id"))] = tuple(best.items())
-    return result
+class _Scored:
+    """Documents and their scores by query, from files of candidates.
+
+    Args:
+        source: the data set.
+        files: names in its folder.
+    """
+
+    def __init__(self, source: Source, files: Sequence[str]) -> None:
+        self.source, self.files = source, files
+        self.scores: dict[str, dict[str, float]] = {}
+        self._claims = Claims(())
+
+    def read(self) -> Iterator[Record]:
+        """Takes in the files; yields what is no good or left out. Of a document's scores the best counts."""
+        for file in self.files:
+            yield from records_of(_rows(self.source, file), self._read)
+        self._claims = Claims(self.scores)
+
+    def _read(self, where: str, row: Row) -> Iterator[Record]:
+        identity = check_text(row.get("query_id"), "query_id", self.source.config.max_text_chars)
+        ids = texts_of(row, "doc_ids")
+        scores = scores_of(row, "doc_scores", len(ids))
+        if scores is None:
+            raise BadRow("missing_field", "doc_scores")
+        if strange := [item for item in ids if not str(item).isdecimal()]:
+            raise BadRow("bad_id", strange)
+        best = self.scores.setdefault(identity, {})
+        for number, (item, score) in enumerate(zip(ids, scores, strict=True)):
+            doc_id = sys.intern(_doc_id(str(item)))  # one string for all queries
+            if score is None or not is_score(score):
+                yield Skip(row=f"{where} candidate {number}", reason="candidate_without_score")
+            elif doc_id in best:
+                best[doc_id] = max(best[doc_id], score)
+                yield Skip(row=f"{where} candidate {number}", reason="repeated_candidate")
+            else:
+                best[doc_id] = score
+
+    def of(self, identity: str) -> dict[str, float]:
+        """Scores by document of a query, which is there now; they are handed over."""
+        self._claims.claim(identity)
+        return self.scores.pop(identity, {})
+
+    def leftovers(self) -> Iterator[Bad]:
+        """The rows of queries that did not come; DataError where these are all."""
+        yield from self._claims.leftovers(self.source.name, self._lines())
+
+    def _lines(self) -> Lines:
+        for file in self.files:
+            for where, row in _rows(self.source, file):
+                yield where, row if isinstance(row, Bad) else Line(str(row.get("query_id")), "", 0.0)

@@ -46,11 +46,9 @@ CHUNK_TOKENS = 128
 MAX_CHUNKS = 256
 """The last 32,768 tokens of a text are used (A.7)."""
 MAX_CHARS = 160_000
-"""The end of a text that is tokenised (A.7 considers as many); it holds MAX_CHUNKS chunks of any readable text."""
+"""Characters of a text that are tokenised (A.7); they hold MAX_CHUNKS chunks of any readable text."""
 TARGET_CHUNKS = 8
 """The last 1,024 tokens are desired outputs, chunk by chunk (A.7)."""
-WINDOW_CHUNKS = 2
-"""The recent text the LLM always sees, query chunk included: 256 tokens. Published: 2,048."""
 
 SCENARIOS = ("customer", "finance", "healthcare", "notetaker", "student")
 QUOTED_WORDS = 6
@@ -149,8 +147,8 @@ def read_stdlib(source: Source) -> Iterator[Record]:
     """Long-range language modelling over the Python standard library's sources, cut into chunks of LLM tokens (A.7).
 
     Document k is chunk k, with chunk k + 1 as its continuation. Query: the chunk right before the desired one. What may
-    be retrieved ends before the recent window begins, continuation included, so nothing the LLM sees anyway (and
-    nothing of the future) is ever retrieved. Files are split as a whole.
+    be retrieved ends before the recent window (window_tokens) begins, continuation included, so nothing the LLM sees
+    anyway (and nothing of the future) is ever retrieved. Files are split as a whole.
     """
     tokenizer = text_tokenizer(source)
     for path in stdlib_files(source.path):
@@ -179,10 +177,11 @@ def text_records(
         source: the data set.
         tokenizer: of the LLM.
         name: of the text, unique in the data set.
-        whole: the text; the end of it is used.
+        whole: the text. Its last MAX_CHARS are used, or where the window ends with the text, the first, as published.
         split: where the data fixes it.
     """
-    text = whole[max(0, len(whole) - MAX_CHARS) :]
+    is_published = source.config.window_end == "text"
+    text = whole[:MAX_CHARS] if is_published else whole[max(0, len(whole) - MAX_CHARS) :]
     encoding = tokenizer.encode(text, add_special_tokens=False)
     yield from _chunks(source, name, text, [start for start, _ in encoding.offsets], split)
 
@@ -197,9 +196,12 @@ def _chunks(source: Source, name: str, text: str, starts: list[int], split: str 
         yield Document(
             doc_id=f"{pool}:{k}", pool=pool, position=k, text=chunks[k], continuation=chunks[k + 1], meta={"file": name}
         )
+    in_window = source.config.window_tokens // CHUNK_TOKENS
     for k in range(max(number - 1 - TARGET_CHUNKS, 0), number - 1):
-        # Document i ends with chunk i + 1, which must lie before the window's first chunk, k - WINDOW_CHUNKS + 1.
-        history_end = k - WINDOW_CHUNKS
+        # The chunks that the window ends before: the desired one, or those of the text.
+        end = number if source.config.window_end == "text" else k + 1
+        # Document i ends with chunk i + 1, which must lie before the window's first chunk.
+        history_end = end - in_window - 1
         row = f"{pool}:{k}"
         if history_end < MIN_EXCHANGES:
             yield Skip(row=row, reason="too_little_history")
@@ -208,7 +210,7 @@ def _chunks(source: Source, name: str, text: str, starts: list[int], split: str 
             query_id=row,
             query=chunks[k],
             targets=(chunks[k + 1],),
-            context="".join(chunks[k - WINDOW_CHUNKS + 1 : k]),
+            context="".join(chunks[end - in_window : k]),
             pool=pool,
             split_key=name,
             split=split,

@@ -58,7 +58,8 @@ class Passages:
     def corpus_row(self, where: str, row: dict[str, Any] | Bad) -> Record:
         """A row of the corpus: a document, or what is wrong with it. Call it for every row, so that rows count right.
 
-        A text that was there already is skipped: two documents of one text would be each other's negatives.
+        A row that says what an earlier one said is skipped: of rows without an id one with that text, of others one
+        with that text under that id. A text under two ids stays two documents, because judgements name either.
         """
         self._rows.append(None)
         if isinstance(row, Bad):

@@ -10,11 +10,12 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from llmr_ray.config import DatasetConfig
+from llmr_ray.data.splits import SPLITS
 from llmr_ray.errors import DataError
 
 EXCERPT_CHARS = 160
@@ -41,6 +42,7 @@ class Query:
     data. qrels: relevance of documents. related: documents that are kept for this query besides its qrels.
     self_doc_id: the document made from this very row. given: candidates that come with the data, best first, with
     their retrieval scores (None: the data has none). given_rewards: what a teacher of the data's makers scored them.
+    row: where it was read, to be told; empty where the reader does not say.
     """
 
     query_id: str
@@ -59,13 +61,16 @@ class Query:
     given: tuple[tuple[str, float | None], ...] = ()
     given_rewards: tuple[tuple[str, float], ...] = ()
     meta: dict[str, Any] | None = None
+    row: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """A row of `corpus`. position: its place in a dialogue or text; None where the pool has no order.
 
-    from_query: the query it was made from; it is kept only if that query is for training.
+    from_query: the query it was made from; it is kept only if that query is for training. is_solved: a published
+    example, of which is known only that its input ends at some line break; it is kept only if that is no held-out
+    query's. row: as a query's.
     """
 
     doc_id: str
@@ -74,7 +79,9 @@ class Document:
     position: int | None = None
     continuation: str | None = None
     from_query: str | None = None
+    is_solved: bool = False
     meta: dict[str, Any] | None = None
+    row: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +120,24 @@ class BadRow(Exception):
 def records_of(
     rows: Iterable[tuple[str, dict[str, Any] | Bad]], read: Callable[[str, dict[str, Any]], Iterable[Record]]
 ) -> Iterator[Record]:
-    """What `read` makes of each row, given its name and content; a row in which it finds something bad (BadRow) costs
-    only itself."""
+    """What `read` makes of each row, given its name and content, which queries and documents keep; a row in which it
+    finds something bad (BadRow) costs only itself."""
     for where, row in rows:
         if isinstance(row, Bad):
             yield row
             continue
         try:
-            yield from read(where, row)
+            for record in read(where, row):
+                is_named = isinstance(record, (Bad, Skip)) or record.row
+                yield record if is_named else replace(record, row=where)
         except BadRow as bad:
             yield bad.at(where)
+
+
+def duplicate_of(record: Query | Document) -> Bad:
+    """What to tell of a query or a document whose id an earlier one has."""
+    identity, text = (record.query_id, record.query) if isinstance(record, Query) else (record.doc_id, record.text)
+    return Bad(row=record.row or identity, reason="duplicate_id", excerpt=excerpt_of(f"{identity}: {text}"))
 
 
 def excerpt_of(value: Any) -> str:
@@ -163,6 +178,14 @@ def check_texts(value: Any, field: str, max_chars: int) -> tuple[str, ...]:
     if not items:
         raise BadRow("empty_text", field)
     return tuple(check_text(item, field, max_chars) for item in items)
+
+
+def check_split(value: Any) -> str | None:
+    """The split that a row names, None where it names none; BadRow (unknown_split) where there is no such split."""
+    if value is not None and value not in SPLITS:
+        raise BadRow("unknown_split", value)
+    split: str | None = value
+    return split
 
 
 def one_line(text: str) -> str:

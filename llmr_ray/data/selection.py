@@ -7,13 +7,13 @@ equal ids is the one kept). Of a document memory holds its ids and its place, so
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llmr_ray.artifacts import Counts
 from llmr_ray.config import DatasetConfig, PrepareConfig
-from llmr_ray.data.records import Bad, Document, Query, Record, excerpt_of
+from llmr_ray.data.records import Bad, Document, Query, Record, duplicate_of
 from llmr_ray.data.splits import SPLITS, lowest, normalized, split_of, unit_hash
 from llmr_ray.data.texts import Texts
 from llmr_ray.errors import DataError
@@ -25,6 +25,7 @@ class Held(NamedTuple):
     pool: str
     position: int | None
     from_query: str | None
+    is_solved: bool
     place: int
 
 
@@ -70,13 +71,15 @@ class Chosen(NamedTuple):
 
 @dataclass(kw_only=True)
 class Selected:
-    """Rows of one data set, ready for the tables, the documents of the corpus, and their accounting."""
+    """Rows of one data set, ready for the tables, the documents of the corpus, and their accounting.
+
+    chosen: the queries with what is given for them, of which rows are made when they are written: `given_rows`.
+    """
 
     queries: list[dict[str, Any]]
+    chosen: list[Query]
     corpus: list[Chosen]
     qrels: list[dict[str, Any]]
-    given: list[dict[str, Any]]
-    given_rewards: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     counts: Counts
 
@@ -102,7 +105,7 @@ def collect(
         match record:
             case Query():
                 if record.query_id in result.queries:
-                    result.bad.append(_duplicate(record.query_id, record.query))
+                    result.bad.append(duplicate_of(record))
                     continue
                 result.queries[record.query_id] = record
                 result.split[record.query_id] = record.split or split_of(
@@ -113,11 +116,12 @@ def collect(
                 )
             case Document():
                 if record.doc_id in result.documents:
-                    result.bad.append(_duplicate(record.doc_id, record.text))
+                    result.bad.append(duplicate_of(record))
                 else:
                     place = result.texts.put(record.text, record.continuation, _json(record.meta))
                     # One string serves all documents of a pool.
-                    held = Held(sys.intern(record.pool), record.position, record.from_query, place)
+                    pool = sys.intern(record.pool)
+                    held = Held(pool, record.position, record.from_query, record.is_solved, place)
                     result.documents[record.doc_id] = held
             case Bad():
                 result.bad.append(record)
@@ -144,7 +148,7 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     history is longer than `num_documents` too, then each split keeps its `num_*` lowest by hash. Documents: of an
     ordered pool, all that some chosen query may see; of a shared pool, those that belong to chosen queries, then the
     lowest by hash up to `num_documents`. A document made from a query is kept only if that query is for training and
-    was not dropped.
+    was not dropped, and a published example only if its input is no held-out query's of any data set.
 
     Args:
         data: the records of a data set.
@@ -166,26 +170,17 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     skipped["query_not_selected"] += sum(map(len, usable.values())) - len(chosen_ids)
     chosen = [data.queries[query_id] for query_id in sorted(chosen_ids)]
 
-    documents = _documents(data, chosen, set(usable["train"]), skipped)
+    documents = _documents(data, chosen, set(usable["train"]), forbidden["train"], skipped)
     kept = {document.doc_id for document in documents}
     skipped += Counter()  # drops reasons with a count of zero
     return Selected(
         queries=[_query_row(data, query, kept) for query in chosen],
+        chosen=chosen,
         corpus=documents,
         qrels=[
             {"query_id": query.query_id, "doc_id": doc_id, "relevance": relevance}
             for query in chosen
             for doc_id, relevance in sorted(query.qrels)
-        ],
-        given=[
-            {"query_id": query.query_id, "doc_id": doc_id, "retrieval_score": score}
-            for query in chosen
-            for doc_id, score in query.given
-        ],
-        given_rewards=[
-            {"query_id": query.query_id, "doc_id": doc_id, "reward": reward}
-            for query in chosen
-            for doc_id, reward in query.given_rewards
         ],
         quarantine=[
             {"dataset": data.name, "row": bad.row, "reason": bad.reason, "excerpt": bad.excerpt} for bad in data.bad
@@ -199,7 +194,9 @@ def select(data: Collected, held_out: Mapping[str, set[str]]) -> Selected:
     )
 
 
-def _documents(data: Collected, chosen: list[Query], trainable: set[str], skipped: Counter[str]) -> list[Chosen]:
+def _documents(
+    data: Collected, chosen: list[Query], trainable: set[str], held_out: Set[str], skipped: Counter[str]
+) -> list[Chosen]:
     """The documents to keep."""
     reach: dict[str, float] = {}
     wanted: set[str] = set()
@@ -219,6 +216,8 @@ def _documents(data: Collected, chosen: list[Query], trainable: set[str], skippe
             skipped["example_of_held_out_query" if is_test else "duplicate_of_test"] += 1
         elif held.from_query is None and held.pool not in reach:
             skipped["document_of_unused_pool"] += 1
+        elif held.is_solved and _solves_any(data.texts.get(held.place)[0] or "", held_out):
+            skipped["example_of_held_out_query"] += 1
         elif held.position is None:
             loose.append(document)
         elif held.position < reach[held.pool]:
@@ -239,6 +238,16 @@ def _documents(data: Collected, chosen: list[Query], trainable: set[str], skippe
     return kept
 
 
+def _solves_any(example: str, inputs: Set[str]) -> bool:
+    """Whether an example's text up to one of its line breaks is one of some normalised inputs."""
+    end = example.find("\n")
+    while end >= 0:
+        if normalized(example[:end]) in inputs:
+            return True
+        end = example.find("\n", end + 1)
+    return False
+
+
 def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
     meta = dict(query.meta or {})
     if query.self_doc_id in kept:
@@ -257,6 +266,24 @@ def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
         "history_end": query.history_end,
         "meta": _json(meta),
     }
+
+
+def given_rows(queries: Iterable[Query]) -> list[dict[str, Any]]:
+    """The rows of `given` that come with some queries."""
+    return [
+        {"query_id": query.query_id, "doc_id": doc_id, "retrieval_score": score}
+        for query in queries
+        for doc_id, score in query.given
+    ]
+
+
+def given_reward_rows(queries: Iterable[Query]) -> list[dict[str, Any]]:
+    """The rows of `given_rewards` that come with some queries."""
+    return [
+        {"query_id": query.query_id, "doc_id": doc_id, "reward": reward}
+        for query in queries
+        for doc_id, reward in query.given_rewards
+    ]
 
 
 def in_order(parts: Sequence[Selected]) -> Iterator[Chosen]:
@@ -293,10 +320,6 @@ def _check_ids(parts: Sequence[Selected]) -> None:
 
 def _json(meta: Mapping[str, Any] | None) -> str | None:
     return json.dumps(meta, sort_keys=True, ensure_ascii=False) if meta else None
-
-
-def _duplicate(row: str, text: str) -> Bad:
-    return Bad(row=row, reason="duplicate_id", excerpt=excerpt_of(text))
 
 
 def _check_share(data: Collected, max_bad_fraction: float) -> None:

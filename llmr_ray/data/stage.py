@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,17 @@ from llmr_ray.artifacts import GROUP_ROWS, Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
 from llmr_ray.config import Config, DatasetConfig, PrepareConfig, identity
 from llmr_ray.data.examples import POOL
-from llmr_ray.data.records import Source
-from llmr_ray.data.selection import Selected, collect, held_out_texts, in_order, select
-from llmr_ray.data.sources import is_tokenized, reader
+from llmr_ray.data.records import Query, Source
+from llmr_ray.data.selection import (
+    Selected,
+    collect,
+    given_reward_rows,
+    given_rows,
+    held_out_texts,
+    in_order,
+    select,
+)
+from llmr_ray.data.sources import is_tokenized, reader, reader_version
 from llmr_ray.data.texts import Texts
 from llmr_ray.durable import storage_errors
 from llmr_ray.errors import ConfigError
@@ -35,6 +43,9 @@ PREPARE_VERSION = 1
 
 CORPUS_ROWS = 32 * GROUP_ROWS["corpus"]
 """Documents that are written at once."""
+
+GIVEN_QUERIES = 1024
+"""Queries whose given candidates are written at once."""
 
 
 def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
@@ -58,8 +69,10 @@ def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
     if any(map(is_tokenized, config.datasets.values())):
         inputs["tokenizer"] = assets[config.llm.model].fingerprint
     settings = {name: identity(dataset) for name, dataset in config.datasets.items()}
-    for entry in settings.values():
+    for name, entry in settings.items():
         del entry["path"]
+        if (version := reader_version(name, config.datasets[name])) > 1:
+            entry["reader"] = version
     return ArtifactSpec(
         stage="prepare",
         version=PREPARE_VERSION,
@@ -129,15 +142,23 @@ class PrepareWorker:
             "qrels": [row for part in selected for row in part.qrels],
             "quarantine": [row for part in selected for row in part.quarantine],
         }
-        brought = {
-            "given": [row for part in selected for row in part.given],
-            "given_rewards": [row for part in selected for row in part.given_rewards],
-        }
-        # Written only where there are any: most sources bring none.
-        rows |= {name: table for name, table in brought.items() if table}
         tables: dict[str, pa.Table | Iterable[pa.Table]] = {name: table_of(name, table) for name, table in rows.items()}
+        # Written only where there are any: most sources bring none.
+        chosen = [query for part in selected for query in part.chosen]
+        if any(query.given for query in chosen):
+            tables["given"] = _given("given", given_rows, chosen)
+        if any(query.given_rewards for query in chosen):
+            tables["given_rewards"] = _given("given_rewards", given_reward_rows, chosen)
         tables["corpus"] = _corpus(selected)
         return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))
+
+
+def _given(
+    name: str, rows_of: Callable[[Iterable[Query]], list[dict[str, Any]]], queries: Sequence[Query]
+) -> Iterator[pa.Table]:
+    """A table of what is given for queries in parts, of which only one is in memory."""
+    for start in range(0, len(queries), GIVEN_QUERIES):
+        yield table_of(name, rows_of(queries[start : start + GIVEN_QUERIES]))
 
 
 def _corpus(selected: Sequence[Selected]) -> Iterator[pa.Table]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmr_ray.data.files import Row, is_table, read_rows
+from llmr_ray.data.judgements import Judgements
 from llmr_ray.data.passages import Identities, Passage, Passages, RowQuery, identity_of, query_records
 from llmr_ray.data.records import Bad, BadRow, Record, Skip, Source, open_bytes, read_json, records_of
 from llmr_ray.errors import ConfigError, DataError
@@ -61,28 +62,25 @@ def _tables(source: Source) -> Iterator[Record]:
         queries = source.path / f"{split}.query.txt"
         if not queries.exists():
             continue
-        judged: dict[str, list[str]] = {}
-        for where, cells in _cells(source.path / f"qrels.{split}.tsv"):
-            if len(cells) != 4:
-                yield Bad(row=where, reason="bad_qrels_line", excerpt="\t".join(cells)[:160])
-            elif cells[3].strip() not in ("0", ""):
-                judged.setdefault(cells[0], []).append(cells[2])
+        judgements = Judgements([source.path / f"qrels.{split}.tsv"])
+        yield from judgements.bad
         identities = Identities()
         for where, cells in _cells(queries):
             if len(cells) != 2:
                 yield Bad(row=where, reason="bad_query_line", excerpt="\t".join(cells)[:160])
                 continue
+            relevant = [Passage(identity=document) for document in judgements.of(cells[0])]
             # A row for each pair that the query is in.
             unique = identities.take(cells[0], cells[1])
             if unique is None:
                 yield Skip(row=where, reason="repeated_row")
                 continue
-            relevant = [Passage(identity=item) for item in dict.fromkeys(judged.get(cells[0], []))]
             row = RowQuery(identity=f"{split}:{unique}", split=split, text=cells[1], positives=relevant)
             try:
                 yield from query_records(passages, where, row)
             except BadRow as bad:
                 yield bad.at(where)
+        yield from judgements.leftovers(source.name)
 
 
 def _api_row(passages: Passages, where: str, cells: list[str]) -> Record:

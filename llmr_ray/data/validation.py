@@ -11,7 +11,7 @@ from typing import Any
 
 from llmr_ray.config import DatasetConfig
 from llmr_ray.data.recognition import DataFiles, name_of, recognise
-from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source, excerpt_of
+from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source, duplicate_of
 from llmr_ray.data.sources import reader
 from llmr_ray.errors import DataError
 
@@ -28,6 +28,7 @@ ADVICE = {
     "bad_id": "An id is a text or a whole number.",
     "duplicate_id": "Two rows have this id: the first is used. Give the other an id of its own, or remove it.",
     "unknown_document": "The row names a document that the corpus lacks: add it, or correct its id or row number.",
+    "unknown_query": "The line names a query that the data set lacks: correct the id, or leave the line out.",
     "other_text_of_id": "One id stands for two texts: the first is used. Give the other an id of its own.",
     "not_a_number": "Scores are a list of numbers; null stands for a candidate without one.",
     "scores_length": "There is one score for each candidate, of the positives first and then of the negatives.",
@@ -42,6 +43,7 @@ ADVICE = {
     "equal_options": "Two options are the same, so the right one cannot be told. Remove one.",
     "unknown_label": "The answer is none of the task's labels (data/example_tasks.py).",
     "unknown_split": "A split is train, dev or test.",
+    "no_train_split": "The task is only tested (data/example_tasks.py): its rows are test or dev, or name no split.",
     "not_a_pair": "Relevant APIs are pairs of a tool's and an API's name.",
     "no_relevant_api": "None of the relevant APIs is in the row's own api_list: correct the names.",
     "no_gold_call": "The question has no gold call. Fetch its file of possible answers again.",
@@ -138,7 +140,7 @@ def _take_in(result: Validated, records: Iterable[Record], num_examples: int) ->
         bad = record if isinstance(record, Bad) else None
         match record:
             case Query() if record.query_id in queries:
-                bad = Bad(row=record.query_id, reason="duplicate_id", excerpt=excerpt_of(record.query))
+                bad = duplicate_of(record)
             case Query():
                 queries.add(record.query_id)
                 result.num_queries[record.split or "by hash"] += 1
@@ -147,7 +149,7 @@ def _take_in(result: Validated, records: Iterable[Record], num_examples: int) ->
                 result.num_with_candidates += bool(record.given)
                 result.num_with_rewards += bool(record.given_rewards)
             case Document() if record.doc_id in documents:
-                bad = Bad(row=record.doc_id, reason="duplicate_id", excerpt=excerpt_of(record.text))
+                bad = duplicate_of(record)
             case Document():
                 documents.add(record.doc_id)
                 result.num_documents += 1

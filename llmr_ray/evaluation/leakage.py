@@ -1,4 +1,4 @@
-"""Test queries that training, or the examples that a query may retrieve, already hold: exact and near copies.
+"""Test queries that training, or the documents that a query may retrieve, already hold: exact and near copies.
 
 Pure: texts in, rows out. Only the test queries are kept in memory; everything they are compared with passes by once.
 
@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 from datasketch import MinHash, MinHashLSH
 
 from llmr_ray.artifacts import sha256_text
+from llmr_ray.data.example_tasks import owner_of
 from llmr_ray.evaluation.answers import normalize
 from llmr_ray.mining.candidates import text_key
 
-LEAKAGE_VERSION = 1
+LEAKAGE_VERSION = 2
 """Raised whenever what counts as a copy changes; part of what determines the artifact."""
 
 NEAR = 0.8
@@ -46,13 +47,18 @@ KINDS = (SAME_TEXT, NEAR_TEXT, IN_DOCUMENT, OTHER_NUMBERS)
 """How a test query may be held elsewhere, the gravest first."""
 
 EXAMPLE_TASKS = ("icl",)
-"""Tasks whose documents are solved examples, so that one with a test query's input gives its answer away.
+"""Tasks whose documents are solved examples, so that one with a test query's input gives its answer away."""
 
-A passage that holds a question and its answer is what retrieval for questions is about, and earlier turns may repeat.
-"""
+PASSAGE_TASKS = ("qa", "convsearch", "tool")
+"""Tasks whose queries share one pool of other documents. A copy there is counted apart, for it need be no leak: a
+passage that holds a question and its answer is what retrieval for questions is to find."""
 
-TRAINING, DOCUMENT = "training", "document"
-"""Where a copy is: a training query, or a document that is an example."""
+POOL_TASKS = EXAMPLE_TASKS + PASSAGE_TASKS
+"""Tasks whose documents are compared, with the test queries that may retrieve them. Of the others a query retrieves its
+own past, which may repeat."""
+
+TRAINING, EXAMPLE, PASSAGE = "training", "document", "passage"
+"""Where a copy is: a training query, a document that is an example, or one of a pool of other documents."""
 
 SCHEMA = pa.schema(
     [
@@ -102,6 +108,7 @@ class Probe:
     query_id: str
     dataset: str
     task: str
+    pool: str
     text: str
     targets: tuple[str, ...] = ()
 
@@ -143,18 +150,24 @@ class Probes:
         self._starts: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self._near = MinHashLSH(params=(BANDS, ROWS), num_perm=BANDS * ROWS)
         self._blank = MinHash(num_perm=BANDS * ROWS, seed=1, hashfunc=_itself, scheme="affine32")
+        self.pools = {probe.pool for probe in self.probes if probe.task in POOL_TASKS}
         for number, probe in enumerate(self.probes):
             self._same[probe.normal].append(number)
-            if probe.task in EXAMPLE_TASKS and len(probe.words) >= WINDOW:
+            if probe.pool in self.pools and len(probe.words) >= WINDOW:
                 self._starts[tuple(probe.words[:WINDOW])].append(number)
         # Equal texts stand for each other: the index holds each once.
+        self._most = 0
         for text in self._same:
-            self._near.insert(text, self._signature(grams(text)))
+            pieces = grams(text)
+            self._most = max(self._most, len(pieces))
+            self._near.insert(text, self._signature(pieces))
 
     def copies(self, text: str) -> list[Held]:
         """The probes of which a text is a copy: the same, near, or near but for its numbers."""
         own = normal(text)
         found = [Held(probe=self.probes[number], kind=SAME_TEXT, similarity=1.0) for number in self._same.get(own, [])]
+        if self._is_longer(own):
+            return found
         pieces = grams(own)
         numbers = numbers_in(own)
         for other in sorted(self._near.query(self._signature(pieces))):
@@ -167,7 +180,7 @@ class Probes:
         return found
 
     def contained(self, text: str) -> list[Held]:
-        """The probes of EXAMPLE_TASKS whose words stand in a text in a row."""
+        """The probes of POOL_TASKS whose words stand in a text in a row."""
         words = normal(text).split()
         numbers: dict[int, None] = {}
         for place in range(len(words) - WINDOW + 1):
@@ -176,6 +189,12 @@ class Probes:
                 if words[place : place + len(wanted)] == wanted:
                     numbers[number] = None
         return [Held(probe=self.probes[number], kind=IN_DOCUMENT, similarity=1.0) for number in numbers]
+
+    def _is_longer(self, text: str) -> bool:
+        """Whether a normalised text's beginning alone has too many pieces to be near any probe: most passages are told
+        so at a fraction of the price."""
+        begins = text[: 4 * self._most]
+        return len({begins[start : start + NGRAM] for start in range(len(begins) - NGRAM + 1)}) * NEAR > self._most
 
     def _signature(self, pieces: frozenset[int]) -> MinHash:
         signature = self._blank.copy()
@@ -191,20 +210,23 @@ def rows_of_query(probes: Probes, query: Mapping[str, Any]) -> list[dict[str, An
     ]
 
 
-def rows_of_document(probes: Probes, doc_id: str, dataset: str, text: str) -> list[dict[str, Any]]:
-    """What an example gives away: its last line is its output, the rest its input."""
-    found = [held for held in probes.copies(text.rsplit("\n", 1)[0]) if held.probe.task in EXAMPLE_TASKS]
+def rows_of_document(probes: Probes, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a document (a row of `corpus`) holds of the test queries that may retrieve it, as rows of SCHEMA. Of an
+    example the last line is its output, the rest its input; of other documents all is compared."""
+    text, pool, is_example = document["text"], document["pool"], document["task"] in EXAMPLE_TASKS
+    found = probes.copies(text.rsplit("\n", 1)[0] if is_example else text)
     known = {held.probe.query_id for held in found if held.kind != OTHER_NUMBERS}
     found += [held for held in probes.contained(text) if held.probe.query_id not in known]
+    found = [held for held in found if held.probe.pool == pool]
     if not found:
         return []
     around = f" {normal(text)} "
     return [
         _row(
             held,
-            DOCUMENT,
-            doc_id,
-            dataset,
+            EXAMPLE if is_example else PASSAGE,
+            document["doc_id"],
+            owner_of(document["meta"]) or pool,
             with_answer=any(f" {normal(target)} " in around for target in held.probe.targets),
         )
         for held in found
@@ -212,7 +234,8 @@ def rows_of_document(probes: Probes, doc_id: str, dataset: str, text: str) -> li
 
 
 def gravest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each test query and place (training queries or documents of a data set) the gravest copy, in a fixed order."""
+    """Of each test query and place (training queries, examples or passages of a data set) the gravest copy, in a fixed
+    order."""
     best: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for row in rows:
         key = row["query_id"], row["where"], row["other_dataset"]
@@ -236,8 +259,10 @@ def leakage_figures(
     Returns:
         training: for each test data set n (its test queries), the number of them with a copy among all training
         queries, by kind (each counts once, by its gravest), and `by_dataset`, the same for each data set that trains;
-        documents: for each test data set of examples the same over documents, with_answer (of those with a copy other
-        than `other_numbers`) and too_short (queries not looked for inside documents); removed; examples.
+        documents: for each test data set of examples the same over the documents that its queries may retrieve,
+        with_answer (of those with a copy other than `other_numbers`) and too_short (queries not looked for inside
+        documents); passages: the same for those of PASSAGE_TASKS; not_compared: the test data sets whose documents were
+        compared with nothing; removed; examples.
     """
     test = queries.filter(pc.equal(queries["split"], "test"))
     sizes = Counter(test["dataset"].to_pylist())
@@ -246,19 +271,21 @@ def leakage_figures(
     short = Counter(
         dataset
         for dataset, text in zip(test["dataset"].to_pylist(), test["query"].to_pylist(), strict=True)
-        if task_of[dataset] in EXAMPLE_TASKS and len(normal(text).split()) < WINDOW
+        if task_of[dataset] in POOL_TASKS and len(normal(text).split()) < WINDOW
     )
-    training, documents = [], []
+    told: dict[str, list[dict[str, Any]]] = {"training": [], "documents": [], "passages": []}
     for dataset, number in sorted(sizes.items()):
         mine = [row for row in rows if row["dataset"] == dataset]
-        training.append({"dataset": dataset, "n": number, **_counted(mine, TRAINING)})
-        if task_of[dataset] in EXAMPLE_TASKS:
+        told["training"].append({"dataset": dataset, "n": number, **_counted(mine, TRAINING)})
+        if task_of[dataset] in POOL_TASKS:
+            is_example = task_of[dataset] in EXAMPLE_TASKS
             answered = {row["query_id"] for row in mine if row["with_answer"] and row["kind"] != OTHER_NUMBERS}
-            row = {"dataset": dataset, "n": number, **_counted(mine, DOCUMENT)}
-            documents.append(row | {"with_answer": len(answered), "too_short": short[dataset]})
+            row = {"dataset": dataset, "n": number, **_counted(mine, EXAMPLE if is_example else PASSAGE)}
+            row |= {"with_answer": len(answered), "too_short": short[dataset]}
+            told["documents" if is_example else "passages"].append(row)
     return {
-        "training": training,
-        "documents": documents,
+        **told,
+        "not_compared": sorted(dataset for dataset in sizes if task_of[dataset] not in POOL_TASKS),
         "removed": dict(removed),
         "examples": _examples(rows, queries, corpus, shown),
     }
@@ -291,7 +318,7 @@ def _examples(
     texts = _texts(queries, "query_id", "query", [row["query_id"] for row in chosen])
     others = _texts(queries, "query_id", "query", [row["other_id"] for row in chosen if row["where"] == TRAINING])
     if corpus is not None:
-        others |= _texts(corpus, "doc_id", "text", [row["other_id"] for row in chosen if row["where"] == DOCUMENT])
+        others |= _texts(corpus, "doc_id", "text", [row["other_id"] for row in chosen if row["where"] != TRAINING])
     return [
         {**row, "text": texts[row["query_id"]], "other_text": others[row["other_id"]]}
         for row in chosen

@@ -1,4 +1,4 @@
-"""The stage `leakage`: every training query, and every example that may be retrieved, beside all test queries.
+"""The stage `leakage`: every training query beside all test queries, every document beside those that may retrieve it.
 
 A shard is a range of rows, training queries before documents, read in batches: memory holds the test queries and one
 batch. Runs that share what was prepared share the artifact.
@@ -15,13 +15,12 @@ import pyarrow.compute as pc
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import Config
-from llmr_ray.data.example_tasks import owner_of
 from llmr_ray.evaluation.leakage import (
     BANDS,
-    EXAMPLE_TASKS,
     LEAKAGE_VERSION,
     NEAR,
     NGRAM,
+    POOL_TASKS,
     ROWS,
     SCHEMA,
     WINDOW,
@@ -35,7 +34,11 @@ from llmr_ray.evaluation.leakage import (
 SHARD_ROWS = 200_000
 """Rows that one shard compares; it decides what is in a file, so it is no setting."""
 
-_COLUMNS = {"queries": ["query_id", "dataset", "split", "query"], "corpus": ["doc_id", "task", "text", "meta"]}
+_COLUMNS = {"queries": ["query_id", "dataset", "split", "query"], "corpus": ["doc_id", "pool", "task", "text", "meta"]}
+
+
+COMPARED = {"queries": rows_of_query, "corpus": rows_of_document}
+"""What is made of a row of each table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ def leakage_spec(prepare: Artifact) -> ArtifactSpec:
 
 
 def run_leakage(config: Config, artifact: Artifact, prepare: Artifact) -> None:
-    """Writes the table `leakage`. rows_in counts training and other queries, and documents of tasks with examples."""
+    """Writes the table `leakage`. rows_in counts all queries, and documents of POOL_TASKS that are tested."""
     started = time.monotonic()
     compared = pieces(prepare)
     total = sum(piece.num_rows for piece in compared)
@@ -81,20 +84,22 @@ def run_leakage(config: Config, artifact: Artifact, prepare: Artifact) -> None:
 
 
 def pieces(prepare: Artifact) -> list[Piece]:
-    """What is compared: the queries of every part, then the documents of parts whose queries take examples."""
+    """What is compared: the queries of every part, then the documents of parts with test queries of POOL_TASKS."""
     ledger = prepare.ledger()
-    with_examples = [
-        part
-        for part in sorted(ledger)
-        if set(prepare.read("queries", part)["task"].unique().to_pylist()) & set(EXAMPLE_TASKS)
-    ]
-    wanted = [("queries", part) for part in sorted(ledger)] + [("corpus", part) for part in with_examples]
+    with_pools = [part for part in sorted(ledger) if _tested(prepare, part) & set(POOL_TASKS)]
+    wanted = [("queries", part) for part in sorted(ledger)] + [("corpus", part) for part in with_pools]
     found, first = [], 0
     for table, part in wanted:
         num_rows = ledger[part]["rows"].get(table, 0)
         found.append(Piece(table=table, part=part, first=first, num_rows=num_rows))
         first += num_rows
     return found
+
+
+def _tested(prepare: Artifact, part: int) -> set[str]:
+    """Tasks of a part's test queries."""
+    queries = prepare.read("queries", part, columns=["task", "split"])
+    return set(queries.filter(pc.equal(queries["split"], "test"))["task"].unique().to_pylist())
 
 
 class LeakageWorker:
@@ -109,6 +114,7 @@ class LeakageWorker:
                     query_id=row["query_id"],
                     dataset=row["dataset"],
                     task=row["task"],
+                    pool=row["pool"],
                     text=row["query"],
                     targets=tuple(row["targets"]),
                 )
@@ -126,19 +132,14 @@ class LeakageWorker:
             for row in batch.to_pylist():
                 if table == "queries" and row["split"] != "train":
                     counts.skipped["held_out_query"] += 1
-                elif table == "corpus" and row["task"] not in EXAMPLE_TASKS:
-                    counts.skipped["document_is_no_example"] += 1
+                elif table == "corpus" and row["pool"] not in self.probes.pools:
+                    counts.skipped["no_test_query_may_retrieve_it"] += 1
                 else:
                     counts.ok += 1
-                    found += self._compared(table, row)
+                    found += COMPARED[table](self.probes, row)
             # At most one row for each test query and data set stays in memory.
             rows = gravest([*rows, *found])
         return self.artifact.write_shard(shard, {"leakage": pa.Table.from_pylist(rows, SCHEMA)}, counts)
-
-    def _compared(self, table: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-        if table == "queries":
-            return rows_of_query(self.probes, row)
-        return rows_of_document(self.probes, row["doc_id"], owner_of(row["meta"]) or "", row["text"])
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[str, pa.Table]]:
         """The rows [first, last) of all pieces in a row, in batches of one table."""

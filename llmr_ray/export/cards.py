@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from llmr_ray.config import Config
+from llmr_ray.config import Config, training_seed
 
 _COLUMNS = {
     "flag_embedding": "`query`, `pos`, `neg`; `pos_scores` and `neg_scores` are the rewards where the task has them. "
@@ -110,6 +110,14 @@ def model_card(
     names = [
         [name, config.tasks[name].query_instruction, config.tasks[name].document_instruction] for name in _tasks(config)
     ]
+    instructions = (
+        [
+            "Every task has instructions of its own, saved as prompts `TASK-query` and `TASK-document`:",
+            _table(["task", "query", "document"], names),
+        ]
+        if config.train.instructions
+        else ["It was trained without instructions: the prompts `TASK-query` and `TASK-document` are empty."]
+    )
     first = _tasks(config)[0]
     parts = [
         f"# {config.name}",
@@ -122,8 +130,7 @@ def model_card(
         f'documents = model.encode(["..."], prompt_name="{first}-document")\n'
         "scores = model.similarity(queries, documents)\n"
         "```",
-        "Every task has instructions of its own, saved as prompts `TASK-query` and `TASK-document`:",
-        _table(["task", "query", "document"], names),
+        *instructions,
         f"Queries are cut to {config.embedder.max_query_tokens} tokens, documents to "
         f"{config.embedder.max_document_tokens}.",
         "## Figures",
@@ -138,7 +145,8 @@ def model_card(
         "## Training",
         f"{config.train.num_steps:,} steps of {config.train.global_batch_size} queries, groups of "
         f"{config.train.group_size}, learning rate {config.train.learning_rate:g}, temperature "
-        f"{config.train.temperature:g}, seed {config.seed}, {config.rounds} round{'s' if config.rounds > 1 else ''}.",
+        f"{config.train.temperature:g}, seed {training_seed(config, config.train)}, {config.rounds} "
+        f"round{'s' if config.rounds > 1 else ''}.",
         *_origin(config, of),
     ]
     return _card(front, parts)

@@ -133,7 +133,8 @@ def _given_rewards(prepare: Artifact, queries: pa.Table, tasks: Sequence[str]) -
     if "given_rewards" not in prepare.require()["rows"]:
         raise DataError(
             f"score.feedback of {', '.join(tasks)} is '{GIVEN}', but no data set brings scores of a teacher. Read "
-            "files that have them (source: llm_embedder, flag_embedding or kl_rows), or let the LLM give the feedback."
+            "files that have them (source: llm_embedder, flag_embedding, kl_rows, or llm_r with given_rewards), or let "
+            "the LLM give the feedback."
         )
     is_meant = pc.and_(pc.is_in(queries["task"], value_set=pa.array(tasks)), pc.equal(queries["split"], "train"))
     wanted = queries.filter(is_meant)

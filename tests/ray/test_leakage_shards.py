@@ -8,7 +8,7 @@ import pytest
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config, RuntimeConfig
 from llmr_ray.evaluation import leakage_stage
-from llmr_ray.evaluation.leakage import SAME_TEXT, gravest
+from llmr_ray.evaluation.leakage import IN_DOCUMENT, SAME_TEXT, gravest
 from llmr_ray.schemas import table_of
 from tests.feedback_world import make_artifact
 
@@ -35,7 +35,11 @@ def test_copies_in_any_shard_are_found_once(
         {"query_id": f"test{number}", "dataset": "other", "split": "test", "query": training[number].upper()} | common
         for number in planted
     ]
-    documents = [{"doc_id": "d", "pool": "p", "position": 0, "task": "qa", "text": "nothing"}]
+    texts = ["nothing", f"Somebody asked: {training[31]}? Nobody knew."]
+    documents = [
+        {"doc_id": f"d{number}", "pool": "p", "position": number, "task": "qa", "text": text}
+        for number, text in enumerate(texts)
+    ]
     tables = {"queries": table_of("queries", queries), "corpus": table_of("corpus", documents)}
     prepare = make_artifact(tmp_path, "prepare", tables)
     artifact = Artifact(tmp_path, leakage_stage.leakage_spec(prepare))
@@ -44,9 +48,12 @@ def test_copies_in_any_shard_are_found_once(
     leakage_stage.run_leakage(config, artifact, prepare)
 
     manifest = artifact.require()
-    assert manifest["num_shards"] == -(-len(queries) // SHARD) > 2
-    assert (manifest["counts"]["rows_in"], manifest["counts"]["ok"]) == (len(queries), NUM_TRAINING)
-    same = [row for row in gravest(artifact.read("leakage").to_pylist()) if row["kind"] == SAME_TEXT]
+    rows_in = len(queries) + len(documents)
+    assert manifest["num_shards"] == -(-rows_in // SHARD) > 2
+    assert (manifest["counts"]["rows_in"], manifest["counts"]["ok"]) == (rows_in, NUM_TRAINING + len(documents))
+    found = gravest(artifact.read("leakage").to_pylist())
+    assert [(row["query_id"], row["other_id"]) for row in found if row["kind"] == IN_DOCUMENT] == [("test31", "d1")]
+    same = [row for row in found if row["kind"] == SAME_TEXT]
     assert [(row["query_id"], row["other_id"]) for row in same] == [
         (f"test{number}", f"train{number}") for number in sorted(planted, key=str)
     ]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ def test_cards_are_read_by_the_hub(finished: Finished, tmp_path: Path) -> None:
     assert values["nq", "ndcg_at_10"] == 1.0
     assert "Find: " in model.text
     assert json.loads((out / "config.json").read_text()) == {}
+
+
+def test_the_model_card_says_how_the_model_was_trained(finished: Finished, tmp_path: Path) -> None:
+    """Prompts that the folder does not hold, and a seed that was not the training's, mislead who takes it up."""
+    bare = replace(finished.config, seed=7, train=replace(finished.config.train, instructions=False, seed=43))
+    out, _ = write(replace(finished, config=bare), tmp_path, "model")
+    told = (out / "README.md").read_text()
+    assert "Find: " not in told
+    assert "trained without instructions" in told
+    assert "seed 43" in told
 
 
 def test_what_is_missing_is_said(finished: Finished, tmp_path: Path) -> None:

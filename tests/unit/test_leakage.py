@@ -33,8 +33,13 @@ from llmr_ray.schemas import table_of
 from tests.feedback_world import make_artifact
 
 
-def probe(text, query_id="t", task="qa", targets=(), dataset="d"):
-    return Probe(query_id=query_id, dataset=dataset, task=task, text=text, targets=tuple(targets))
+def probe(text, query_id="t", task="qa", targets=(), dataset="d", pool=None):
+    pool = pool or ("icl" if task == "icl" else dataset)
+    return Probe(query_id=query_id, dataset=dataset, task=task, pool=pool, text=text, targets=tuple(targets))
+
+
+def document(doc_id, text, task="icl", pool="icl", owner="geo"):
+    return {"doc_id": doc_id, "task": task, "pool": pool, "text": text, "meta": json.dumps({"dataset": owner})}
 
 
 def kinds(text, other):
@@ -118,24 +123,63 @@ def test_an_example_with_the_query_inside_is_found_with_its_answer():
             probe("what is the capital of France?", "qa", "qa", ["Paris"]),
         ]
     )
-    solved = rows_of_document(probes, "d1", "geo", "What is the capital of France\nParis")
+    solved = rows_of_document(probes, document("d1", "What is the capital of France\nParis"))
     assert [(row["query_id"], row["kind"], row["with_answer"]) for row in solved] == [("t0", SAME_TEXT, True)]
     longer = "Some words before. What is the capital of France? And of Spain? Is it so in all of them?\nMadrid"
-    inside = rows_of_document(probes, "d2", "geo", longer)
+    inside = rows_of_document(probes, document("d2", longer))
     assert [(row["query_id"], row["kind"], row["with_answer"]) for row in inside] == [("t0", IN_DOCUMENT, False)]
-    assert rows_of_document(probes, "d3", "geo", "what is the capital of Frances\nParis")[0]["kind"] == NEAR_TEXT
-    assert rows_of_document(probes, "d4", "geo", "the capital of France\nParis") == []
+    near = document("d3", "what is the capital of Frances\nParis")
+    assert rows_of_document(probes, near)[0]["kind"] == NEAR_TEXT
+    assert rows_of_document(probes, document("d4", "the capital of France\nParis")) == []
+
+
+def test_a_passage_that_is_a_test_query_is_told_apart():
+    """A figure of retrieval over questions and answers says how well copies are found, and nobody would know."""
+    probes = Probes(
+        [
+            probe("How do I reset my password?", "q0", targets=["Ask"], dataset="faq"),
+            probe("How do I reset my password?", "q1", targets=["Ask"], dataset="wiki"),
+            probe("Where is it?", "q2", "tool", dataset="faq"),
+            probe("How do I reset my password?", "q3", "chat", dataset="talk"),
+        ]
+    )
+    texts = {
+        "same": "how do I reset my password",
+        "near": "How do I reset my passwords?",
+        "inside": f"{'Other words about everything. ' * 40}How do I reset my password? Ask the desk.",
+        "short": "Where is it? Over there, behind the house.",
+        "none": "Words of nothing that was ever asked.",
+    }
+    rows = [row for name, text in texts.items() for row in rows_of_document(probes, document(name, text, "qa", "faq"))]
+    assert [(row["query_id"], row["where"], row["other_id"], row["kind"], row["with_answer"]) for row in rows] == [
+        ("q0", "passage", "same", SAME_TEXT, False),
+        ("q0", "passage", "near", NEAR_TEXT, False),
+        ("q0", "passage", "inside", IN_DOCUMENT, True),
+    ]
+    # A dialogue's earlier turns may repeat, and no other pool's queries can find them.
+    assert rows_of_document(probes, document("turn", texts["same"], "chat", "talk:1")) == []
+
+
+def test_long_texts_are_passed_over_only_where_they_cannot_be_near():
+    """A passage is told from queries by its beginning alone, but a text that repeats itself has few pieces."""
+    query = "who wrote the famous novel Emma by the sea?"
+    repeated = " ".join([query.strip("?")] * 30)
+    own, other = plain_grams(query), plain_grams(repeated)
+    assert len(own & other) / len(own | other) >= NEAR
+    assert kinds(query, repeated) == [NEAR_TEXT]
+    assert kinds(query, f"{query} {' '.join(map(str, range(200)))}") == []
 
 
 def prepared(root, monkeypatch=None):
-    """A test query of each kind, training queries of two data sets, and examples."""
-    fields = {"pool": "p", "history_end": None}
+    """A test query of each kind, training queries of two data sets, examples, passages and earlier turns."""
+    pools = {"icl": "icl", "qa": "nq", "chat": "talk"}
     tests = [
         ("a0", "nq", "qa", "who wrote the novel Emma?"),
         ("a1", "nq", "qa", "where does the long river of the north end?"),
         ("a2", "nq", "qa", "when was the old bridge of 1880 built again?"),
         ("a3", "nq", "qa", "what has nobody ever asked before today?"),
         ("b0", "piqa", "icl", "how do I open a jar of honey?"),
+        ("c0", "talk", "chat", "do you bake bread?"),
     ]
     trains = [
         ("x0", "nq", "qa", "Who wrote a novel Emma"),
@@ -152,16 +196,22 @@ def prepared(root, monkeypatch=None):
             "query": text,
             "split": split,
             "targets": ["turn"],
-            **fields,
+            "pool": pools[task],
+            "history_end": None,
         }
         for split, rows in (("test", tests), ("train", trains))
         for name, dataset, task, text in rows
     ]
-    texts = ["how do I open a jar of honey\nturn it", "Emma is a novel. who wrote the novel Emma?\nturn", "other\nx"]
+    texts = [
+        ("icl", "how do I open a jar of honey\nturn it"),
+        ("qa", "Emma is a novel. who wrote the novel Emma?\nturn"),
+        ("icl", "other\nx"),
+        ("chat", "do you bake bread?"),
+    ]
     corpus = [
-        {"doc_id": f"d{n}", "pool": "p", "position": n, "task": "icl" if n != 1 else "qa", "text": text}
-        | {"meta": json.dumps({"dataset": "siqa"})}
-        for n, text in enumerate(texts)
+        {"doc_id": f"d{n}", "pool": pools[task], "position": n, "task": task, "text": text}
+        | {"meta": json.dumps({"dataset": "siqa"}) if task == "icl" else None}
+        for n, (task, text) in enumerate(texts)
     ]
     return make_artifact(
         root, "prepare", {"queries": table_of("queries", queries), "corpus": table_of("corpus", corpus)}
@@ -185,11 +235,12 @@ def test_the_stage_finds_what_is_there_and_accounts_for_every_row(tmp_path):
         ("a0", "hotpot", "x1", SAME_TEXT),
         ("a1", "hotpot", "x2", NEAR_TEXT),
         ("a2", "hotpot", "x3", OTHER_NUMBERS),
+        ("a0", "nq", "d1", IN_DOCUMENT),
         ("b0", "siqa", "d0", SAME_TEXT),
     }
     counts = artifact.require()["counts"]
-    assert (counts["rows_in"], counts["ok"]) == (13, 7)
-    assert counts["skipped"] == {"document_is_no_example": 1, "held_out_query": 5}
+    assert (counts["rows_in"], counts["ok"]) == (15, 8)
+    assert counts["skipped"] == {"no_test_query_may_retrieve_it": 1, "held_out_query": 6}
     told = leakage_figures(
         artifact.read("leakage"), prepare.read("queries"), {"duplicate_of_test": 3}, prepare.read("corpus")
     )
@@ -200,6 +251,10 @@ def test_the_stage_finds_what_is_there_and_accounts_for_every_row(tmp_path):
     assert by_dataset["piqa"]["kinds"] == {}
     (examples,) = told["documents"]
     assert (examples["dataset"], examples["kinds"], examples["with_answer"]) == ("piqa", {SAME_TEXT: 1}, 1)
+    (passages,) = told["passages"]
+    assert (passages["dataset"], passages["n"], passages["kinds"]) == ("nq", 4, {IN_DOCUMENT: 1})
+    assert (passages["with_answer"], passages["too_short"]) == (1, 0)
+    assert told["not_compared"] == ["talk"]
     assert told["removed"] == {"duplicate_of_test": 3}
     assert {row["other_text"] for row in told["examples"] if row["where"] == "document"} == {
         "how do I open a jar of honey\nturn it"
@@ -217,6 +272,7 @@ def test_the_terminal_tells_what_training_holds(tmp_path):
     told = console.file.getvalue()
     assert "nq: of 4 test queries among training queries: 1 same text, 1 near copy, 1 near but for numbers" in told
     assert "piqa: of 1 test queries among examples that may be retrieved: 1 same text" in told
+    assert "nq: of 4 test queries among the documents that they are to find (no leak by itself): 1 inside" in told
 
 
 def test_shards_of_any_size_say_the_same(tmp_path, monkeypatch):
@@ -230,7 +286,7 @@ def test_shards_of_any_size_say_the_same(tmp_path, monkeypatch):
         artifact = Artifact(tmp_path / str(size), leakage_stage.leakage_spec(prepare))
         artifact.begin()
         worker = leakage_stage.LeakageWorker(artifact, prepare, pieces, size)
-        number = -(-13 // size)
+        number = -(-15 // size)
         for shard in range(number):
             worker.run(shard)
         artifact.commit(number, seconds=0)

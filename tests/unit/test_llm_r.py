@@ -3,19 +3,33 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmr_ray import loading
-from llmr_ray.config import DatasetConfig, PrepareConfig
+from llmr_ray.artifacts import Artifact
+from llmr_ray.assets import Asset
+from llmr_ray.config import Config, DatasetConfig, PrepareConfig, TaskConfig, TaskScore, identity
+from llmr_ray.data import stage
 from llmr_ray.data.example_tasks import TASKS, pool_of
 from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
-from llmr_ray.data.selection import Selected, collect, held_out_texts, select
+from llmr_ray.data.selection import Selected, collect, given_reward_rows, given_rows, held_out_texts, select
+from llmr_ray.data.stage import PrepareWorker, prepare_spec
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.evaluation.published import differences, published_tables
 from llmr_ray.evaluation.results import held_out_tasks
+from llmr_ray.feedback.jobs import feedback_tasks, given_tasks
+from llmr_ray.feedback.stage import reward_spec, run_reward
+from llmr_ray.mining.stage import mine_spec
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+HELD_OUT = {"qnli", "piqa", "wsc273", "yelp"}
 
 
 def row(identity: str, query: str, answers: Any, options: Any = None, **changes: Any) -> dict[str, Any]:
@@ -162,18 +176,165 @@ def test_files_and_names_that_are_wrong_say_so(folder: Path) -> None:
         read(folder, "rte")
 
 
+def test_a_passage_with_another_data_set_s_test_input_is_left_out(folder: Path) -> None:
+    """mnli's examples are those of mnli_m and mnli_mm: read alone, it has no test input for its passages to hold."""
+    inputs = ["Premise of m", "two\nlines", "kept", "also\nkept", "of mm"]
+    tests = [row("mnli_m_test_0", "premise  of M", ["No"]), row("mnli_m_test_1", "Two lines", ["No"])]
+    write(folder, "test.jsonl.gz", [*tests, row("mnli_mm_test_0", "of mm", ["Yes"])])
+    rows = [{"id": str(n), "contents": f"{text}\nMaybe", "task_name": "mnli"} for n, text in enumerate(inputs)]
+    write(folder, "passages.jsonl.gz", rows)
+    write(folder, "train.jsonl.gz", [row("mnli_train_0", "kept", ["Maybe"])])
+    parts = {
+        name: selected(folder, *names)[0] for name, names in {"alone": ["mnli"], "both": ["mnli", "mnli_m"]}.items()
+    }
+    assert {name: {document.doc_id[-1] for document in part.corpus} for name, part in parts.items()} == {
+        "alone": set("01234"),
+        "both": set("234"),
+    }
+    assert parts["both"].counts.skipped == {"example_of_held_out_query": 2}
+    parts["both"].counts.check("test")
+
+
+def kd(identity: str, scores: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A row of candidates and their scores, as published."""
+    return row(identity, "?", ["Yes"], doc_ids=list(scores), doc_scores=list(scores.values()), **changes)
+
+
 def test_given_candidates_keep_their_scores_best_first(folder: Path) -> None:
     """Candidates paired with another document's score would be ranked by chance."""
-    given = row("rte_train_0", "?", ["Yes"], doc_ids=["2", "4", "0", "2"], doc_scores=[1.5, 7.25, float("nan"), 0.5])
-    write(folder, "bm25_train.jsonl.gz", [given, row("arc_e_train_0", "?", ["A"], doc_ids=["1"], doc_scores=[3])])
+    given = kd("rte_train_0", {"2": 1.5, "4": 7.25, "0": float("nan")})
+    given["doc_ids"].append("2")
+    given["doc_scores"].append(0.5)
+    write(folder, "bm25_train.jsonl.gz", [given, kd("arc_e_train_0", {"1": 3})])
     [rte] = selected(folder, "rte", candidates="bm25_train.jsonl.gz")
-    assert [(pair["query_id"], pair["doc_id"], pair["retrieval_score"]) for pair in rte.given] == [
+    assert [(pair["query_id"], pair["doc_id"], pair["retrieval_score"]) for pair in given_rows(rte.chosen)] == [
         ("rte:rte_train_0", "llm_r:4", 7.25),
         ("rte:rte_train_0", "llm_r:2", 1.5),
     ]
-    write(folder, "bm25_train.jsonl.gz", [row("rte_train_0", "?", ["Yes"], doc_ids=["1"], doc_scores=[1, 2])])
-    with pytest.raises(DataError, match="doc_scores"):
-        read(folder, "rte", candidates="bm25_train.jsonl.gz")
+    assert given_reward_rows(rte.chosen) == []
+    assert rte.counts.skipped["candidate_without_score"] == rte.counts.skipped["repeated_candidate"] == 1
+
+
+@pytest.mark.parametrize("setting", ["candidates", "given_rewards"])
+def test_bad_rows_of_candidates_cost_themselves(folder: Path, setting: str) -> None:
+    """Scores that are not one for each candidate would stand with others; ids of another file would find nothing."""
+    bad = [
+        row("rte_train_1", "?", ["No"], doc_ids=["1"], doc_scores=[1, 2]),
+        row("rte_train_1", "?", ["No"], doc_ids=["1"]),
+        kd("rte_train_1", {"x": 1.0}),
+        kd("rte_train_1", {"1": "2"}),
+        kd("rte_train_77", {"1": 1.0}),
+    ]
+    name = "kd_bm25_train.jsonl.gz"
+    settings: dict[str, Any] = {setting: [name] if setting == "given_rewards" else name}
+    write(folder, name, [*bad, kd("rte_train_0", {"1": 2.0})])
+    records = read(folder, "rte", **settings)
+    assert [(record.row, record.reason) for record in kinds(records, Bad) if record.row.startswith("kd")] == [
+        (f"{name}:1", "scores_length"),
+        (f"{name}:2", "missing_field"),
+        (f"{name}:3", "bad_id"),
+        (f"{name}:4", "not_a_number"),
+        (f"{name}:5", "unknown_query"),
+    ]
+    assert {query.query_id for query in kinds(records, Query) if query.given} == {"rte:rte_train_0"}
+    write(folder, name, [kd("rte_train_77", {"1": 1.0}), kd("rte_train_78", {"1": 1.0})])
+    with pytest.raises(DataError, match="rte_train_77"):
+        read(folder, "rte", **settings)
+
+
+def test_scores_of_several_files_are_rewards(folder: Path) -> None:
+    """The released model learned from two files, in which queries repeat (H.2): as a dictionary the last row wins."""
+    first = [
+        kd("rte_train_0", {"0": 1.5, "4": -2.0, "2": float("inf")}),
+        kd("arc_e_train_0", {"4": 1.0, "0": 0.25}),
+        kd("rte_train_0", {"7": 0.5}),
+    ]
+    write(folder, "kd_bm25_train.jsonl.gz", first)
+    write(
+        folder,
+        "kd_it2_train.jsonl.gz",
+        [kd("rte_train_1", {"0": 3.0, "2": 1.0}), kd("rte_train_0", {"2": 4.0, "4": -2})],
+    )
+    files = ["kd_bm25_train.jsonl.gz", "kd_it2_train.jsonl.gz"]
+    [rte] = selected(folder, "rte", given_rewards=files)
+    expected = {"rte_train_0": {"0": 1.5, "4": -2.0, "7": 0.5, "2": 4.0}, "rte_train_1": {"0": 3.0, "2": 1.0}}
+    pairs = [
+        (f"rte:{query}", f"llm_r:{doc}", reward) for query, found in expected.items() for doc, reward in found.items()
+    ]
+    assert [(pair["query_id"], pair["doc_id"], pair["reward"]) for pair in given_reward_rows(rte.chosen)] == pairs
+    assert [(pair["query_id"], pair["doc_id"], pair["retrieval_score"]) for pair in given_rows(rte.chosen)] == [
+        (query, doc, None) for query, doc, _ in pairs
+    ]
+    write(folder, "bm25_train.jsonl.gz", [kd("rte_train_1", {"1": 5.0, "2": 9.0})])
+    [both] = selected(folder, "rte", given_rewards=files, candidates="bm25_train.jsonl.gz")
+    assert [
+        (pair["doc_id"], pair["retrieval_score"])
+        for pair in given_rows(both.chosen)
+        if pair["query_id"] == "rte:rte_train_1"
+    ] == [
+        ("llm_r:2", 9.0),
+        ("llm_r:1", 5.0),
+        ("llm_r:0", None),
+    ]
+    assert given_reward_rows(both.chosen) == given_reward_rows(rte.chosen)
+
+
+def test_the_stages_take_published_rewards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named as candidates alone the scores are of no teacher, and the run ends where rewards are made."""
+    monkeypatch.setattr(stage, "GIVEN_QUERIES", 1)  # the table comes in several parts
+    write(folder, "kd_bm25_train.jsonl.gz", [kd("rte_train_0", {"0": 1.5, "4": -2.0}), kd("rte_train_1", {"2": 0.5})])
+    write(folder, "kd_it2_train.jsonl.gz", [kd("rte_train_1", {"0": -0.5}), kd("arc_e_train_0", {"0": 1.0, "4": 2.0})])
+    tasks = {"icl": TaskConfig(score=TaskScore(feedback="given"))}
+    common = {"task": "icl", "source": "llm_r", "path": "here", "num_train": 9, "num_test": 9}
+
+    def rewards(**settings: Any) -> list[tuple[str, str, float, str]]:
+        datasets = {name: DatasetConfig(**common, **settings) for name in ("rte", "arc_e")}
+        prepare = PrepareConfig(max_bad_fraction=0.9)
+        config = Config(name="t", tasks=tasks, datasets=datasets, prepare=prepare)
+        spec = prepare_spec(config, {"here": Asset("here", "local", folder, "print")})
+        prepared = Artifact(tmp_path / "artifacts", spec)
+        prepared.begin()
+        PrepareWorker(prepared, ["icl"], datasets, prepare, dict.fromkeys(datasets, folder), folder).run(0)
+        prepared.commit(1, seconds=0)
+        scores = Artifact(tmp_path / "artifacts", replace(spec, stage="score"))
+        scores.begin()
+        scores.commit(0, seconds=0)
+        mine_spec(config, prepared, prepared, prepared)
+        made = Artifact(tmp_path / "artifacts", reward_spec(config, prepared, scores))
+        made.begin()
+        run_reward(config, made, prepared, scores)
+        return [tuple(entry.values()) for entry in made.read("rewards").to_pylist()]
+
+    assert set(rewards(given_rewards=["kd_bm25_train.jsonl.gz", "kd_it2_train.jsonl.gz"])) == {
+        ("rte:rte_train_0", "llm_r:0", 1.5, "given"),
+        ("rte:rte_train_0", "llm_r:4", -2.0, "given"),
+        ("rte:rte_train_1", "llm_r:2", 0.5, "given"),
+        ("rte:rte_train_1", "llm_r:0", -0.5, "given"),
+        ("arc_e:arc_e_train_0", "llm_r:0", 1.0, "given"),
+        ("arc_e:arc_e_train_0", "llm_r:4", 2.0, "given"),
+    }
+    with pytest.raises(DataError, match="given_rewards"):
+        rewards(candidates="kd_bm25_train.jsonl.gz")
+
+
+def test_published_scores_alone_train(tmp_path: Path) -> None:
+    """A data set without the files would train on nothing, and one that asks the LLM is not the released run."""
+    config = loading.load(CONF / "paper" / "llm_r_scores.yaml")
+    files = ["kd_bm25_train.jsonl.gz", "kd_it2_train.jsonl.gz"]
+    trained = {name for name, dataset in config.datasets.items() if dataset.num_train}
+    assert {name: dataset.given_rewards for name, dataset in config.datasets.items() if dataset.given_rewards} == (
+        dict.fromkeys(trained, files)
+    )
+    assert (given_tasks(config), feedback_tasks(config), config.reward_model.model) == (["icl"], {}, "")
+    whole = loading.load(CONF / "paper" / "llm_r.yaml")
+    for same in ("train", "embedder", "evaluate", "llm"):
+        assert getattr(config, same) == getattr(whole, same)
+    assert config.tasks["icl"].train == whole.tasks["icl"].train
+    assert config.tasks["icl"].mine.num_given == 100 * len(files)
+    with pytest.raises(ConfigError, match=r"datasets\.rte\.given_rewards"):
+        loading.load(CONF / "paper" / "llm_r_scores.yaml", ["datasets.rte.source=jsonl"])
+    assert "given_rewards" not in identity(DatasetConfig(source="llm_r"))
+    assert identity(config.datasets["rte"])["given_rewards"] == files
 
 
 def test_the_table_is_llm_rs() -> None:
@@ -192,7 +353,8 @@ def test_the_table_is_llm_rs() -> None:
     names = {name: category for category, members in by_category.items() for name in members.split()}
     assert len(names) == 30
     assert {name: TASKS[name].category for name in names} == names
-    assert {name for name in names if TASKS[name].is_held_out} == {"qnli", "piqa", "wsc273", "yelp"}
+    # Those without a training split (B.2).
+    assert {name for name, task in TASKS.items() if task.is_test_only} == {"wsc273", "mnli_m", "mnli_mm"}
     assert {name: pool_of(name) for name in names if pool_of(name) != name} == {"mnli_m": "mnli", "mnli_mm": "mnli"}
     assert pool_of("unknown") == "unknown"
     assert {name for name in names if TASKS[name].metric == "EM"} == {"natural_questions", "squad_v1"}
@@ -207,11 +369,11 @@ def test_the_table_is_llm_rs() -> None:
 
 def test_the_papers_configuration_tests_all_and_trains_on_none_that_is_held_out() -> None:
     """A held-out task that is trained on makes the claim about unseen tasks void."""
-    config = loading.load(Path(__file__).parents[2] / "conf" / "paper" / "llm_r_tasks.yaml")
+    config = loading.load(CONF / "paper" / "llm_r_tasks.yaml")
     tested = {name for name, dataset in config.datasets.items() if dataset.num_test}
     assert set(config.evaluate.num_llm_queries) == tested
     assert len(tested) == 30
-    assert held_out_tasks(config) == {name for name, task in TASKS.items() if task.is_held_out}
+    assert held_out_tasks(config) == HELD_OUT
     assert {name for name, dataset in config.datasets.items() if not dataset.num_train} == {
         "mnli_m", "mnli_mm", *held_out_tasks(config),
     }  # fmt: skip
@@ -222,3 +384,11 @@ def test_the_papers_configuration_tests_all_and_trains_on_none_that_is_held_out(
     assert round(sum(dataset.num_test for dataset in datasets), -3) == 123_000
     cut = sum(min(30_000, config.datasets[name].num_documents) for name in held_out_tasks(config))
     assert round(sum(dataset.num_train for dataset in datasets) + cut, -3) == 591_000
+
+
+def test_a_held_out_task_that_is_trained_on_is_told() -> None:
+    """Held out is what a run does not train on; beside the paper's figures it says what the paper did not train on."""
+    config = loading.load(CONF / "llm_r.yaml", ["datasets.piqa.num_train=48"])
+    assert "piqa" not in held_out_tasks(config)
+    told = {item["what"]: item["ours"] for item in differences(published_tables()["llm_r_main"], config)}
+    assert "piqa (48)" in told["further training data"]

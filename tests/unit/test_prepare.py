@@ -66,7 +66,7 @@ def test_rows_in_any_order_give_the_same_result() -> None:
     records += [Document(doc_id=f"d{n}", pool="p", text=f"doc {n}") for n in range(60)]
     one, two = run(records, num_documents=45, num_test=5), run(records[::-1], num_documents=45, num_test=5)
     assert corpus_of(one) == corpus_of(two)
-    for same in ("queries", "qrels", "given", "given_rewards", "quarantine", "counts"):
+    for same in ("queries", "chosen", "qrels", "quarantine", "counts"):
         assert getattr(one, same) == getattr(two, same)
     assert sum(row["split"] == "test" for row in one.queries) == 5
     assert len(one.corpus) == 45

@@ -11,7 +11,7 @@ from llmr_ray.config import DatasetConfig, PrepareConfig
 from llmr_ray.data import files
 from llmr_ray.data.passages import text_id
 from llmr_ray.data.records import Bad, Document, Query, Skip
-from llmr_ray.data.selection import collect, held_out_texts, select
+from llmr_ray.data.selection import collect, given_reward_rows, given_rows, held_out_texts, select
 from llmr_ray.errors import ConfigError, DataError
 from tests import published
 from tests.published import kinds, read, write_lines
@@ -167,9 +167,10 @@ def test_given_rows_reach_the_tables(archive: Path) -> None:
     data = collect("nq", config, PrepareConfig(max_bad_fraction=0.5), read(archive, "llm_embedder", "nq"))
     chosen = select(data, held_out_texts([data]))
     kept = {document.doc_id for document in chosen.corpus}
-    assert {row["doc_id"] for row in chosen.given} <= kept
-    assert sorted(row["reward"] for row in chosen.given_rewards) == [-3.0, -2.0, -0.5]
-    assert {row["retrieval_score"] for row in chosen.given} == {None}
+    given = given_rows(chosen.chosen)
+    assert {row["doc_id"] for row in given} <= kept
+    assert sorted(row["reward"] for row in given_reward_rows(chosen.chosen)) == [-3.0, -2.0, -0.5]
+    assert {row["retrieval_score"] for row in given} == {None}
 
 
 # --- ToolBench -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from llmr_ray.data import memory
 from llmr_ray.data.examples import SAMPLES
 from llmr_ray.data.memory import locate
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
-from llmr_ray.data.sources import reader
+from llmr_ray.data.sources import reader, reader_version
 from llmr_ray.errors import ConfigError, DataError
 
 
@@ -217,14 +217,17 @@ def letters(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_stdlib_pieces_join_to_the_original_and_memory_is_past(letters: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "window_tokens"), [("output", 256), ("output", 1024), ("text", 2048)])
+def test_stdlib_pieces_join_to_the_original_and_memory_is_past(
+    letters: Path, tmp_path: Path, end: str, window_tokens: int
+) -> None:
     """Text lost between chunks, or a retrieved chunk that overlaps what the LLM sees, spoils every perplexity."""
     text = "".join(f"x{number:05d} = {number}\n" for number in range(2000))
     root = tmp_path / "lib"
     root.mkdir()
     (root / "long.py").write_text(text)
     (root / "short.py").write_text(text[:900])
-    of = source(root, "stdlib", task="lrlm")
+    of = source(root, "stdlib", task="lrlm", window_tokens=window_tokens, window_end=end)
     records = read(Source(name="stdlib", config=of.config, path=root, tokenizer=letters))
     documents, queries = kinds(records, Document), kinds(records, Query)
     assert {document.pool for document in documents} == {"stdlib:long.py"}
@@ -236,8 +239,9 @@ def test_stdlib_pieces_join_to_the_original_and_memory_is_past(letters: Path, tm
     assert text.endswith(queries[-1].targets[0])
     for query in queries:
         window = query.context + query.query
-        assert len(window) == memory.WINDOW_CHUNKS * memory.CHUNK_TOKENS
         at = text.index(window + query.targets[0])
+        seen_until = len(text) if end == "text" else at + len(window)
+        assert at == seen_until - window_tokens
         last = documents[query.history_end - 1]
         assert text.index(last.text) + len(last.text + last.continuation) == at
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
@@ -379,6 +383,46 @@ def test_raw_rows_of_the_table(tmp_path: Path) -> None:
     write_lines(tmp_path / "yelp.jsonl", [{"text": "w " * size, "label": 1} for size in (256, 257)])
     records = read(source(tmp_path, "icl", name="yelp", task="icl"))
     assert len(kinds(records, Query)) == 1
+
+
+def test_raw_rows_keep_their_split(tmp_path: Path) -> None:
+    """Divided by hash, an official test row trains and shows its answer in the pool."""
+    fields = {"premise": "p", "label": 0}
+    rows = [{**fields, "hypothesis": f"h{n}", "split": "test"} for n in range(20)]
+    rows += [{**fields, "hypothesis": "t", "split": "train"}, {**fields, "hypothesis": "x", "split": "validation"}]
+    write_lines(tmp_path / "rte.jsonl", [*rows, {**fields, "hypothesis": "none"}])
+    records = read(source(tmp_path, "icl", name="rte", task="icl"))
+    assert Counter(query.split for query in kinds(records, Query)) == {"test": 20, "train": 1, None: 1}
+    assert [(bad.row, bad.reason) for bad in kinds(records, Bad)] == [("rte.jsonl:22", "unknown_split")]
+    assert len(kinds(records, Document)) == 22
+
+
+@pytest.mark.parametrize("kind", ["icl", "jsonl"])
+@pytest.mark.parametrize("name", ["mnli_m", "wsc273"])
+def test_rows_of_a_task_that_is_only_tested(tmp_path: Path, kind: str, name: str) -> None:
+    """Its rows have no training split, and in the pool they would be test rows with their answers."""
+    fields = {
+        "mnli_m": {"premise": "p", "hypothesis": "h", "label": 1},
+        "wsc273": {"context": "It is.", "options": ["a", "b"], "answer": 1},
+    }
+    row = fields[name] if kind == "icl" else {"query": "q", "answers": ["b"], "options": ["a", "b"]}
+    splits: list[dict[str, Any]] = [{}] * 20 + [{"split": "dev"}, {"split": "train"}]
+    write_lines(tmp_path / f"{name}.jsonl", [row | split for split in splits])
+    records = read(source(tmp_path / f"{name}.jsonl", kind, name=name, task="icl"))
+    queries = kinds(records, Query)
+    assert Counter(query.split for query in queries) == {"test": 20, "dev": 1}
+    assert {query.self_doc_id for query in queries} == {None}
+    assert kinds(records, Document) == []
+    assert [(bad.row, bad.reason) for bad in kinds(records, Bad)] == [(f"{name}.jsonl:22", "no_train_split")]
+
+
+def test_only_readers_that_changed_make_their_data_anew() -> None:
+    """With other ids for the packages' examples every finished run would start again; with old ones for raw rows an
+    artifact whose pool holds test rows would be taken for theirs."""
+    named = {name: reader_version(name, DatasetConfig(task="icl", source="icl")) for name in ("piqa", "rte", "mnli_m")}
+    assert named == {"piqa": 1, "rte": 2, "mnli_m": 2}
+    others = {kind: reader_version("rte", DatasetConfig(task="icl", source=kind)) for kind in ("llm_r", "llm_embedder")}
+    assert others == {"llm_r": 2, "llm_embedder": 2}
 
 
 def test_reviews(tmp_path: Path) -> None:
