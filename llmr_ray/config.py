@@ -48,6 +48,16 @@ class DatasetConfig:
     candidates: str = later("")
     """A file of candidates beside the others, see mine.num_given. llm_r: for example bm25_train.jsonl.gz; jsonl and
     mteb: a TREC run. The other sources have theirs in the rows."""
+    given_rewards: list[str] = field(default_factory=list, metadata={"later": True})
+    """llm_r: files of candidates whose scores are a teacher's, for example kd_bm25_train.jsonl.gz and
+    kd_it2_train.jsonl.gz. They are given candidates (mine.num_given), and rewards with score.feedback: given."""
+    window_tokens: int = later(256)
+    """Long texts: the recent text that the LLM always sees, so that nothing of it is retrieved. In whole chunks of 128.
+    Published: 2048."""
+    window_end: str = later("output")
+    """Where the window ends: where the desired output begins (output: the window is as long for each), or with the text
+    (text, as published): the desired outputs lie in it, and each sees what is before it; of a text of more than 160,000
+    characters the first are used, else the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +263,13 @@ class EvaluateConfig:
     """Test queries per data set that the LLM answers; the lowest by a hash of the id. Absent: 0."""
     qa_passages: int = 3
     qa_passage_tokens: int = 96
-    """A passage is cut to this many LLM tokens in the reader's prompt."""
+    """A passage is cut to this many LLM tokens in the reader's prompt. 0, as published: only where that is too long."""
     qa_max_new_tokens: int = 16
+    """Of an answer under the protocol ours."""
+    qa_protocols: dict[str, str] = field(default_factory=dict, metadata={"later": True})
+    """How the data sets of qa are asked: ours (made-up demonstrations; of options the likeliest is chosen), or as
+    LLM-Embedder asks them (A.7): mmlu (letters of options, by subject), popqa (a demonstration of each other relation)
+    or nq (demonstrations of the development split). Absent: ours."""
     reading: str = later("passages")
     """qa, how the LLM reads what is retrieved: passages (all before the question, best first), evidence (it labels them
     first; those below score_floor go, the rest stand under its quotes, best last), or vote (one by one; the answers
@@ -283,7 +298,8 @@ class EvaluateConfig:
     lrlm_chunks: int = 2
     """Chunks with their continuation put before the window. Published: 8."""
     lrlm_window_tokens: int = 256
-    """The recent text the LLM always sees (the query chunk ends it). Published: 2048."""
+    """The recent text that stands before the desired output is cut to this; at most the data sets' window_tokens.
+    Published: 2048."""
     bootstrap_samples: int = 10_000
     """For the 95% intervals (percentile bootstrap over queries)."""
     search_depth: int = 100
@@ -361,5 +377,5 @@ def identity(value: Any) -> Any:
     return {
         item.name: identity(getattr(value, item.name))
         for item in dataclasses.fields(value)
-        if not item.metadata.get("later") or getattr(value, item.name) not in (item.default, {})
+        if not item.metadata.get("later") or getattr(value, item.name) not in (item.default, {}, [])
     }

@@ -20,6 +20,7 @@ from llmr_ray.config import (
     TrainConfig,
     question_tasks,
 )
+from llmr_ray.data.memory import CHUNK_TOKENS, TARGET_CHUNKS
 from llmr_ray.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -60,8 +61,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "self_paced_by": ("task", "dataset"),
     "reading": ("passages", "evidence", "vote"),
     "index_scan": ("auto", "float32", "int8"),
+    "window_end": ("output", "text"),
     "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
 }
+
+QA_PROTOCOLS = ("ours", "mmlu", "popqa", "nq")
+"""How a data set of qa can be asked (evaluate.qa_protocols)."""
 
 LABEL_TASKS = ("qa", "convsearch", "tool")
 """Tasks whose candidates an LLM can label (score.feedback: label)."""
@@ -152,7 +157,7 @@ def _check_values(value: Any, where: str) -> None:
                 if chosen not in CHOICES[item.name]:
                     choices = ", ".join(CHOICES[item.name])
                     raise ConfigError(f"'{where}{item.name}' is '{chosen}', but must be one of {choices}.")
-        elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward",):
+        elif isinstance(inner, (int, float)) and inner < 0 and item.name not in ("min_reward", "min_gain"):
             raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
 
 
@@ -162,6 +167,11 @@ def _check_run(config: Config) -> None:
             raise ConfigError(
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
+            )
+        if dataset.given_rewards and dataset.source != "llm_r":
+            raise ConfigError(
+                f"datasets.{name}.given_rewards names files of LLM-R's, but its source is '{dataset.source}', which "
+                "has a teacher's scores in its rows or none. Leave it out, or take source llm_r."
             )
     annotators = {f"annotators.{name}": llm for name, llm in config.annotators.items()}
     for where, llm in {"llm": config.llm, "reader": config.reader, **annotators}.items():
@@ -197,12 +207,46 @@ def _check_run(config: Config) -> None:
             )
     if config.labeling.enabled or config.annotators:
         _check_labeling(config)
+    _check_windows(config)
     _check_reading(config)
     _check_embedder(config)
     if config.reward_model.precision == "int8":
         raise ConfigError("reward_model.precision is 'int8', but 8 bits are for embedding alone. Take auto.")
     if config.prepare.test_fraction + config.prepare.dev_fraction >= 1:
         raise ConfigError("prepare.test_fraction + prepare.dev_fraction leave nothing to train on.")
+
+
+def _check_windows(config: Config) -> None:
+    """Long texts are cut into windows when queries are made, and read whole or shortened when these are evaluated."""
+    evaluate = config.evaluate
+    for name, dataset in config.datasets.items():
+        if dataset.task != "lrlm":
+            continue
+        outputs = TARGET_CHUNKS if dataset.window_end == "text" else 0
+        window, least = dataset.window_tokens, (outputs + 1) * CHUNK_TOKENS
+        if window % CHUNK_TOKENS or window < least:
+            raise ConfigError(
+                f"datasets.{name}.window_tokens is {window}, but a window is made of whole chunks of {CHUNK_TOKENS} "
+                f"tokens, and with window_end '{dataset.window_end}' of at least {least}. Published: 2048."
+            )
+        if not evaluate.num_llm_queries.get(name, 0):
+            continue
+        if evaluate.lrlm_window_tokens > window:
+            raise ConfigError(
+                f"evaluate.lrlm_window_tokens is {evaluate.lrlm_window_tokens}, but the queries of '{name}' hold "
+                f"{window} tokens of recent text: nothing would be added. Set datasets.{name}.window_tokens as well."
+            )
+        where, room = ("reader", config.reader) if config.reader is not None else ("llm", config.llm)
+        # With the desired output: it lies in a window that ends with the text.
+        shown = evaluate.lrlm_window_tokens + (0 if dataset.window_end == "text" else CHUNK_TOKENS)
+        retrieved = evaluate.lrlm_chunks * 2 * CHUNK_TOKENS
+        # Engines keep one position, so that a model of 4,096 tokens reads 4,095: one may lack.
+        if shown + retrieved > room.max_model_tokens + 1:
+            raise ConfigError(
+                f"'{name}' is read with {retrieved} retrieved tokens (evaluate.lrlm_chunks of 256) and {shown} of "
+                f"window and desired output, but {where}.max_model_tokens is {room.max_model_tokens}: what is "
+                "retrieved would be cut away, in part or whole. Raise it, or take fewer chunks or a shorter window."
+            )
 
 
 def _check_embedder(config: Config) -> None:
@@ -280,6 +324,22 @@ def _check_reading(config: Config) -> None:
         raise ConfigError(
             f"evaluate.reading is '{evaluate.reading}', but there is no question whose answer would change: the LLM "
             "answers none of the task qa. Set evaluate.num_llm_queries for one of its data sets."
+        )
+    for name, protocol in evaluate.qa_protocols.items():
+        if protocol not in QA_PROTOCOLS:
+            raise ConfigError(
+                f"evaluate.qa_protocols.{name} is '{protocol}', but must be one of {', '.join(QA_PROTOCOLS)}."
+            )
+        if name not in config.datasets or config.datasets[name].task != "qa":
+            raise ConfigError(
+                f"evaluate.qa_protocols says how '{name}' is asked, but that is no data set of the task qa. "
+                "Leave it out."
+            )
+    published = sorted(name for name, protocol in evaluate.qa_protocols.items() if protocol != "ours")
+    if evaluate.reading != "passages" and published:
+        raise ConfigError(
+            f"evaluate.reading is '{evaluate.reading}', but evaluate.qa_protocols asks {published} as published, with "
+            "all passages before the question. Take passages, or the protocol ours."
         )
     if evaluate.reading == "vote" and not config.train.temperature:
         raise ConfigError(

@@ -161,11 +161,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("measure", _S),
             _field("query_id", _S),
             _field("value", pa.float64()),
+            _field("stratum", _S, nullable=True),
         ]
     ),
 }
 
-LATER: dict[str, list[str]] = {"llm_scores": ["label", "evidence", "flags"]}
+LATER: dict[str, list[str]] = {"llm_scores": ["label", "evidence", "flags"], "metrics": ["stratum"]}
 """Nullable columns that came after artifacts had been written: where they are missing, all is null."""
 
 KEYS: dict[str, list[str]] = {

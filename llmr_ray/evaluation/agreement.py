@@ -1,7 +1,7 @@
 """The stage agree: how much the reward model, and embedders, rank candidates as the LLM does (Kendall's tau).
 
-Measured on training queries that the reward model did not learn from. The LLM scored their candidates as all others. The
-embedder of an earlier round has learned from them: its figure is of what it was taught, not held out.
+Measured on training queries that the reward model did not learn from. The LLM scored their candidates as all others.
+The embedder of an earlier round has learned from them: its figure is of what it was taught, not held out.
 """
 
 import time

@@ -15,7 +15,7 @@ import numpy as np
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.answers import exact_match, rouge_l, token_f1
-from llmr_ray.evaluation.protocols import POSITIVE_F1, Judgement, Ranking, Row, behind, mean_logprob
+from llmr_ray.evaluation.protocols import POSITIVE_F1, Judgement, Ranking, Row, behind, likeliest
 from llmr_ray.feedback.prompts import EXAMPLE_END, candidate_text, feedback_segments, stop_strings, target_text
 from llmr_ray.feedback.requests import LLMRequest, LLMResult, Segment
 
@@ -120,8 +120,7 @@ def _choice(query: Row, result: LLMResult, task: ExampleTask | None, protocol: s
     if protocol == "llm_r" and task is not None and task.kind == "labels":
         chosen = constrained_choice(options, result.token_logprobs)
     else:
-        scores = [mean_logprob(logprobs, query) for logprobs in result.token_logprobs]
-        chosen = scores.index(max(scores))  # the first of equals
+        chosen = likeliest(query, result)
     values = {"accuracy": float(chosen == gold)}
     if task is not None and task.positive_label:
         said, meant = (options[number] == task.positive_label for number in (chosen, gold))

@@ -52,10 +52,12 @@ class Judgement:
 
     The value of ``perplexity`` is the query's mean NLL: the figure is exp of its mean over queries. The value of
     ``F1-positive`` is 2 where the LLM said the positive label, plus 1 where it is right: the figure is F1 over queries.
+    stratum: the part of the data set that the query is of, where figures are averages over parts.
     """
 
     values: dict[str, float]
     output: str | None
+    stratum: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,12 @@ def mean_logprob(logprobs: Sequence[float], query: Row) -> float:
     if not logprobs:
         raise DataError(f"a desired output of query {query['query_id']} has no tokens, so it has no likelihood.")
     return sum(logprobs) / len(logprobs)
+
+
+def likeliest(query: Row, result: LLMResult) -> int:
+    """The target with the highest mean log-probability, the first of equals."""
+    scores = [mean_logprob(logprobs, query) for logprobs in result.token_logprobs]
+    return scores.index(max(scores))
 
 
 def behind(num_documents: int, segments: Sequence[Segment]) -> list[Segment]:

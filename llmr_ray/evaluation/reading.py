@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from llmr_ray.artifacts import Counts, canonical_json
 from llmr_ray.config import Config, TaskScore
+from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import knowledge
 from llmr_ray.evaluation.answers import normalize
 from llmr_ray.evaluation.protocols import Ask, Row
@@ -117,7 +118,8 @@ def _with_evidence(config: Config, client: LLMClient, questions: Sequence[Ask]) 
         question = questions[number]
         said = [found[job.query_id, document["doc_id"]] for document in question.documents]
         read = read_ranks([row.get("label") for row in said], config.evaluate.score_floor)
-        quotes = [_quote(row, document) for row, document in zip(said, question.documents, strict=True)]
+        chars = job.settings.evidence_chars
+        quotes = [_quote(row, document, chars) for row, document in zip(said, question.documents, strict=True)]
         asked = knowledge.request_with_evidence(
             question.requests[0].request_id,
             question.query,
@@ -164,10 +166,10 @@ def _labels(client: LLMClient, jobs: dict[str, Job]) -> tuple[dict[tuple[str, st
     return found, counts
 
 
-def _quote(row: Row, document: Row) -> str:
+def _quote(row: Row, document: Row, evidence_chars: int) -> str:
     """The evidence of a label, where it stands in the passage."""
     evidence = str(row.get("evidence") or "")
-    return evidence if labels.is_quoted(evidence, candidate_text(TASK, document)) else ""
+    return evidence if labels.is_quoted(evidence, candidate_text(TASK, document), evidence_chars) else ""
 
 
 # --- vote ------------------------------------------------------------------------------------------------------------
@@ -229,6 +231,11 @@ def _one_by_one(config: Config, question: Ask) -> Ask:
     """Cosines, and what this run trains, are divided by the temperature of training, other scores by 1 as in REPLUG."""
     if not _has_passages(question):
         return question
+    if question.query["options"]:
+        raise ConfigError(
+            f"evaluate.reading is 'vote', which counts answers in words, but question {question.query['query_id']} has "
+            "options, of which the likeliest is chosen. Read passages, or leave its data set out of num_llm_queries."
+        )
     other = config.evaluate.embedders.get(question.method)
     is_trained_at = is_embedder(question.method) and (other is None or other.similarity == "cosine")
     temperature = config.train.temperature if is_trained_at else 1.0

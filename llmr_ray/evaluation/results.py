@@ -15,6 +15,7 @@ from llmr_ray.config import Config
 from llmr_ray.data.example_tasks import TASKS, pool_of
 from llmr_ray.evaluation.examples import main_measure
 from llmr_ray.evaluation.protocols import LOWER_IS_BETTER, POSITIVE_F1, RETRIEVAL_MEASURES, SCENARIOS
+from llmr_ray.evaluation.questions import MMLU_CATEGORIES
 from llmr_ray.evaluation.significance import estimate, paired_difference
 from llmr_ray.evaluation.tables import result_of
 
@@ -45,7 +46,8 @@ def result_rows(
     """Every figure of the tables, by scenario, data set, measure and method.
 
     Examples have averages over data sets besides: over all, over each category of several data sets, and over those
-    that are held out.
+    that are held out. A data set with strata (the subjects of MMLU) is the average over these, and has one over each of
+    their categories.
 
     Args:
         metrics: the `metrics` table. Values of ``perplexity`` and ``F1-positive`` are those of protocols.Judgement.
@@ -64,16 +66,23 @@ def result_rows(
         better.
     """
     values: dict[tuple[str, str], _Values] = {}
+    parts: dict[tuple[str, str], dict[str, _Values]] = {}
     for row in metrics.to_pylist():
-        by_method = values.setdefault((row["dataset"], row["measure"]), {})
+        key, stratum = (row["dataset"], row["measure"]), row.get("stratum")
+        by_method = values.setdefault(key, {})
         by_method.setdefault(row["method"], {})[row["query_id"]] = row["value"]
+        if stratum is not None:
+            of_part = parts.setdefault(key, {}).setdefault(stratum, {})
+            of_part.setdefault(row["method"], {})[row["query_id"]] = row["value"]
     order = {scenario: number for number, scenario in enumerate(dict.fromkeys(SCENARIOS.values()))}
     rows = []
     for dataset in sorted(tasks, key=lambda name: order[SCENARIOS[tasks[name]]]):
         for (owner, measure), by_method in values.items():
-            if owner == dataset:
-                strata = [(measure, by_method)]
-                rows += _rows_of(dataset, tasks[dataset], measure, strata, methods, samples, seed, artifacts)
+            if owner != dataset:
+                continue
+            for figure, of_figure in _figures_of(dataset, by_method, parts.get((owner, measure), {})).items():
+                strata = [(measure, part) for part in of_figure]
+                rows += _rows_of(figure, tasks[dataset], measure, strata, methods, samples, seed, artifacts)
     mains: dict[str, tuple[str, _Values]] = {}
     for dataset in (name for name, task in tasks.items() if task == "icl"):
         main = main_measure(dataset, [measure for owner, measure in values if owner == dataset])
@@ -112,7 +121,8 @@ def difference_of_runs(
         names = pa.array([name] * part.num_rows, pa.string())
         parts.append(part.set_column(part.column_names.index("method"), "method", names))
     rows = result_rows(
-        pa.concat_tables(parts),
+        # Tables from before there were strata have no such column.
+        pa.concat_tables(parts, promote_options="default"),
         {name: settings.task for name, settings in config.datasets.items()},
         ["base", "trained"],
         samples=config.evaluate.bootstrap_samples,
@@ -123,6 +133,17 @@ def difference_of_runs(
     found = [row for row in rows if (row["dataset"], row["measure"], row["method"]) == (dataset, measure, "trained")]
     difference: dict[str, Any] | None = found[0]["delta_vs_base"] if found else None
     return difference
+
+
+def _figures_of(dataset: str, whole: _Values, parts: Mapping[str, _Values]) -> dict[str, list[_Values]]:
+    """The figures of a data set by name, each with what it is an average over: the whole, or its parts and besides
+    those of each category."""
+    if not parts:
+        return {dataset: [whole]}
+    found = {dataset: [parts[name] for name in sorted(parts)]}
+    for name in sorted(parts):
+        found.setdefault(f"{dataset} {MMLU_CATEGORIES[name]}", []).append(parts[name])
+    return found
 
 
 def _averages(datasets: Sequence[str], held_out: Collection[str]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
 from llmr_ray.data.text import document_texts
 from llmr_ray.errors import ConfigError
-from llmr_ray.evaluation import examples, knowledge, memory, reading
+from llmr_ray.evaluation import examples, knowledge, memory, questions, reading
 from llmr_ray.evaluation.baselines import eligible, kmeans_topk, random_topk, recency_topk
 from llmr_ray.evaluation.protocols import (
     SCENARIOS,
@@ -45,7 +46,7 @@ from llmr_ray.index.vectors import encoder_of, query_vectors, to_matrix
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import table_of
 
-VERSION = 2
+VERSION = 3
 
 _ANSWERS = pa.schema(
     [
@@ -90,7 +91,7 @@ def evaluate_spec(
     speechless = [
         name
         for name, count in config.evaluate.num_llm_queries.items()
-        if count and config.datasets[name].task not in _protocols(config)
+        if count and config.datasets[name].task not in _task_protocols(config)
     ]
     if speechless:
         raise ConfigError(
@@ -154,11 +155,13 @@ def run_evaluate(
         places = prepare.read("corpus", columns=["doc_id", "pool", "position", "meta"])
         rankings = _found(config, queries, prepare, places, embeddings, indexes)
         run, values = measured_rankings(queries.to_pylist(), qrels, rankings)
-        questions = _questions(config, queries.to_pylist(), llm_ids, prepare, places, rankings)
-        questions, passages, labelled = reading.arranged(config, client, questions)
-        results = client.answer([asked for question in questions for asked in question.requests], label="evaluate")
-        answers = reading.by_question(questions, results)
-        judged = _judge(config, answers)
+        asked_of = [query for query in queries.to_pylist() if query["query_id"] in llm_ids]
+        protocols = _protocols(config, prepare)
+        asked = _asks(config, protocols, asked_of, prepare, places, rankings)
+        asked, passages, labelled = reading.arranged(config, client, asked)
+        results = client.answer([request for question in asked for request in question.requests], label="evaluate")
+        answers = reading.by_question(asked, results)
+        judged = _judge(protocols, answers)
         counts = _count(len(values), judged) + labelled
         tables = {
             "run": table_of("run", run),
@@ -249,7 +252,25 @@ def _rankings(rows_QK: np.ndarray, scores_QK: np.ndarray, doc_ids: pa.ChunkedArr
 # --- what the LLM makes of it ----------------------------------------------------------------------------------------
 
 
-def _protocols(config: Config) -> dict[str, Protocol]:
+def _protocols(config: Config, prepare: Artifact) -> dict[str, Protocol]:
+    """The LLM half of each data set whose task has one."""
+    settings, by_task = config.evaluate, _task_protocols(config)
+    found = {name: by_task[data.task] for name, data in config.datasets.items() if data.task in by_task}
+    published = {name: how for name, how in settings.qa_protocols.items() if how != "ours" and name in found}
+    queries = prepare.read("queries").to_pylist() if published else []
+    for name, how in published.items():
+        found[name] = questions.protocol(
+            how,
+            [query for query in queries if query["dataset"] == name],
+            num_passages=settings.qa_passages,
+            passage_tokens=settings.qa_passage_tokens,
+            match=settings.answer_match,
+            seed=config.seed,
+        )
+    return found
+
+
+def _task_protocols(config: Config) -> dict[str, Protocol]:
     """The LLM half of each task that has one."""
     settings, document_tokens = config.evaluate, config.llm.max_candidate_tokens
     return {
@@ -288,25 +309,21 @@ def _protocols(config: Config) -> dict[str, Protocol]:
     }
 
 
-def _questions(
+def _asks(
     config: Config,
+    protocols: Mapping[str, Protocol],
     queries: Sequence[Row],
-    llm_ids: set[str],
     prepare: Artifact,
     places: pa.Table,
     rankings: Mapping[str, Mapping[str, Ranking]],
 ) -> list[Ask]:
-    protocols = _protocols(config)
-    by_task: dict[str, list[Row]] = defaultdict(list)
-    for query in queries:
-        if query["query_id"] in llm_ids:
-            by_task[query["task"]].append(query)
-    rankings = _demoted(config, by_task.get("icl", []), places, rankings)
-    documents = _documents_read(protocols, by_task, prepare, rankings)
-    questions = []
-    for task, members in by_task.items():
-        questions += asks(protocols[task], members, rankings, documents, config.evaluate.methods)
-    return questions
+    """What is asked about these queries."""
+    rankings = _demoted(config, [query for query in queries if query["task"] == "icl"], places, rankings)
+    documents = _documents_read(protocols, queries, prepare, rankings)
+    found = []
+    for dataset, members in groupby(queries, key=lambda query: str(query["dataset"])):
+        found += asks(protocols[dataset], [*members], rankings, documents, config.evaluate.methods)
+    return found
 
 
 def _demoted(
@@ -339,17 +356,16 @@ def _demoted(
 
 def _documents_read(
     protocols: Mapping[str, Protocol],
-    by_task: Mapping[str, Sequence[Row]],
+    queries: Sequence[Row],
     prepare: Artifact,
     rankings: Mapping[str, Mapping[str, Ranking]],
 ) -> dict[str, Row]:
     """The corpus rows that any prompt may contain."""
     read = {
         doc_id
-        for task, members in by_task.items()
-        for query in members
+        for query in queries
         for ranking in rankings.values()
-        for doc_id, _ in ranking[query["query_id"]][: protocols[task].num_documents]
+        for doc_id, _ in ranking[query["query_id"]][: protocols[query["dataset"]].num_documents]
     }
     return {document["doc_id"]: document for document in prepare.read("corpus", ids=read).to_pylist()}
 
@@ -357,13 +373,12 @@ def _documents_read(
 _Judged = tuple[Ask, LLMResult, Judgement | None]
 
 
-def _judge(config: Config, answers: Sequence[tuple[Ask, Sequence[LLMResult]]]) -> list[_Judged]:
+def _judge(protocols: Mapping[str, Protocol], answers: Sequence[tuple[Ask, Sequence[LLMResult]]]) -> list[_Judged]:
     """Each question with its result and its judgement, None where the LLM failed (the client bounds how many may)."""
-    protocols = _protocols(config)
     judged: list[_Judged] = []
     for question, of_question in answers:
         result = reading.voted(question, of_question)
-        judge = protocols[question.query["task"]].judge
+        judge = protocols[question.query["dataset"]].judge
         judged.append((question, result, judge(question.query, result) if result.error is None else None))
     return judged
 
@@ -386,8 +401,10 @@ def _metric_rows(judged: Sequence[_Judged]) -> list[Row]:
     rows: list[Row] = []
     for question, _, judgement in judged:
         query = question.query
+        if judgement is None:
+            continue
         where = {"scenario": SCENARIOS[query["task"]], "dataset": query["dataset"], "query_id": query["query_id"]}
-        values = judgement.values if judgement is not None else {}
+        where["stratum"], values = judgement.stratum, judgement.values
         rows += [{**where, "method": question.method, "measure": name, "value": x} for name, x in values.items()]
     return rows
 

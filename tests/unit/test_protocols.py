@@ -1,6 +1,9 @@
 """What is asked of the LLM for each scenario, how its answers are judged, and that no row gets lost."""
 
+import json
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 
 import evaluation_world as world
@@ -9,9 +12,12 @@ import pytest
 
 from llmr_ray.config import ComparedEmbedder
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.evaluation import examples, knowledge, memory
+from llmr_ray.evaluation import examples, knowledge, memory, questions, reading
 from llmr_ray.evaluation.baselines import random_topk, recency_topk
+from llmr_ray.evaluation.protocols import Ask
+from llmr_ray.evaluation.results import result_rows
 from llmr_ray.feedback.requests import LLMResult
+from llmr_ray.schemas import table_of
 
 
 def document(text, position=0, continuation=None):
@@ -51,6 +57,116 @@ def test_knowledge_answer_is_judged_by_its_best_alias():
     """A list of aliases is a choice, not a conjunction."""
     judged = knowledge.judge(query("qa", targets=["Bob", "The Paris"]), LLMResult(request_id="r", texts=(" paris. ",)))
     assert judged.values == {"F1": 1.0, "EM": 1.0}
+
+
+def test_options_of_a_question_are_compared_and_not_generated():
+    """Judged by the words of a free answer, a question with options is right only where the LLM copies one."""
+    row = query("qa", options=["a long wrong one", "tin"], gold_option=1)
+    asked = knowledge.request("r", row, [document("best")], passage_tokens=96, max_new_tokens=16)
+    assert (asked.num_samples, asked.targets) == (0, (" a long wrong one", " tin"))
+    result = LLMResult(request_id="r", token_logprobs=((-1.0,) * 4, (-0.5,)))
+    assert knowledge.judge(row, result).values == {"accuracy": 1.0}
+    with pytest.raises(DataError, match="gold_option"):
+        knowledge.judge(row | {"gold_option": None}, result)
+
+
+PASSAGES = [document("best"), document("second"), document("third")]
+
+
+def published(name, queries):
+    return questions.protocol(name, queries, num_passages=3, passage_tokens=0, match="exact", seed=1)
+
+
+def test_mmlu_is_asked_by_letters_as_published():
+    """Another template, or options scored by their words, is not the paper's MMLU (A.7)."""
+    meta = '{"subject": "high_school_biology"}'
+    row = query("qa", options=["ice", "tin", "sun", "sea"], gold_option=2, meta=meta)
+    mmlu = published("mmlu", [row])
+    asked = mmlu.request("r", row, PASSAGES)
+    told = "The following are multiple choice questions (with answers) about high school biology.\n\n"
+    told += "U\nA. ice\nB. tin\nC. sun\nD. sea\nAnswer:"
+    assert prompt(asked) == "Knowledge:\nbest\nsecond\nthird\n\n" + told
+    assert prompt(mmlu.request("r", row, [])) == told
+    assert (asked.targets, asked.num_samples) == ((" A", " B", " C", " D"), 0)
+    assert cut_order(asked) == ["third", "second", "best", "U"]
+    judged = mmlu.judge(row, LLMResult(request_id="r", token_logprobs=((-2.0,), (-3.0,), (-1.0,), (-4.0,))))
+    assert (judged.values, judged.output, judged.stratum) == ({"accuracy": 1.0}, "C", "high_school_biology")
+    with pytest.raises(DataError, match="astrology"):
+        mmlu.request("r", row | {"meta": '{"subject": "astrology"}'}, [])
+    with pytest.raises(DataError, match="no options"):
+        mmlu.request("r", row | {"options": None}, [])
+    by_category = Counter(questions.MMLU_CATEGORIES.values())
+    assert by_category == {"STEM": 18, "Social": 12, "Human": 13, "Other": 14}
+
+
+def test_popqa_shows_a_question_of_each_other_relation():
+    """A demonstration of the question's own relation gives its form away, or its very answer."""
+    relations = {22: "job", 218: "town", 91: "genre"}
+    rows = [
+        query("qa", query_id=f"{relation}-{n}", split="test", query=f"Which {word} has {n}?",
+              meta=json.dumps({"prop_id": relation, "obj": f"{word} {n}"}))
+        for relation, word in relations.items() for n in range(20)
+    ]  # fmt: skip
+    popqa = published("popqa", rows)
+    asked = popqa.request("r", rows[3], PASSAGES)
+    blocks = prompt(asked).split("\n\n")
+    assert blocks[0] == "Knowledge: best\nsecond\nthird"
+    assert blocks[-1] == "Q: Which job has 3? A:"
+    found = [re.fullmatch(r"Q: Which (\w+) has (\d+)\? A: (\w+) (\d+)", block).groups() for block in blocks[1:-1]]
+    assert {word for word, *_ in found} == {"town", "genre"}
+    assert all(question == answer for question, answer in ((one[:2], one[2:]) for one in found))
+    assert (asked.max_new_tokens, asked.temperature, asked.stop) == (16, 0.0, ("\n",))
+    assert len({prompt(popqa.request("r", row, [])).split("Q: Which job")[0] for row in rows[:20]}) > 5, (
+        "drawn for each"
+    )
+    assert prompt(popqa.request("r", rows[3], PASSAGES)) == prompt(asked)
+    with pytest.raises(DataError, match="prop_id"):
+        published("popqa", [query("qa", split="test", meta=None)])
+
+
+def test_nq_shows_ten_questions_of_the_development_split():
+    """Demonstrations of the test split would tell other queries' answers, and made-up ones are not the paper's."""
+    rows = [
+        query("qa", query_id=f"{split}{n}", split=split, query=f"{split} {n}?", targets=[f"is {n}"], meta=None)
+        for split in ("dev", "test") for n in range(12)
+    ]  # fmt: skip
+    asked = published("nq", rows).request("r", rows[-1], PASSAGES)
+    known, *shown, last = prompt(asked).split("\n\n")
+    assert (known, last) == ("Knowledge: best\nsecond\nthird", "Question: test 11?\nAnswer:")
+    assert len(set(shown)) == 10
+    assert all(re.fullmatch(r"Question: dev (\d+)\?\nAnswer: is \1", block) for block in shown)
+    assert asked.max_new_tokens == 32
+    with pytest.raises(DataError, match="num_dev"):
+        published("nq", rows[:9])
+
+
+def test_subjects_of_mmlu_count_alike():
+    """By questions, the largest subject is a tenth of MMLU; the paper's figure is the mean over subjects."""
+    of = {"virology": [1, 1, 1, 1], "anatomy": [0, 0], "sociology": [1, 0], "philosophy": [1]}
+    rows = [
+        {"scenario": "knowledge", "dataset": "mmlu", "method": "base", "measure": "accuracy", "value": float(value),
+         "query_id": f"{subject}{number}", "stratum": subject}
+        for subject, values in of.items() for number, value in enumerate(values)
+    ]  # fmt: skip
+    told = result_rows(table_of("metrics", rows), {"mmlu": "qa"}, ["base"], samples=20, seed=1, artifacts={"base": {}})
+    means = {row["dataset"]: (row["mean"], row["n"]) for row in told}
+    assert means == {
+        "mmlu": (pytest.approx((1 + 0 + 0.5 + 1) / 4), 9),
+        "mmlu Other": (0.5, 6),
+        "mmlu Social": (0.5, 2),
+        "mmlu Human": (1.0, 1),
+    }
+
+
+def test_no_vote_on_letters():
+    """Answers are voted by their words, and of options there are none."""
+    config = world.make_config()
+    config = replace(config, evaluate=replace(config.evaluate, reading="vote"))
+    row = query("qa", options=["a", "b"], gold_option=0)
+    asked = knowledge.request("r", row, [document("best")], passage_tokens=9, max_new_tokens=9)
+    ask = Ask(method="base", query=row, documents=(document("best"),), scores=(1.0,), requests=(asked,))
+    with pytest.raises(ConfigError, match="options"):
+        reading.arranged(config, world.FakeClient(), [ask])
 
 
 def test_chat_prompt_is_mscs_template_and_turns_keep_their_order():

@@ -125,7 +125,7 @@ def document(text):
 
 
 def query(**fields):
-    return {"query_id": "q", "task": "qa", "dataset": "d", "query": "U", "targets": ["O"]} | fields
+    return {"query_id": "q", "task": "qa", "dataset": "d", "query": "U", "targets": ["O"], "options": None} | fields
 
 
 def by_question(table):

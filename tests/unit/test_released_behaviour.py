@@ -75,7 +75,7 @@ def test_an_alias_anywhere_in_the_answer_can_count():
     assert alias_inside(output, ["New York"]) == 1.0
     assert alias_inside("paris, of course", ["Paris"]) == 1.0
     assert alias_inside("Painter", ["painter"]) == 1.0
-    query = {"targets": ["New York"], "query_id": "q"}
+    query = {"targets": ["New York"], "query_id": "q", "options": None}
     result = LLMResult(request_id="q", texts=(output,))
     judged = [knowledge.judge(query, result, match=match).values["EM"] for match in ("exact", "alias_inside")]
     assert judged == [0.0, 1.0]
