@@ -44,7 +44,7 @@ class Metrics:
             registry=self._registry,
         )
         self._served_id = ""
-        self._refused: "Refused | None" = None
+        self._refused: Refused | None = None
         self._age = Gauge(
             "llmr_index_snapshot_age_seconds", "Time since the served snapshot was made.", registry=self._registry
         )
