@@ -48,7 +48,8 @@ class Assumptions:
     documents: of a shared pool whose size the configuration does not say; 0: the candidates of its queries.
     node_memory_gb: what shards of an index may take of a node. network: bytes a second between nodes, for each GPU.
     load_bandwidth: bytes a second at which weights come from storage. cores_per_gpu, documents_per_core (a second):
-    what prepares and groups. straggler: by how much the slowest worker is behind the mean.
+    what prepares and groups. core_flops: float32 products a second of a core at its peak, where searches run on cores.
+    straggler: by how much the slowest worker is behind the mean.
     """
 
     utilisation: float = 0.45
@@ -61,6 +62,7 @@ class Assumptions:
     load_bandwidth: float = 1 * GIGA
     cores_per_gpu: int = 8
     documents_per_core: float = 2000.0
+    core_flops: float = 90 * GIGA
     straggler: float = 0.1
 
 

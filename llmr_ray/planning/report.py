@@ -5,10 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from llmr_ray.config import Config
+from llmr_ray.planning.counts import num_documents, num_index_nodes
 from llmr_ray.planning.hardware import GPUS, Assumptions, gpu_of
 from llmr_ray.planning.models import size_of
 from llmr_ray.planning.simulation import COUNTS, Scaling, simulate
-from llmr_ray.planning.stages import Work, num_documents, num_index_shards, plan
+from llmr_ray.planning.stages import plan
+from llmr_ray.planning.work import Work
 
 
 def told(config: Config, assumed: Assumptions, *, gpu: str, simulated: bool) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def told(config: Config, assumed: Assumptions, *, gpu: str, simulated: bool) -> 
         "gpu_hours": {name: sum(work.gpu_hours(of, assumed) for work in works) for name, of in GPUS.items()},
         "storage_bytes": sum(work.storage_bytes for work in works),
         "documents": num_documents(config, assumed),
-        "index_shards": num_index_shards(config, assumed),
+        "index_nodes": num_index_nodes(config, assumed, config.embedder),
     }
     if simulated:
         result["simulation"] = {"gpu": gpu, "stages": [_scaling(one) for one in simulate(works, kind, assumed)]}
@@ -37,32 +39,55 @@ def told(config: Config, assumed: Assumptions, *, gpu: str, simulated: bool) -> 
 def text(plan_told: dict[str, Any]) -> str:
     """The same for a terminal."""
     stages = plan_told["stages"]
-    rows = [["stage", "work", "tokens", "FLOPs", "memory of each", "storage"]]
+    rows = [["stage", "work", "tokens", "FLOPs", "core hours", "each GPU", "each node", "storage"]]
     for stage in stages:
-        numbers = [_short(stage["tokens"]), _short(stage["flops"])]
-        kept = [_bytes(stage["memory_bytes"]), _bytes(stage["storage_bytes"])]
+        numbers = [_short(stage["tokens"]), _short(stage["flops"]), _core_hours(stage["cpu_seconds"])]
+        kept = [_bytes(stage[name]) for name in ("memory_bytes", "node_bytes", "storage_bytes")]
         rows.append([stage["stage"], f"{_short(stage['units'])} {stage['unit']}", *numbers, *kept])
-    rows.append(
-        ["all", "", "", _short(sum(stage["flops"] for stage in stages)), "", _bytes(plan_told["storage_bytes"])]
-    )
+    flops, seconds = (sum(stage[name] for stage in stages) for name in ("flops", "cpu_seconds"))
+    rows.append(["all", "", "", _short(flops), _core_hours(seconds), "", "", _bytes(plan_told["storage_bytes"])])
     parts = [f"{plan_told['name']}: the work of each stage, from the configuration alone", *_aligned(rows), ""]
     rows = [["GPU hours", *GPUS]]
     rows += [
-        [stage["stage"], *(_hours(stage["gpu_hours"][name]) for name in GPUS)] for stage in stages if stage["flops"]
+        [stage["stage"], *(_hours(stage["gpu_hours"][name]) + _mark(stage, name) for name in GPUS)]
+        for stage in stages
+        if stage["flops"]
     ]
     rows.append(["all", *(_hours(plan_told["gpu_hours"][name]) for name in GPUS)])
     assumed = plan_told["assumed"]
     parts += [*_aligned(rows), ""]
     parts.append(
         f"Assumed: {assumed['utilisation']:.0%} of peak products, {assumed['bandwidth_utilisation']:.0%} of bandwidth, "
-        f"texts at {assumed['fill']:.0%} of their limits. {plan_told['documents']:,} documents: an exact index takes "
-        f"{plan_told['index_shards']} shards at {assumed['node_memory_gb']:,.0f} GB a node."
+        f"texts at {assumed['fill']:.0%} of their limits, cores of {assumed['core_flops'] / 1e9:.0f} GFLOP/s. "
+        f"{plan_told['documents']:,} documents: an exact index takes "
+        f"{plan_told['index_nodes']} nodes of {assumed['node_memory_gb']:,.0f} GB."
     )
+    parts += _warnings(stages, assumed["node_memory_gb"])
     if guessed := plan_told["guessed_sizes"]:
         parts.append(f"Sizes guessed from names: {', '.join(guessed)}.")
     if "simulation" in plan_told:
         parts += ["", *_simulated(plan_told["simulation"])]
     return "\n".join(parts)
+
+
+def _mark(stage: dict[str, Any], gpu: str) -> str:
+    return "!" if gpu in stage["too_small"] else ""
+
+
+def _warnings(stages: Sequence[dict[str, Any]], node_memory_gb: float) -> list[str]:
+    """What does not fit, a line each."""
+    found = []
+    for stage in stages:
+        name = stage["stage"]
+        if stage["too_small"]:
+            needed, kinds = _bytes(stage["memory_bytes"]), ", ".join(stage["too_small"])
+            found.append(f"! {name} takes {needed} of each GPU, which {kinds} do not have: {stage['remedy']}.")
+        if stage["node_bytes"] > node_memory_gb * 1e9:
+            found.append(
+                f"! {name} opens {_bytes(stage['node_bytes'])} on each node, more than the {node_memory_gb:,.0f} GB "
+                "assumed: what does not fit is read from storage again and again."
+            )
+    return found
 
 
 def _simulated(simulation: dict[str, Any]) -> list[str]:
@@ -80,7 +105,9 @@ def _simulated(simulation: dict[str, Any]) -> list[str]:
 
 
 def _stage(work: Work, assumed: Assumptions) -> dict[str, Any]:
-    return asdict(work) | {"gpu_hours": {name: work.gpu_hours(gpu, assumed) for name, gpu in GPUS.items()}}
+    hours = {name: work.gpu_hours(gpu, assumed) for name, gpu in GPUS.items()}
+    too_small = [name for name, gpu in GPUS.items() if not work.fits(gpu)]
+    return asdict(work) | {"gpu_hours": hours, "too_small": too_small}
 
 
 def _scaling(one: Scaling) -> dict[str, Any]:
@@ -96,6 +123,9 @@ def _scaling(one: Scaling) -> dict[str, Any]:
 
 def _models(config: Config) -> list[str]:
     models = [config.embedder.model, config.llm.model, (config.reader or config.llm).model, config.reward_model.model]
+    models += [llm.model for llm in config.annotators.values()]
+    compared = config.evaluate.embedders
+    models += [compared[name].model for name in config.evaluate.methods if name in compared]
     return [name for name in dict.fromkeys(models) if name]
 
 
@@ -124,6 +154,10 @@ def _short(number: float) -> str:
 
 def _bytes(number: float) -> str:
     return f"{_short(number)}B" if number else "–"
+
+
+def _core_hours(seconds: float) -> str:
+    return _hours(seconds / 3600) if seconds else "–"
 
 
 def _hours(hours: float) -> str:

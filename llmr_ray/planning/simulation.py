@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmr_ray.planning.hardware import GPU, Assumptions
-from llmr_ray.planning.stages import Work
+from llmr_ray.planning.work import Work
 
 COUNTS = (1, 8, 64, 512)
 NODE = 8

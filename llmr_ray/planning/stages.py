@@ -5,147 +5,68 @@ over short texts comes to a few percent and is left out. From the configuration 
 rests on the assumed mean length of texts; the feedback's pairs are exact once candidates are mined (`llmr plan`).
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from llmr_ray.artifacts import SHARD_ROWS
-from llmr_ray.config import Config, TrainConfig
-from llmr_ray.evaluation.leakage import EXAMPLE_TASKS
-from llmr_ray.feedback.jobs import SHARD_QUERIES
-from llmr_ray.feedback.planning import upper_costs
-from llmr_ray.planning.hardware import GPU, Assumptions, seconds
+from llmr_ray.config import Config, EmbedderConfig, TrainConfig
+from llmr_ray.evaluation.leakage import POOL_TASKS
+from llmr_ray.evaluation.leakage_stage import SHARD_ROWS as LEAKAGE_SHARD_ROWS
+from llmr_ray.mining.stage import MINE_QUERIES
+from llmr_ray.planning import asking, counts
+from llmr_ray.planning.hardware import Assumptions
 from llmr_ray.planning.models import Size, size_of
+from llmr_ray.planning.work import Work
+from llmr_ray.stages import in_round
+from llmr_ray.training.step import PACK_TOKENS
 
-_CHARS_PER_TOKEN = 4.5
-_OPTIONS = 3
-"""Options of a question that the reader compares, on average over tasks with and without them."""
 _ADAM_BYTES = 16
 """Per parameter in training: weights, gradient and two moments, float32."""
-_ACTIVATION_BYTES = 34 * 12
-"""Per token and dimension: 34 bytes a layer in half precision without attention matrices (2205.05198), 12 layers."""
+_LAYERS = 12
+_ACTIVATION_BYTES = 34 * _LAYERS
+"""Per token and dimension: 34 bytes a layer in half precision without attention matrices (2205.05198)."""
 _COMPARED_PER_SECOND = 1800
 """Texts that a core looks up among the test queries (measured: 12,578 in 7 s)."""
-_SCORE_BYTES = 120
-"""Of a row of llm_scores or candidates on disk."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One stage's work, independent of where it runs.
-
-    units, unit: how much of what. tokens: that go through a model. flops, bytes_read, decoded: as hardware.seconds
-    takes them. weights: parameters that each worker loads. memory_bytes: of a worker's GPU, or of a node where no GPU
-    works. storage_bytes: what the stage leaves. shards: pieces that workers share; the unit of retry. cpu_seconds: of
-    work on cores. steps, gradient_bytes, batch: of a training. gpus: of each worker.
-    """
-
-    stage: str
-    unit: str
-    units: float
-    tokens: float = 0
-    flops: float = 0
-    bytes_read: float = 0
-    decoded: float = 0
-    weights: float = 0
-    memory_bytes: float = 0
-    storage_bytes: float = 0
-    shards: int = 1
-    cpu_seconds: float = 0
-    steps: int = 0
-    gradient_bytes: float = 0
-    batch: int = 0
-    gpus: int = 1
-
-    def gpu_hours(self, gpu: GPU, assumed: Assumptions) -> float:
-        """On one GPU of a kind, without what does not divide."""
-        of = {"flops": self.flops, "bytes_read": self.bytes_read, "decoded": self.decoded, "weights": self.weights}
-        return seconds(gpu, assumed, **of) / 3600
+_ENCODE_REMEDY = "runtime.encode_batch_tokens makes batches smaller"
+_TRAIN_REMEDY = (
+    "more runtime.train_workers share the batch; runtime.train_grad_cache and train_checkpointing keep less of it"
+)
 
 
 def plan(config: Config, assumed: Assumptions) -> list[Work]:
-    """The work of all stages in their order, rounds one after the other."""
-    embedder, llm = size_of(config.embedder.model), size_of(config.llm.model)
-    queries, documents = num_queries(config), num_documents(config, assumed)
-    found = [_prepare(config, assumed, queries, documents), *_embedded("base", config, assumed, queries, documents)]
-    found.append(_leakage(config, assumed))
+    """The work of all stages in their order, rounds one after the other, named as in stages.StagePlan."""
+    found = [_prepare(config, assumed), *asking.generate(config)]
+    found += _embedded("base", config.embedder, config, assumed)
+    for name, embedder in config.evaluate.embedders.items():
+        if name in config.evaluate.methods:
+            found += _embedded(name, embedder, config, assumed)
+    found += [_leakage(config, assumed), *asking.canary(config)]
     for number in range(1, config.rounds + 1):
-        told = f"_{number}" if number < config.rounds else ""
-        part = [_mine(config, documents, embedder), *_scored(config, llm, again=number > 1)]
-        part += _taught(config, assumed, number)
-        part += [_group(config, assumed), _train(config, assumed, embedder)]
-        part += _embedded("trained", config, assumed, queries, documents)
-        part.append(_evaluate(config, assumed))
-        found += [replace(work, stage=work.stage + told) for work in part]
+        part = [*_fed_back(config, assumed, again=number > 1), _train(config, assumed)]
+        part += _embedded("trained", config.embedder, config, assumed)
+        part.append(asking.evaluate(config, assumed, number))
+        found += [replace(work, stage=in_round(work.stage, number, config.rounds)) for work in part]
     return found
 
 
-def num_queries(config: Config) -> int:
-    """Queries of all splits, at the most."""
-    return sum(data.num_train + data.num_dev + data.num_test for data in config.datasets.values())
-
-
-def num_documents(config: Config, assumed: Assumptions, tasks: Collection[str] = ()) -> int:
-    """Documents of the pools of some tasks, or of all; where the configuration does not say, assumed or as many as its
-    queries' candidates."""
-    total = 0
-    for data in config.datasets.values():
-        if tasks and data.task not in tasks:
-            continue
-        asked = data.num_train + data.num_dev + data.num_test
-        own_pools = data.task in ("chat", "lrlm")
-        mined = max(1, _mined(config, data.task, again=False))
-        guess = asked * mined if own_pools else (assumed.documents or asked * mined)
-        if data.task in EXAMPLE_TASKS and not data.num_train:
-            # Examples are made of training rows: one that only tests takes those of the others.
-            guess = 0
-        total += data.num_documents or guess
-    return total
-
-
-def num_index_shards(config: Config, assumed: Assumptions) -> int:
-    """Nodes that an exact index takes, each with so much memory for it."""
-    size = num_documents(config, assumed) * _vector_bytes(config)
-    return max(1, -(-int(size) // int(assumed.node_memory_gb * 1e9)))
-
-
-def _mined(config: Config, task: str, *, again: bool) -> int:
-    return config.tasks[task].mine_in(again=again).most
-
-
-def _pairs(config: Config) -> int:
-    return sum(data.num_train * _mined(config, data.task, again=False) for data in config.datasets.values())
-
-
-def _vector_bytes(config: Config) -> int:
-    return 4 * size_of(config.embedder.model).dimension
-
-
-def _lengths(config: Config, assumed: Assumptions) -> tuple[float, float]:
-    """Mean tokens of a query and of a document."""
-    return assumed.fill * config.embedder.max_query_tokens, assumed.fill * config.embedder.max_document_tokens
-
-
-def _shards(rows: float) -> int:
-    return max(1, -(-int(rows) // SHARD_ROWS))
-
-
-def _prepare(config: Config, assumed: Assumptions, queries: int, documents: int) -> Work:
-    _, length = _lengths(config, assumed)
+def _prepare(config: Config, assumed: Assumptions) -> Work:
+    documents = counts.num_documents(config, assumed)
+    texts, (_, length) = documents + counts.num_queries(config), counts.lengths(config.embedder, assumed)
     return Work(
         stage="prepare",
         unit="documents",
         units=documents,
-        storage_bytes=(documents + queries) * length * _CHARS_PER_TOKEN,
+        storage_bytes=texts * length * counts.CHARS_PER_TOKEN,
         shards=len({data.task for data in config.datasets.values()}),
-        cpu_seconds=(documents + queries) / assumed.documents_per_core,
+        cpu_seconds=texts / assumed.documents_per_core,
     )
 
 
-def _embedded(which: str, config: Config, assumed: Assumptions, queries: int, documents: int) -> list[Work]:
+def _embedded(which: str, embedder: EmbedderConfig, config: Config, assumed: Assumptions) -> list[Work]:
     """Encoding and indexing by one embedder."""
-    size, (query, document) = size_of(config.embedder.model), _lengths(config, assumed)
+    queries, documents = counts.num_queries(config), counts.num_documents(config, assumed)
+    size, (query, document) = size_of(embedder.model), counts.lengths(embedder, assumed)
     tokens = queries * query + documents * document
-    vectors = float(queries + documents) * _vector_bytes(config)
+    vector_bytes = counts.vector_bytes(embedder)
+    index_shards = max(1, config.runtime.index_shards)
     embed = Work(
         stage=f"embed_{which}",
         unit="texts",
@@ -154,95 +75,71 @@ def _embedded(which: str, config: Config, assumed: Assumptions, queries: int, do
         flops=2 * size.body * tokens,
         weights=size.parameters,
         memory_bytes=4 * size.parameters + config.runtime.encode_batch_tokens * size.dimension * 100,
-        storage_bytes=vectors,
-        shards=_shards(documents) + _shards(queries),
+        storage_bytes=float(queries + documents) * vector_bytes,
+        shards=counts.num_shards(documents) + counts.num_shards(queries),
+        remedy=_ENCODE_REMEDY,
     )
     index = Work(
         stage=f"index_{which}",
         unit="documents",
         units=documents,
-        memory_bytes=documents * _vector_bytes(config) / num_index_shards(config, assumed),
-        storage_bytes=float(documents) * _vector_bytes(config),
-        shards=max(num_index_shards(config, assumed), config.runtime.index_shards),
-        cpu_seconds=vectors / 5e8,
+        node_bytes=documents * vector_bytes / index_shards,
+        storage_bytes=float(documents) * vector_bytes,
+        shards=index_shards,
+        cpu_seconds=float(queries + documents) * vector_bytes / 5e8,
     )
     return [embed, index]
 
 
 def _leakage(config: Config, assumed: Assumptions) -> Work:
-    """Every training query, and every example, against all test queries."""
-    trained = sum(data.num_train for data in config.datasets.values())
-    texts = trained + num_documents(config, assumed, EXAMPLE_TASKS)
+    """Every training query, and every document of a shared pool, against all test queries."""
+    texts = counts.num_training(config) + counts.num_documents(config, assumed, POOL_TASKS)
     return Work(
         stage="leakage",
         unit="texts",
         units=texts,
-        shards=_shards(texts),
+        shards=counts.num_shards(texts, LEAKAGE_SHARD_ROWS),
         cpu_seconds=texts / _COMPARED_PER_SECOND,
     )
 
 
-def _mine(config: Config, documents: int, size: Size) -> Work:
-    """Exact search: every query against the whole of its pool; chat and texts have pools of their own."""
+def _fed_back(config: Config, assumed: Assumptions, *, again: bool) -> list[Work]:
+    """From candidates by way of feedback to groups."""
+    pairs = counts.num_pairs(config, again=again)
+    found = [_mine(config, assumed, pairs, again=again)]
+    if config.labeling.enabled:
+        found.append(_rows("select", "pairs", pairs, assumed))
+        asked = asking.scored(config, again=again)
+        return [*found, *asked, _rows("label", "pairs", pairs, assumed), _group(config, assumed, pairs)]
+    found += [*asking.scored(config, again=again), _rows("reward", "pairs", pairs, assumed)]
+    if config.reward_model.model:
+        found += _taught(config, assumed, pairs)
+    return [*found, _group(config, assumed, pairs)]
+
+
+def _mine(config: Config, assumed: Assumptions, pairs: int, *, again: bool) -> Work:
+    """Exact search of the tasks that mine by embeddings. Every worker maps the whole index, a node only once."""
     train = [data for data in config.datasets.values() if data.num_train]
-    shared = [data for data in train if data.task not in ("chat", "lrlm")]
-    compared = float(sum(data.num_train * (data.num_documents or documents) for data in shared))
-    queries = sum(data.num_train for data in train)
-    return Work(
+    dense = [(data, data.num_train) for data in train if config.tasks[data.task].mine_in(again=again).num_dense]
+    compared = counts.num_compared(config, assumed, dense)
+    queries = counts.num_training(config)
+    work = Work(
         stage="mine",
         unit="queries",
         units=queries,
-        flops=2.0 * size.dimension * compared,
-        memory_bytes=documents * 4.0 * size.dimension,
-        storage_bytes=_pairs(config) * _SCORE_BYTES,
-        shards=_shards(queries),
+        node_bytes=counts.opened_bytes(config, assumed, config.embedder),
+        storage_bytes=pairs * counts.ROW_BYTES,
+        shards=counts.num_shards(queries, MINE_QUERIES),
         cpu_seconds=queries / 50,
     )
+    flops = 2.0 * size_of(config.embedder.model).dimension * compared
+    return work.searching(flops, on_gpus=config.runtime.index_gpus > 0, assumed=assumed)
 
 
-def _scored(config: Config, llm: Size, *, again: bool) -> list[Work]:
-    """The LLM's feedback: prompts and outputs by 2 N a token, sampled outputs one token after the other."""
-    costs = upper_costs(config, again=again)
-    if not costs:
-        return []
-    decoded = 0.0
-    for cost in costs:
-        settings = config.tasks[cost.task].score
-        if settings.feedback == "rank":
-            each = settings.num_samples * settings.max_new_tokens / 2
-            queries = sum(data.num_train for data in config.datasets.values() if data.task == cost.task)
-            decoded += each * (queries + (cost.pairs if settings.samples == "fresh" else 0))
-    tokens, pairs = float(sum(cost.tokens for cost in costs)), sum(cost.pairs for cost in costs)
-    queries = sum(data.num_train for data in config.datasets.values() if data.task in {cost.task for cost in costs})
-    number = 1 + len(config.annotators)
-    return [
-        Work(
-            stage="score",
-            unit="pairs",
-            units=pairs * number,
-            tokens=tokens * number,
-            flops=2 * llm.body * tokens * number,
-            decoded=decoded * number,
-            weights=llm.parameters,
-            memory_bytes=(4 if config.llm.dtype == "float32" else 2) * llm.parameters
-            + config.runtime.llm_kv_cache_gb * 2**30,
-            storage_bytes=pairs * number * _SCORE_BYTES * 2,
-            shards=max(1, -(-queries // SHARD_QUERIES)),
-            gpus=max(1, round(config.runtime.llm_gpus)),
-        )
-    ]
-
-
-def _taught(config: Config, assumed: Assumptions, number: int) -> list[Work]:
-    """The reward model's training and its scores of all candidates."""
+def _taught(config: Config, assumed: Assumptions, pairs: int) -> list[Work]:
+    """The reward model's training, its scores of all candidates, and how far it agrees with the LLM."""
     settings = config.reward_model
-    if not settings.model:
-        return []
-    size = size_of(settings.model)
-    length = assumed.fill * settings.max_tokens
-    per_query = settings.train.group_size * length
-    pairs = _pairs(config)
-    train = _trained("reward_model", settings.train, size, per_query, config)
+    size, length = size_of(settings.model), assumed.fill * settings.max_tokens
     teach = Work(
         stage="teach",
         unit="pairs",
@@ -251,36 +148,41 @@ def _taught(config: Config, assumed: Assumptions, number: int) -> list[Work]:
         flops=2 * size.body * pairs * length,
         weights=size.parameters,
         memory_bytes=4 * size.parameters,
-        storage_bytes=pairs * _SCORE_BYTES,
-        shards=_shards(pairs),
+        storage_bytes=pairs * counts.ROW_BYTES,
+        shards=counts.num_shards(counts.num_training(config), MINE_QUERIES),
     )
-    return [train, teach]
+    train = _trained("reward_model", settings.train, size, settings.train.group_size * length, config)
+    held_out = int(pairs * settings.held_out_fraction)
+    return [train, teach, _rows("agree", "pairs", held_out, assumed)]
 
 
-def _group(config: Config, assumed: Assumptions) -> Work:
-    pairs, (_, length) = _pairs(config), _lengths(config, assumed)
-    queries = sum(data.num_train for data in config.datasets.values())
-    return Work(
-        stage="group",
-        unit="queries",
-        units=queries,
-        storage_bytes=pairs * length * _CHARS_PER_TOKEN,
-        shards=1,
-        cpu_seconds=pairs / (10 * assumed.documents_per_core),
-    )
+def _rows(stage: str, unit: str, rows: int, assumed: Assumptions) -> Work:
+    """A stage that reads and writes rows, on one core."""
+    seconds = rows / (10 * assumed.documents_per_core)
+    return Work(stage=stage, unit=unit, units=rows, storage_bytes=rows * counts.ROW_BYTES, cpu_seconds=seconds)
 
 
-def _train(config: Config, assumed: Assumptions, size: Size) -> Work:
-    query, document = _lengths(config, assumed)
-    return _trained("train", config.train, size, query + config.train.group_size * document, config)
+def _group(config: Config, assumed: Assumptions, pairs: int) -> Work:
+    _, length = counts.lengths(config.embedder, assumed)
+    written = _rows("group", "queries", pairs, assumed)
+    storage = pairs * length * counts.CHARS_PER_TOKEN
+    return replace(written, units=counts.num_training(config), storage_bytes=storage)
+
+
+def _train(config: Config, assumed: Assumptions) -> Work:
+    query, document = counts.lengths(config.embedder, assumed)
+    per_query = query + config.train.group_size * document
+    return _trained("train", config.train, size_of(config.embedder.model), per_query, config)
 
 
 def _trained(stage: str, train: TrainConfig, size: Size, per_query: float, config: Config) -> Work:
+    runtime = config.runtime
     tokens = float(train.num_steps) * train.global_batch_size * per_query
-    again = 1 + (config.runtime.train_checkpointing or config.runtime.train_grad_cache) / 3
-    workers = max(1, config.runtime.train_workers)
-    on_worker = train.global_batch_size / workers * per_query
-    kept = on_worker * size.dimension * (_ACTIVATION_BYTES / (12 if config.runtime.train_checkpointing else 1))
+    again = 1 + (runtime.train_checkpointing or runtime.train_grad_cache) / 3
+    held = train.global_batch_size / max(1, runtime.train_workers) * per_query
+    if runtime.train_grad_cache:
+        held = min(held, PACK_TOKENS["cuda"])
+    kept = held * size.dimension * (_ACTIVATION_BYTES / (_LAYERS if runtime.train_checkpointing else 1))
     return Work(
         stage=stage,
         unit="steps",
@@ -294,43 +196,5 @@ def _trained(stage: str, train: TrainConfig, size: Size, per_query: float, confi
         steps=train.num_steps,
         gradient_bytes=4 * size.parameters,
         batch=train.global_batch_size,
-    )
-
-
-def _evaluate(config: Config, assumed: Assumptions) -> Work:
-    """The reader's answers for all methods; passages of what is retrieved fill its prompt."""
-    evaluate, llm = config.evaluate, size_of((config.reader or config.llm).model)
-    tokens = decoded = 0.0
-    prompts = 0
-    for name, count in evaluate.num_llm_queries.items():
-        if name not in config.datasets:
-            continue
-        task = config.datasets[name].task
-        asked = count * len(evaluate.methods)
-        length: float = config.llm.max_candidate_tokens * assumed.fill
-        if task == "qa":
-            length += evaluate.qa_passages * evaluate.qa_passage_tokens
-            decoded += asked * evaluate.qa_max_new_tokens / 2
-        elif task == "icl":
-            shown = evaluate.icl_demonstration_tokens or config.llm.max_candidate_tokens * assumed.fill
-            length += evaluate.icl_demonstrations * shown + _OPTIONS * 8
-            decoded += asked * evaluate.icl_max_new_tokens / 4
-        elif task == "lrlm":
-            length += evaluate.lrlm_window_tokens + evaluate.lrlm_chunks * 256
-        prompts += asked
-        tokens += asked * min(length, config.llm.max_model_tokens)
-    queries = sum(data.num_test for data in config.datasets.values())
-    return Work(
-        stage="evaluate",
-        unit="prompts",
-        units=prompts,
-        tokens=tokens,
-        flops=2 * llm.body * tokens,
-        decoded=decoded,
-        weights=llm.parameters,
-        memory_bytes=2 * llm.parameters + config.runtime.llm_kv_cache_gb * 2**30,
-        storage_bytes=queries * len(evaluate.methods) * evaluate.search_depth * 40.0,
-        shards=max(_shards(queries), -(-prompts // 64)),
-        cpu_seconds=queries * len(evaluate.methods) / 50,
-        gpus=max(1, round(config.runtime.llm_gpus)),
+        remedy=_TRAIN_REMEDY,
     )

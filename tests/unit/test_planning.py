@@ -9,12 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from llmr_ray import loading
+from llmr_ray.assets import Asset
 from llmr_ray.cli import app
 from llmr_ray.errors import ConfigError
+from llmr_ray.pipeline import _asset_names
 from llmr_ray.planning.hardware import GPUS, Assumptions, gpu_of, seconds
 from llmr_ray.planning.models import size_of
 from llmr_ray.planning.simulation import simulate, time_of
-from llmr_ray.planning.stages import Work, plan
+from llmr_ray.planning.stages import plan
+from llmr_ray.planning.work import Work
+from llmr_ray.stages import StagePlan
 
 CONF = Path(__file__).parents[2] / "conf"
 ASSUMED = Assumptions()
@@ -57,9 +61,10 @@ def test_llm_r_trains_both_models_in_less_than_the_paper_says():
 def test_figures_of_a_plan_are_those_of_the_formulas(paper):
     """Prevents a factor of a thousand, or a stage whose documents are counted as queries."""
     works = {work.stage: work for work in plan(paper, ASSUMED)}
-    documents = 8_841_823 + 21_051_324 + 54_573_064 + 6_283_120 + 10_439
+    # MMLU and PopQA have copies of the corpora of MS MARCO and NQ.
+    documents = 2 * (8_841_823 + 21_051_324) + 54_573_064 + 6_283_120 + 10_439
     own = 14 + 1
-    chat, texts = (48_925 + 2_763) * own, (30_000 + 2_757) * (64 + 1)
+    chat, texts = (48_925 + 2_763) * own, (30_000 + 8 * 3_757) * (64 + 1)
     assert works["index_base"].units == documents + chat + texts
     assert works["index_base"].storage_bytes == (documents + chat + texts) * 768 * 4
     queries = works["embed_base"].units - works["index_base"].units
@@ -69,6 +74,147 @@ def test_figures_of_a_plan_are_those_of_the_formulas(paper):
     assert works["train"].tokens == 10_000 * 800 * per_query
     assert works["train"].flops == pytest.approx(6 * 85.6e6 * 10_000 * 800 * per_query)
     assert works["train"].memory_bytes > 16 * 109e6
+
+
+PLANNED = [
+    # Files without a name are bases of others.
+    *(
+        (path.relative_to(CONF).as_posix(), [])
+        for path in sorted(CONF.rglob("*.yaml"))
+        if "\nname: " in path.read_text() and path.parent.name != "studies"
+    ),
+    ("llm_r.yaml", ["rounds=3", "reward_model.model=''"]),
+    ("arl2.yaml", ["annotators.other.model=Qwen/Qwen2.5-0.5B-Instruct", "rounds=2"]),
+    ("arl2.yaml", ["labeling.enabled=false", "labeling.num_canaries=0"]),
+    ("arl2_gold.yaml", ["rounds=2"]),
+    ("small.yaml", ["tasks.qa.questions.num_documents=50"]),
+]
+
+
+@pytest.mark.parametrize(("path", "overrides"), PLANNED, ids=lambda value: str(value))
+def test_a_plan_has_the_stages_that_run(path, overrides, tmp_path):
+    """Prevents stages that nobody priced: the paper's seven compared embedders were most of its storage."""
+    config = loading.load(CONF / path, overrides)
+    asset = Asset(name="any", kind="model", path=tmp_path, fingerprint="any")
+    annotators = {name: (asset, "asks") for name in config.annotators}
+    real = StagePlan(config, dict.fromkeys(_asset_names(config), asset), "asks", annotators=annotators)
+    assert [work.stage for work in plan(config, ASSUMED)] == [stage.name for stage in real.stages]
+
+
+def test_embedders_that_are_compared_are_encoded_indexed_and_searched(paper):
+    """Prevents a plan in which only the base and the trained embedder cost anything."""
+    alone = replace(paper, evaluate=replace(paper.evaluate, methods=["none", "bm25", "base", "trained"]))
+    with_one = replace(paper, evaluate=replace(paper.evaluate, methods=["none", "bm25", "base", "AAR", "trained"]))
+    before, after = ({work.stage: work for work in plan(config, ASSUMED)} for config in (alone, with_one))
+    assert set(after) - set(before) == {"embed_AAR", "index_AAR"}
+    base = after["embed_base"]
+    # T5's encoder, and the keys and values of its decoder: 85.0M + 12 layers * 2 * 768 ** 2 a token.
+    assert after["embed_AAR"].flops == pytest.approx(base.flops * (85.0e6 + 12 * 2 * 768**2) / 85.6e6, rel=1e-3)
+    assert after["embed_AAR"].storage_bytes == base.storage_bytes
+    assert after["index_AAR"].storage_bytes == after["index_base"].storage_bytes
+    # Each test query against its pool: its own corpus, or all examples.
+    asked = {"nq": 3_610, "popqa": 14_267, "mmlu": 14_042, "qrecc": 8_209, "toolbench": 100}
+    compared = sum(number * paper.datasets[name].num_documents for name, number in asked.items())
+    icl = [data for data in paper.datasets.values() if data.task == "icl"]
+    compared += sum(data.num_test for data in icl) * sum(data.num_documents for data in icl)
+    per_core = ASSUMED.core_flops * ASSUMED.utilisation
+    queries = sum(data.num_test for data in paper.datasets.values())
+    further = after["evaluate"].cpu_seconds - before["evaluate"].cpu_seconds
+    assert further == pytest.approx(2 * 768 * compared / per_core + queries / 50)
+    on_gpus = replace(with_one, runtime=replace(paper.runtime, index_gpus=1))
+    (search,) = (work for work in plan(on_gpus, ASSUMED) if work.stage == "evaluate")
+    assert search.flops - after["evaluate"].flops == pytest.approx(3 * 2 * 768 * compared)
+
+
+def test_another_embedder_is_priced_by_its_own_size():
+    """Prevents a large retriever that is planned with the vectors of the base embedder."""
+    config = loading.load(CONF / "small.yaml", ["evaluate.methods=[base,BGE,trained]", BGE_LARGE])
+    works = {work.stage: work for work in plan(config, ASSUMED)}
+    assert works["index_BGE"].storage_bytes == works["index_base"].storage_bytes * 1024 / 384
+    told = json.loads(planned(CONF / "small.yaml", "evaluate.methods=[base,BGE,trained]", BGE_LARGE))
+    assert told["guessed_sizes"] == ["some/encoder-large"]
+
+
+BGE_LARGE = (
+    "evaluate.embedders={BGE: {model: some/encoder-large, pooling: cls, max_query_tokens: 64, max_document_tokens: 64}}"
+)
+
+
+def planned(path, *overrides):
+    """What `llmr plan --json` prints."""
+    done = CliRunner().invoke(app, ["plan", str(path), *overrides, "--json"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_later_rounds_mine_as_they_are_told_and_read_what_is_new():
+    """LLM-R's second round mines BM25's 100 and its embedder's 100: twice the pairs to teach and to group."""
+    config = loading.load(CONF / "paper" / "llm_r.yaml")
+    works = {work.stage: work for work in plan(config, ASSUMED)}
+    queries = sum(data.num_train for data in config.datasets.values())
+    assert works["teach_1"].units == queries * 101
+    assert works["teach"].units == queries * 201
+    assert works["teach"].flops == pytest.approx(works["teach_1"].flops * 201 / 101)
+    for stage in ("mine", "group", "reward"):
+        assert works[stage].storage_bytes == pytest.approx(works[f"{stage}_1"].storage_bytes * 201 / 101)
+    # BM25 alone mines first: nothing is compared with the index but by BM25.
+    assert works["mine"].cpu_seconds > works["mine_1"].cpu_seconds
+    # The store has the answers of eight methods; the second embedder's are new.
+    tested = sum(config.evaluate.num_llm_queries[name] for name in config.evaluate.num_llm_queries)
+    assert (works["evaluate_1"].units, works["evaluate"].units) == (9 * tested, tested)
+    assert works["evaluate"].cpu_seconds > works["evaluate_1"].cpu_seconds
+
+
+def test_a_candidate_without_a_limit_of_its_own_is_no_free_one():
+    """`llm.max_candidate_tokens: 0` cuts candidates only where the prompt is too long."""
+    limited, whole = (
+        next(work.tokens for work in plan(loading.load(CONF / "paper" / "llm_r.yaml", [setting]), ASSUMED)
+             if work.stage == "score")
+        for setting in ("llm.max_candidate_tokens=512", "llm.max_candidate_tokens=0")
+    )  # fmt: skip
+    assert whole > limited
+
+
+def test_what_does_not_fit_is_told(monkeypatch):
+    """Prevents 146 GB of a training on two workers from standing beside A100-40G hours without a word."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = CONF / "paper" / "llm_embedder_acl.yaml"
+
+    def train(*overrides):
+        return next(stage for stage in json.loads(planned(path, *overrides))["stages"] if stage["stage"] == "train")
+
+    two = train("runtime.train_workers=2")
+    # Half of 800 queries, each of 128 + 8 * 128 tokens, 34 * 12 bytes a token and dimension; weights and moments.
+    assert two["memory_bytes"] == pytest.approx(400 * 1152 * 768 * 34 * 12 + 16 * 109.5e6)
+    assert two["too_small"] == list(GPUS)
+    assert train("runtime.train_workers=8")["too_small"] == ["T4", "L4", "V100"]
+    cached = train("runtime.train_workers=2", "runtime.train_grad_cache=true")
+    assert cached["memory_bytes"] == pytest.approx(32768 * 768 * 34 * 12 + 16 * 109.5e6)
+    done = CliRunner().invoke(app, ["plan", str(path), "runtime.train_workers=2", "runtime.llm_gpus=1"])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "! train takes 146GB of each GPU" in said
+    assert "runtime.train_grad_cache" in said
+    hours = next(line for line in done.output.split("GPU hours")[1].splitlines() if line.startswith("train "))
+    assert hours.count("!") == len(GPUS)
+    # Every worker of mine maps the whole index; its workers on one node share it.
+    works = {work.stage: work for work in plan(loading.load(path), ASSUMED)}
+    assert works["mine"].memory_bytes == 0
+    assert works["mine"].node_bytes == works["index_base"].storage_bytes * 5 / 4
+    assert "! mine opens" in said
+    assert "! mine" not in CliRunner().invoke(app, ["plan", str(path), "--node-memory-gb", "1000"]).output
+
+
+def test_a_model_over_several_gpus_takes_a_part_of_each():
+    """Prevents the warning from staying where its own advice was taken."""
+    path = CONF / "paper" / "llm_embedder_acl.yaml"
+    one, two = (
+        next(work for work in plan(loading.load(path, [f"runtime.llm_gpus={gpus}"]), ASSUMED) if work.stage == "score")
+        for gpus in (1, 2)
+    )
+    assert one.memory_bytes - two.memory_bytes == pytest.approx(6.74e9)
+    assert not one.fits(replace(GPUS["T4"], memory_bytes=1e10))
+    assert two.fits(replace(GPUS["T4"], memory_bytes=1e10))
 
 
 def test_ranks_cost_many_likelihoods(paper):
@@ -84,7 +230,7 @@ def test_ranks_cost_many_likelihoods(paper):
             [
                 *overrides,
                 "llm.max_candidate_tokens=75",
-                "datasets.examples.num_train=0",
+                *(f"datasets.{name}.num_train=0" for name, data in paper.datasets.items() if data.task == "icl"),
                 "tasks.qa.score.max_new_tokens=32",
             ],
         )
