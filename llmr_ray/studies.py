@@ -10,6 +10,8 @@ A study is a YAML file:
     against: asked                         # optional: a curve over pairs asked about, or tokens: of the LLM's feedback
     stability: true                        # optional: how steadily the loss of each task fell
     settings: [rounds=1]                   # optional: of all variants
+    reproduces:                            # optional: published tables of ablations, variant by variant
+      llm_r_ablations: {reward model: iteration 1, scores of the LLM: raw LLM score as teacher}
     variants:
       reward model: []
       scores of the LLM: ['reward_model.model=""']
@@ -30,13 +32,15 @@ from omegaconf import OmegaConf
 
 from llmr_ray.config import Config
 from llmr_ray.errors import ConfigError
-from llmr_ray.evaluation.results import difference_of_runs
+from llmr_ray.evaluation.protocols import RETRIEVAL_MEASURES
+from llmr_ray.evaluation.published import check_variants
+from llmr_ray.evaluation.results import AVERAGE, difference_of_runs
 from llmr_ray.evaluation.stability import stability
 from llmr_ray.evaluation.tables import is_trained, result_of
 from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
-_OPTIONAL = {"reference", "against", "seeds", "stability", "settings"}
+_OPTIONAL = {"reference", "against", "seeds", "stability", "settings", "reproduces"}
 
 AGAINST = {"asked": "pairs asked", "tokens": "LLM tokens of feedback"}
 """`against`: the pairs that annotators were asked about until the embedder of a round was trained, or the tokens of the
@@ -86,7 +90,7 @@ class Study:
     """What a study's file says. variants: name to overrides, in order. figures: (data set, measure). seeds: of
     training; none: that of the configuration. reference: the variant that others are compared with. against: what the
     figures are drawn over; empty: nothing. stability: whether the loss of training is looked at. settings: overrides
-    of all variants."""
+    of all variants. reproduces: published table -> variant -> the table's variant that asks the same."""
 
     name: str
     title: str
@@ -98,6 +102,7 @@ class Study:
     against: str = ""
     stability: bool = False
     settings: Sequence[str] = ()
+    reproduces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def cells(self, overrides: Sequence[str]) -> list[Cell]:
         """What is run, seed by seed: after the first seed the table has a row of every variant.
@@ -121,19 +126,22 @@ class Study:
 class Outcome:
     """What is known of a study.
 
-    rows: of each cell: variant, seed, dataset, measure, method, mean, ci95, n, delta_vs_base, lower_is_better;
+    rows: of each cell: variant, seed, dataset, task, measure, method, mean, ci95, n, delta_vs_base, lower_is_better;
         delta_vs_reference (a trained embedder minus what the reference's training with the same seed led to, over the
         queries of both; None where there is no reference, or the row is its own); asked (pairs that annotators were
         asked about until then, or None); tokens (of the LLM's feedback).
     stability: of each cell and task, see evaluation/stability.py.
     failures: of each cell that failed: variant, seed, error, trace.
-    missing: labels of the cells that have not run.
+    missing: labels of the cells that have not run. has_run: whether any cell has run to its end.
+    configs: of each variant that has run.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     stability: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    has_run: bool = False
+    configs: dict[str, Config] = field(default_factory=dict)
 
 
 def read_study(path: Path) -> Study:
@@ -171,6 +179,7 @@ def read_study(path: Path) -> Study:
         against=against,
         stability=bool(said.get("stability", False)),
         settings=_overrides(path, said.get("settings")),
+        reproduces=_reproduces(path, said.get("reproduces", {}), variants),
     )
     return with_seeds(study, said.get("seeds", []))
 
@@ -182,6 +191,20 @@ def _overrides(path: Path, said: Any) -> list[str]:
     return [str(item) for item in said or []]
 
 
+def _reproduces(path: Path, said: Any, variants: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The published variants beside which a file's own are to stand."""
+    if not isinstance(said, dict) or not all(isinstance(named, dict) for named in said.values()):
+        raise ConfigError(f"{path}: `reproduces` has published tables, and for each the study's variants with its own.")
+    found = {name: {str(ours): str(theirs) for ours, theirs in named.items()} for name, named in said.items()}
+    if unknown := {variant for named in found.values() for variant in named} - set(variants):
+        raise ConfigError(f"{path}: `reproduces` names {sorted(unknown)}, but the variants are {list(variants)}.")
+    try:
+        check_variants(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: `reproduces`: {error}") from error
+    return found
+
+
 def with_seeds(study: Study, seeds: Sequence[Any]) -> Study:
     """The study over other seeds; ConfigError where they are no seeds."""
     if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -189,6 +212,41 @@ def with_seeds(study: Study, seeds: Sequence[Any]) -> Study:
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"the seeds {seeds} of the study name one twice: a cell would be compared with itself.")
     return replace(study, seeds=seeds)
+
+
+def check_figures(study: Study, configs: Sequence[Config]) -> None:
+    """Fails on figures that none of the cells can have: of a data set that none names, or of what the LLM answers where
+    it answers nothing. How a measure of answers is spelt shows only when there are some (`figures_without_rows`).
+
+    Raises:
+        ConfigError: naming them.
+    """
+    lacking = [f"{dataset} {measure}" for dataset, measure in study.figures if not _may_have(dataset, measure, configs)]
+    if lacking:
+        raise ConfigError(
+            f"study {study.name}: no variant has the figures {lacking}. A figure is of one of the data sets of the "
+            "configuration, or an average of its examples; what the LLM answers needs evaluate.num_llm_queries of the "
+            "data set."
+        )
+
+
+def _may_have(dataset: str, measure: str, configs: Sequence[Config]) -> bool:
+    for config in configs:
+        asked = {name for name, number in config.evaluate.num_llm_queries.items() if number}
+        if dataset.split(" ")[0] == AVERAGE and any(config.datasets[name].task == "icl" for name in asked):
+            return True
+        if dataset in config.datasets and measure in RETRIEVAL_MEASURES[config.datasets[dataset].task]:
+            return True
+        if dataset in config.datasets and dataset in asked:
+            return True
+    return False
+
+
+def figures_without_rows(study: Study, outcome: Outcome) -> list[str]:
+    """The figures that no cell has, once any has run."""
+    found = {(row["dataset"], row["measure"]) for row in outcome.rows}
+    lacking = [f"{dataset} {measure}" for dataset, measure in study.figures if (dataset, measure) not in found]
+    return lacking if outcome.has_run else []
 
 
 def run_study(study: Study, overrides: Sequence[str], run: Run, show: Callable[[Outcome], None]) -> Outcome:
@@ -221,12 +279,14 @@ def run_study(study: Study, overrides: Sequence[str], run: Run, show: Callable[[
             stability=[row for at, finished in done.items() for row in _stability(study, at, finished)],
             failures=list(failures),
             missing=[other.label for other in cells[number:]],
+            has_run=bool(done),
+            configs={variant: finished.config for (variant, _), finished in done.items()},
         )
         show(outcome)
     return outcome
 
 
-_COLUMNS = ("dataset", "measure", "method", "mean", "ci95", "n", "delta_vs_base", "lower_is_better")
+_COLUMNS = ("dataset", "task", "measure", "method", "mean", "ci95", "n", "delta_vs_base", "lower_is_better")
 
 
 def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None) -> list[dict[str, Any]]:

@@ -9,10 +9,20 @@ from rich.console import Console
 
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.config import Config
-from llmr_ray.errors import LlmrError, ResourceError
+from llmr_ray.errors import ConfigError, LlmrError, ResourceError
 from llmr_ray.feedback import planning
 from llmr_ray.pipeline import Pipeline, in_words
-from llmr_ray.studies import Cell, Finished, Outcome, Study, read_study, run_study, with_seeds
+from llmr_ray.studies import (
+    Cell,
+    Finished,
+    Outcome,
+    Study,
+    check_figures,
+    figures_without_rows,
+    read_study,
+    run_study,
+    with_seeds,
+)
 from llmr_ray.study_tables import table, write
 
 
@@ -40,6 +50,7 @@ def run_study_file(
     cells = study.cells(overrides)
     # A misspelt setting of the last variant is found before the first has run for hours.
     configs = [loading.load(study.config, cell.settings) for cell in cells]
+    check_figures(study, configs)
     if dry_run:
         _foresee(study, cells, configs, console)
         return
@@ -66,6 +77,11 @@ def run_study_file(
         raise LlmrError(
             f"{len(outcome.failures)} of {len(cells)} cells failed: {labels}. The table has the others, study.json "
             f"what went wrong; the same command tries the failed ones again: {resume}"
+        )
+    if lacking := figures_without_rows(study, outcome):
+        raise ConfigError(
+            f"no cell has the figures {lacking}, so the table lacks them. Their names are data set and measure as in "
+            "results.json; with the names put right the same command makes the table anew, and runs nothing again."
         )
 
 

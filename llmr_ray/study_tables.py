@@ -12,9 +12,10 @@ from typing import Any
 
 from llmr_ray.durable import write_atomic
 from llmr_ray.evaluation.plots import curves, heat, intervals
+from llmr_ray.evaluation.published import beside_study
 from llmr_ray.evaluation.seeds import over_seeds
 from llmr_ray.evaluation.tables import in_order, is_trained, method_name
-from llmr_ray.studies import AGAINST, Outcome, Study, slug
+from llmr_ray.studies import AGAINST, Outcome, Study, figures_without_rows, slug
 
 _Row = Mapping[str, Any]
 
@@ -83,6 +84,10 @@ def table(study: Study, outcome: Outcome) -> str:
                 cells.append(str(row["num_seeds"]) if is_trained(row["method"]) else "–")
             parts.append(_line(cells))
         parts.append("")
+    if lacking := figures_without_rows(study, outcome):
+        parts.append(f"No cell that has run has the figures: {'; '.join(lacking)}.\n")
+    for paper in _published(study, rows, outcome):
+        parts += _beside(paper, study.reference)
     if outcome.stability:
         parts += _stability(outcome.stability)
     if outcome.failures:
@@ -100,6 +105,7 @@ def write(study: Study, outcome: Outcome, folder: Path) -> None:
     rows = summary(outcome.rows)
     record = {"title": study.title, "config": Path(study.config).name, "seeds": list(study.seeds)}
     record |= {"rows": outcome.rows, "summary": rows, "stability": outcome.stability}
+    record |= {"published": _published(study, rows, outcome)}
     record |= {"failures": outcome.failures, "missing": outcome.missing}
     write_atomic(folder / "study.json", (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(folder / "study.md", (table(study, outcome) + "\n").encode())
@@ -160,6 +166,42 @@ def _stability(rows: Sequence[_Row]) -> list[str]:
         told = ["–" if noise is None else f"{noise:.3f}", "–" if settled is None else str(settled)]
         parts.append(_line([_cell(row), row["task"], str(row["num_steps"]), *numbers, *told]))
     return [*parts, ""]
+
+
+def _published(study: Study, rows: Sequence[_Row], outcome: Outcome) -> list[dict[str, Any]]:
+    return beside_study(study.reproduces, outcome.configs, rows, reference=study.reference) if outcome.configs else []
+
+
+def _beside(paper: _Row, reference: str) -> list[str]:
+    """A published table of ablations beside the study's figures, column by column, and what differs."""
+    headings = ["variant", "published", "row: published / ours", "mean: published", "ours"]
+    headings += [f"difference to {reference}: published", "ours"] if reference else []
+    parts = [f"## Beside {paper['title']}\n"]
+    columns: dict[tuple[str, str, str, bool], list[_Row]] = {}
+    for row in paper["figures"]:
+        columns.setdefault((row["column"], row["data"], row["measure"], row["same_data"]), []).append(row)
+    for (column, data, measure, same_data), members in columns.items():
+        other = "" if same_data else ", which is other data"
+        parts += [f"{column} beside {data}, {measure}{other}:\n", _line(headings), "|---" * len(headings) + "|"]
+        for row in members:
+            names = f"{row['published_method']} / {row['name']}"
+            ours = "–" if row["ours"] is None else _figure({"mean": row["ours"], "ci95": row["ci95"]}, ".3f")
+            cells = [row["variant"], row["published_variant"], names, _or_dash(row["published"], ".3f"), ours]
+            changes = [_or_dash(row[which], "+.3f") for which in ("published_change", "change")]
+            parts.append(_line(cells + changes if reference else cells))
+        parts.append("")
+    if paper["missing"]:
+        parts.append(f"Not measured: {', '.join(paper['missing'])}.\n")
+    if paper["differences"]:
+        parts += ["What all variants have otherwise than the paper:\n", _line(["what", "ours", "published"])]
+        parts.append("|---|---|---|")
+        parts += [_line([row[key] for key in ("what", "ours", "published")]) for row in paper["differences"]]
+        parts.append("")
+    return parts
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _cell(row: _Row) -> str:

@@ -10,7 +10,13 @@ from llmr_ray import loading
 from llmr_ray.config import Config, DatasetConfig, ReportConfig, TaskConfig
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import published
-from llmr_ray.evaluation.published import beside_published, check_names, differences, published_tables
+from llmr_ray.evaluation.published import (
+    beside_published,
+    check_names,
+    check_variants,
+    differences,
+    published_tables,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -31,9 +37,10 @@ def row(dataset, task, method, measure, mean):
 def test_every_table_is_whole():
     """A row that lost a number would set every later figure beside another data set's."""
     for table in published_tables().values():
-        assert set(table.methods) <= set(table.figures)
-        for values in table.figures.values():
-            assert len(values) == len(table.columns), table.name
+        assert bool(table.figures) != bool(table.variants), table.name
+        for figures in table.variants.values() if table.variants else [table.figures]:
+            assert {*table.methods, *([table.initial] if table.initial else [])} - {"None"} <= set(figures), table.name
+            assert all(len(values) == len(table.columns) for values in figures.values()), table.name
         assert all(isinstance(values, list) for values in table.settings.values())
         assert "llm.model" in table.settings
 
@@ -60,6 +67,40 @@ def test_figures_as_printed(table, method, column, value):
     assert found.figures[method][names.index(column)] == value
 
 
+@pytest.mark.parametrize(
+    ("table", "variant", "method", "figures"),
+    [
+        ("llm_embedder_table_4", "full method", "LLM-Embedder", [0.505, 13.483, 0.627, 0.865]),
+        ("llm_embedder_table_4", "no homogeneous batching", "LLM-Embedder", [0.447, 14.183, 0.605, 0.836]),
+        ("llm_embedder_table_10", "Qwen-7B-Chat", "BGE", [0.579, 0.445, 0.633, 16.206, 2.517]),
+        ("llm_embedder_table_10", "Llama-2-13B-Chat", "LLM-Embedder", [0.558, 0.503, 0.644, 11.538, 2.854]),
+        ("llm_r_ablations", "no reward model", "LLM-R", [64.9]),
+        ("llm_r_ablations", "reward model without gold output", "LLM-R", [63.8]),
+        ("llm_r_ablations", "raw LLM score as teacher", "LLM-R", [65.2]),
+    ],
+)
+def test_ablations_as_printed(table, variant, method, figures):
+    """Spot checks against the papers' ablations."""
+    assert published_tables()[table].variants[variant][method] == figures
+
+
+def test_the_whole_method_is_the_same_in_all_tables_of_a_paper():
+    """An ablation whose full method differs from the main results was copied from another row."""
+    tables = published_tables()
+
+    def main(table, method, column):
+        names = [entry["name"] for entry in tables[table].columns]
+        return tables[table].figures[method][names.index(column)]
+
+    places = [("llm_embedder_table_1", "PopQA"), ("llm_embedder_table_2", "MSC"), ("llm_embedder_table_3", "Average")]
+    full = tables["llm_embedder_table_4"].variants["full method"]["LLM-Embedder"]
+    assert full == [main(table, "LLM-Embedder", column) for table, column in [*places, (places[2][0], "ToolBench")]]
+    places = [(places[0][0], "MMLU All"), *places[:1], places[2], places[1], (places[1][0], "arXiv")]
+    for method, figures in tables["llm_embedder_table_10"].variants["Llama-2-7B-Chat"].items():
+        assert figures == [main(table, method, column) for table, column in places]
+    assert tables["llm_r_ablations"].variants["iteration 1"]["LLM-R"] == [main("llm_r_main", "LLM-R it 1", "Average")]
+
+
 def test_categories_average_their_data_sets():
     """LLM-R's categories and its table of data sets check each other: to the rounding of the paper."""
     tables = published_tables()
@@ -74,9 +115,10 @@ def test_categories_average_their_data_sets():
 
 def test_every_setting_of_a_set_up_exists():
     """A setting that was renamed would silently never differ."""
-    config = loading.load(CONF / "llm_r.yaml")
+    config = loading.load(CONF / "baselines.yaml")
     config = replace(
         config,
+        evaluate=replace(config.evaluate, methods=list(config.evaluate.embedders)),
         tasks=dict.fromkeys(("qa", "chat", "lrlm", "icl"), TaskConfig()),
         datasets={task: DatasetConfig(task=task) for task in ("qa", "chat", "lrlm", "icl")},
     )
@@ -123,6 +165,90 @@ def test_the_same_data_has_a_gap_and_other_data_says_so():
     assert "None" not in qrecc
     assert (figures["PopQA"]["data"], figures["PopQA"]["same_data"]) == ("hotpotqa", False)
     assert figures["QReCC"]["published_n"] == 8209
+
+
+def measured(config, *methods, table="llm_embedder_table_2"):
+    """What stands beside MSC's published rows, and the differences told, where some methods were measured."""
+    config = replace(config, datasets={"msc": DatasetConfig(task="chat")}, report=ReportConfig(reproduces=[table]))
+    rows = [row("msc", "chat", method, "perplexity", 10.0 + place) for place, method in enumerate(methods)]
+    (told,) = beside_published(config, rows)
+    (figure,) = told["figures"]
+    ours = [(entry["published_method"], entry["method"]) for entry in figure["methods"] if entry["ours"] is not None]
+    return ours, {entry["what"]: entry for entry in told["differences"]}
+
+
+def test_a_method_stands_beside_its_own_row_and_no_other():
+    """Published BGE beside BGE without its instruction, and measured Contriever beside nothing."""
+    config = loading.load(CONF / "baselines.yaml")
+    names = ["Instructor", "Contriever", "RetroMAE-BEIR", "BGE", "AAR", "API-Retriever", "LLM-R"]
+    ours, told = measured(config, "none", "recency", "bm25", "base", *names, "SBERT", "trained")
+    same = [(name, name) for name in names]
+    assert ours == [("None", "none"), ("Recency", "recency"), ("BM25", "bm25"), *same, ("LLM-Embedder", "trained")]
+    assert "row BGE" not in told
+
+
+def test_the_base_embedder_stands_in_for_the_model_it_is_and_says_so():
+    """Without BGE's own row the base embedder is the nearest; with other instructions it is not the same."""
+    ours, told = measured(loading.load(CONF / "baselines.yaml"), "base", "trained")
+    assert ours == [("BGE", "base"), ("LLM-Embedder", "trained")]
+    assert told["row BGE"]["published"] == "BGE, as its authors run it"
+    assert "minilm-l6" in told["row BGE"]["ours"]
+    assert "row BGE" not in measured(Config(), "bm25", "trained")[1]
+    config = Config(datasets={"piqa": DatasetConfig(task="icl")}, report=ReportConfig(reproduces=["llm_r_table_10"]))
+    for methods, expected in ((("base", "E5"), "E5"), (("base",), "base")):
+        (told,) = beside_published(config, [row("piqa", "icl", method, "accuracy", 0.5) for method in methods])
+        (figure,) = told["figures"]
+        assert [entry["method"] for entry in figure["methods"] if entry["ours"] is not None] == [expected]
+
+
+def test_a_released_model_stands_beside_the_row_that_the_run_trains_for():
+    """Prevents the released checkpoint from being dropped, or from taking the place of the run's own result."""
+    ours, _ = measured(loading.load(CONF / "baselines.yaml"), "LLM-Embedder", "trained")
+    assert ours == [("LLM-Embedder", "trained"), ("LLM-Embedder", "LLM-Embedder")]
+
+
+def test_another_model_by_the_name_of_a_row_is_told():
+    """A row is found by its name, which anyone can give to any model."""
+    config = loading.load(
+        CONF / "baselines.yaml",
+        ["evaluate.methods=[AAR,BGE]", "evaluate.embedders.BGE.model=BAAI/bge-large-en"],
+    )
+    _, told = measured(config, "AAR", "BGE")
+    assert told["evaluate.embedders.BGE.model"]["ours"] == "BAAI/bge-large-en"
+    assert told["evaluate.embedders.AAR.similarity"] == {
+        "what": "evaluate.embedders.AAR.similarity",
+        "ours": "dot",
+        "published": "cosine",
+    }
+    assert "evaluate.embedders.API-Retriever.similarity" not in told, "it is not compared"
+
+
+def test_every_method_that_the_paper_s_configurations_measure_has_a_row():
+    """Prevents a row of the tables that a run at the paper's scale pays for and the report drops."""
+    for name, further in (("llm_embedder", {"base"}), ("llm_r", {"base", "LLM-Embedder"})):
+        config = loading.load(CONF / "paper" / f"{name}.yaml")
+        rows = [
+            row(data, task, method, measure, 0.5)
+            for method in config.evaluate.methods
+            for data, task, measure in (("msc", "chat", "perplexity"), ("average", "icl", "score"))
+        ]
+        shown = {
+            entry["method"]
+            for table in beside_published(config, rows)
+            for figure in table["figures"]
+            for entry in figure["methods"]
+        }
+        assert set(config.evaluate.methods) - shown == further
+
+
+def test_tables_of_ablations_are_for_studies():
+    """A run has no variants: an ablation named by a report would be an empty table."""
+    with pytest.raises(ConfigError, match="named by studies"):
+        check_names(["llm_r_ablations"])
+    with pytest.raises(ConfigError, match="no published table llm_r_main of ablations"):
+        check_variants({"llm_r_main": {}})
+    with pytest.raises(ConfigError, match=r"no variant \['no answer'\]. Known: iteration 1"):
+        check_variants({"llm_r_ablations": {"a": "no answer"}})
 
 
 def test_percent_and_fractions_are_on_one_scale():

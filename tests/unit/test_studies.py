@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llmr_ray import loading
-from llmr_ray.config import Config, DatasetConfig
+from llmr_ray.config import Config, DatasetConfig, EvaluateConfig, TrainConfig
 from llmr_ray.errors import ConfigError
 from llmr_ray.schemas import table_of
-from llmr_ray.studies import Finished, Study, read_study, run_study
+from llmr_ray.studies import Finished, Study, check_figures, figures_without_rows, read_study, run_study
 from llmr_ray.study_tables import summary, table, write
 
 STUDIES = sorted((Path(__file__).parents[2] / "conf" / "studies").glob("*.yaml"))
@@ -18,10 +18,12 @@ STUDIES = sorted((Path(__file__).parents[2] / "conf" / "studies").glob("*.yaml")
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_variant_of_a_shipped_study_loads(path):
-    """Prevents a variant of a misspelt setting, found after the variants before it have run for hours."""
+    """Prevents a variant of a misspelt setting, found after the variants before it have run for hours, and a figure
+    that no run has."""
     study = read_study(path)
     study = dataclasses.replace(study, seeds=study.seeds[:1])
     loaded = [loading.load(study.config, cell.settings) for cell in study.cells([])]
+    check_figures(study, loaded)
     loaded = [dataclasses.replace(config, name="") for config in loaded]
     assert len({loading.to_yaml(config) for config in loaded}) == len(loaded), "two variants are the same"
 
@@ -121,6 +123,99 @@ def test_a_failed_cell_is_told_and_the_others_go_on(study, tmp_path):
     # The same again: what failed is tried again.
     assert run_study(seeded, [], run, lambda known: None).failures == []
     assert len(outcome.rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("figure", "is_there"),
+    [
+        (("qa", "nDCG@10"), True),
+        (("qa", "EM"), True),
+        (("silent", "EM"), False),
+        (("silent", "R@10"), True),
+        (("silent", "R@5"), False),
+        (("other", "nDCG@10"), False),
+        (("average", "score"), True),
+        (("average Sentiment", "score"), True),
+    ],
+)
+def test_figures_that_no_cell_can_have_are_told_before_any_runs(study, figure, is_there):
+    """Prevents a study that ends well and lacks a column, as one that asks for EM where the LLM answers nothing."""
+    datasets = {"qa": DatasetConfig(task="qa"), "silent": DatasetConfig(task="qa"), "boolq": DatasetConfig(task="icl")}
+    asked = EvaluateConfig(num_llm_queries={"qa": 5, "silent": 0, "boolq": 5})
+    configs = [Config(), Config(datasets=datasets, evaluate=asked)]
+    study = dataclasses.replace(study, figures=[("qa", "R@10"), figure])
+    if is_there:
+        check_figures(study, configs)
+        return
+    with pytest.raises(ConfigError, match=f"{' '.join(figure)}.*num_llm_queries"):
+        check_figures(study, configs)
+
+
+def test_a_figure_that_no_cell_had_is_told(study, tmp_path):
+    """Prevents a misspelt measure from being an empty table that nobody looks at."""
+    study = dataclasses.replace(study, figures=[("average", "score"), ("qa", "exact match")])
+
+    def run(_, cell):
+        return finished([result("base", 0.5), result("trained", 0.75)])
+
+    outcome = run_study(study, [], run, lambda known: write(study, known, tmp_path / "out"))
+    assert figures_without_rows(study, outcome) == ["qa exact match"]
+    assert "No cell that has run has the figures: qa exact match." in (tmp_path / "out" / "study.md").read_text()
+
+    def fail(_, cell):
+        raise ConfigError("no GPU")
+
+    assert figures_without_rows(study, run_study(study, [], fail, lambda known: None)) == []
+
+
+def test_published_ablations_stand_beside_the_variants_that_ask_the_same(tmp_path):
+    """Prevents a study of a paper's ablation whose table says nothing of the paper's own figures, and changes that are
+    read off two scales."""
+    (tmp_path / "rewards.yaml").write_text(
+        "title: a\nconfig: ../base.yaml\nfigures: [average score]\nreference: whole\nseeds: [1, 2]\n"
+        "reproduces: {llm_r_ablations: {whole: iteration 1, raw: raw LLM score as teacher, late: no reward model}}\n"
+        "variants: {whole: [], raw: ['reward_model.model=\"\"'], late: [rounds=3], alone: [rounds=2]}\n"
+    )
+    study = read_study(tmp_path / "rewards.yaml")
+    means = {"whole": 0.5, "raw": 0.4375, "late": 0.25, "alone": 0.75}
+
+    def run(_, cell):
+        if cell.variant == "late":
+            raise ConfigError("no GPU")
+        rows = [result("base", 0.25), result("trained", means[cell.variant] + 0.125 * (cell.seed - 1))]
+        icl = {"boolq": DatasetConfig(task="icl", num_test=9)}
+        lr = 0.5 if cell.variant == "raw" else 0.25
+        config = Config(datasets=icl, rounds=1, train=TrainConfig(learning_rate=lr, num_steps=7))
+        return dataclasses.replace(finished(rows), config=config)
+
+    run_study(study, [], run, lambda known: write(study, known, tmp_path / "out"))
+    (paper,) = json.loads((tmp_path / "out" / "study.json").read_text())["published"]
+    whole, raw = paper["figures"]
+    assert (whole["variant"], raw["variant"]) == ("whole", "raw")
+    # On the paper's scale, means over the seeds; LLM-R prints percent.
+    assert (raw["published"], raw["published_change"]) == (65.2, pytest.approx(-0.5))
+    assert (raw["ours"], raw["change"]) == (pytest.approx(50.0), pytest.approx(-6.25))
+    assert (whole["change"], whole["published_change"], whole["same_data"]) == (None, None, False)
+    told = {row["what"]: row for row in paper["differences"]}
+    assert told["train.num_steps"]["published"] == "6000"
+    assert "train.learning_rate" not in told, "the variants differ in it"
+    assert "rounds" not in told, "the ablations are of one iteration"
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "## Beside LLM-R (2307.07164), ablations after one iteration" in text
+    assert "Average beside average, score, which is other data:" in text
+    row = next(line for line in text.splitlines() if line.startswith("| raw | raw LLM"))
+    assert row.startswith("| raw | raw LLM score as teacher | LLM-R / Trained embedder | 65.200 | 50.000 [")
+    assert row.endswith("| -0.500 | -6.250 |")
+
+
+def test_a_study_of_which_nothing_has_run_has_nothing_beside_it(study):
+    """Prevents the table of a first failed cell from failing itself."""
+    study = dataclasses.replace(study, reproduces={"llm_r_ablations": {"plain": "iteration 1"}})
+
+    def fail(_, cell):
+        raise ConfigError("no GPU")
+
+    assert "Beside" not in table(study, run_study(study, [], fail, lambda known: None))
 
 
 def test_an_interrupt_is_no_failure_of_a_cell(study):
@@ -225,6 +320,15 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         ("title: a\nconfig: b\nfigures: [average score]\nvariants: {a b: [], A-b: []}\n", "different words"),
         ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: rounds=2}\n", "is a list"),
         ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nsettings: rounds=2\n", "is a list"),
+        ("title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nreproduces: [c]\n", "has published tables"),
+        (
+            "title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nreproduces: {llm_r_ablations: {b: iteration 1}}\n",
+            r"names \['b'\]",
+        ),
+        (
+            "title: a\nconfig: b\nfigures: [a b]\nvariants: {a: []}\nreproduces: {llm_r_ablations: {a: iteration 9}}\n",
+            "no variant",
+        ),
         ("title: [", "not valid YAML"),
     ],
 )
