@@ -288,6 +288,9 @@ class EvaluateConfig:
     icl_cut: str = later("least_similar")
     """Which demonstrations a prompt that is too long loses first: least_similar, or most_similar, as LLM-Embedder's
     released code (I.21)."""
+    icl_option_space: bool = later(False)
+    """A space stands before an option that is scored, as LLM-Embedder's released code puts it. False: an option begins
+    its line, as the answers of the demonstrations do."""
     icl_protocol: str = later("llm_embedder")
     """llm_embedder (A.7), or llm_r (B.9): blank lines between demonstrations, labels of a classification by constrained
     greedy decoding, natural_questions judged after TriviaQA's normalisation."""
@@ -302,6 +305,9 @@ class EvaluateConfig:
     Published: 2048."""
     bootstrap_samples: int = 10_000
     """For the 95% intervals (percentile bootstrap over queries)."""
+    prompt_tokens: dict[str, int] = field(default_factory=dict, metadata={"later": True})
+    """By task (qa, icl, chat): a prompt and its answer have no more tokens of the reader. Absent: what it reads.
+    Published: 1024 of icl, 2048 of the others."""
     search_depth: int = 100
     """Documents kept per query and method in run files."""
 

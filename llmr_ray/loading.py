@@ -65,6 +65,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kind": ("flat", "ivf_sq8", "ivf_pq", "hnsw", "cagra"),
 }
 
+BOUNDED = ("qa", "icl", "chat")
+"""Tasks whose prompts can have a limit of their own (evaluate.prompt_tokens); long texts have their window."""
+
 QA_PROTOCOLS = ("ours", "mmlu", "popqa", "nq")
 """How a data set of qa can be asked (evaluate.qa_protocols)."""
 
@@ -334,6 +337,18 @@ def _check_reading(config: Config) -> None:
             raise ConfigError(
                 f"evaluate.qa_protocols says how '{name}' is asked, but that is no data set of the task qa. "
                 "Leave it out."
+            )
+    said = {"qa": evaluate.qa_max_new_tokens, "icl": evaluate.icl_max_new_tokens}
+    for task, limit in evaluate.prompt_tokens.items():
+        if task not in BOUNDED:
+            raise ConfigError(
+                f"evaluate.prompt_tokens.{task}: only {', '.join(BOUNDED)} can have a limit. Long texts have "
+                "evaluate.lrlm_window_tokens; other tasks are measured without an LLM."
+            )
+        if limit <= said.get(task, 0):
+            raise ConfigError(
+                f"evaluate.prompt_tokens.{task} is {limit}, of which the answer takes {said.get(task, 0)} tokens, so "
+                "nothing is left for the prompt. Raise it, or leave it out: then the limit is what the LLM reads."
             )
     published = sorted(name for name, protocol in evaluate.qa_protocols.items() if protocol != "ours")
     if evaluate.reading != "passages" and published:

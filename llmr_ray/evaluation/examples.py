@@ -55,6 +55,7 @@ def request(
     max_new_tokens: int,
     protocol: str = "llm_embedder",
     cut: str = "least_similar",
+    option_space: bool = False,
 ) -> LLMRequest:
     """Demonstrations, the most similar last; then the input on a line. Options are scored, else an answer is generated.
 
@@ -67,6 +68,7 @@ def request(
         max_new_tokens: of a generated answer.
         cut: which demonstrations a prompt that is too long loses first, least_similar or most_similar.
         protocol: llm_embedder (a newline behind each demonstration) or llm_r (a blank line; an answer is never empty).
+        option_space: a space stands before a scored option, as in LLM-Embedder's released code (A.7).
     """
     segments: list[Segment] = []
     orders = range(1, len(demonstrations) + 1)
@@ -85,7 +87,8 @@ def request(
     segments += behind(len(demonstrations), feedback_segments("icl", query, None))
     unit = query["query_id"]
     if query["options"]:
-        targets = tuple(target_text("icl", option) for option in query["options"])
+        space = " " if option_space else ""
+        targets = tuple(space + target_text("icl", option) for option in query["options"])
         return LLMRequest(request_id=request_id, unit=unit, segments=tuple(segments), targets=targets)
     return LLMRequest(
         request_id=request_id,

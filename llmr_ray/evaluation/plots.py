@@ -106,9 +106,9 @@ def intervals(figures: Sequence[tuple[str, float, float, float]], measure: str) 
         measure: what they are.
     """
     with rc_context(_STYLE):
-        figure, grid = _grid(1, 2, height=0.5 + 0.28 * len(figures))
-        axes, spare = grid[0]
-        spare.set_visible(False)
+        # As wide as a row of two: names are long, and numbers of three digits need their room.
+        figure, grid = _grid(1, 1, height=0.5 + 0.28 * len(figures), width=5.8)
+        axes = grid[0, 0]
         for place, (_, mean, low, high) in enumerate(figures):
             axes.plot([low, high], [place, place], color=_FAINT, linewidth=2.4)
             axes.plot([mean], [place], color=_LINE, marker="o", markersize=5)
@@ -185,8 +185,9 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat[:number])
 
 
-def _grid(rows: int, columns: int, *, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(2.9 * columns, height * rows), layout="constrained")
+def _grid(rows: int, columns: int, *, height: float, width: float = 2.9) -> tuple[Figure, np.ndarray]:
+    """`rows` x `columns` axes, each of this width and height in inches."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     figure.patch.set_alpha(0)
     grid: np.ndarray = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:

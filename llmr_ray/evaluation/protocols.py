@@ -125,6 +125,12 @@ def asks(
     return result
 
 
+def bounded(question: Ask, limits: Mapping[str, int]) -> Ask:
+    """The question with the limit of its task's prompts, where there is one (evaluate.prompt_tokens)."""
+    limit = limits.get(question.query["task"], 0)
+    return replace(question, requests=tuple(replace(request, max_tokens=limit) for request in question.requests))
+
+
 def mean_logprob(logprobs: Sequence[float], query: Row) -> float:
     """Mean log-probability per token (methods.md A.4.2); DataError for a desired output without tokens."""
     if not logprobs:

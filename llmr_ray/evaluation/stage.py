@@ -35,6 +35,7 @@ from llmr_ray.evaluation.protocols import (
     Ranking,
     Row,
     asks,
+    bounded,
     measured_rankings,
 )
 from llmr_ray.evaluation.tables import METHOD_NAMES, is_embedder, is_reserved
@@ -159,6 +160,7 @@ def run_evaluate(
         protocols = _protocols(config, prepare)
         asked = _asks(config, protocols, asked_of, prepare, places, rankings)
         asked, passages, labelled = reading.arranged(config, client, asked)
+        asked = [bounded(question, config.evaluate.prompt_tokens) for question in asked]
         results = client.answer([request for question in asked for request in question.requests], label="evaluate")
         answers = reading.by_question(asked, results)
         judged = _judge(protocols, answers)
@@ -303,6 +305,7 @@ def _task_protocols(config: Config) -> dict[str, Protocol]:
                 max_new_tokens=settings.icl_max_new_tokens,
                 protocol=settings.icl_protocol,
                 cut=settings.icl_cut,
+                option_space=settings.icl_option_space,
             ),
             judge=partial(examples.judge, protocol=settings.icl_protocol),
         ),

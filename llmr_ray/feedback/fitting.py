@@ -31,12 +31,14 @@ class Fitted:
 def fit_targets(
     tokenizer: Any, request: LLMRequest, targets: Sequence[str], max_model_tokens: int
 ) -> list[Fitted | FitError]:
-    """The prompt with each of the targets, within `max_model_tokens`; a target that cannot be asked gives its error.
+    """The prompt with each of the targets; a target that cannot be asked gives its error.
 
+    Together they have at most `max_model_tokens` and what the request itself allows.
     The prompt leaves room for the target or for `request.max_new_tokens`, whichever is more. So the targets of a
     request, which are no longer than that as a rule, see the same prompt although each is fitted by itself; and what
     is computed for a (prompt, target) never depends on which other targets were asked with it.
     """
+    most = _most(request, max_model_tokens)
     trimmed: dict[int, _Trimmed] = {}
 
     def trim(limit: int) -> _Trimmed:
@@ -47,29 +49,29 @@ def fit_targets(
     results: list[Fitted | FitError] = []
     for target in targets:
         try:
-            results.append(_fit_target(tokenizer, trim, target, request.max_new_tokens, max_model_tokens))
+            results.append(_fit_target(tokenizer, trim, target, request.max_new_tokens, most))
         except FitError as error:
             results.append(error)
     return results
 
 
 def _fit_target(
-    tokenizer: Any, trim: Callable[[int], "_Trimmed"], target: str, max_new_tokens: int, max_model_tokens: int
+    tokenizer: Any, trim: Callable[[int], "_Trimmed"], target: str, max_new_tokens: int, most: int
 ) -> Fitted:
     _check_text(target)
     if not target.strip():
         raise FitError("the desired output is empty")
-    limit = max_model_tokens - max(max_new_tokens, len(_encode(tokenizer, target)[0]))
+    limit = most - max(max_new_tokens, len(_encode(tokenizer, target)[0]))
     while True:
         prompt = trim(limit)
         ids, starts = _encode(tokenizer, prompt.text + target)
-        over = len(ids) - max_model_tokens
+        over = len(ids) - most
         if over <= 0:
             break
         if prompt.num_tokens > limit:
             raise FitError(
-                f"the desired output and what may not be cut have {len(ids)} tokens, but llm.max_model_tokens is "
-                f"{max_model_tokens}"
+                f"the desired output and what may not be cut have {len(ids)} tokens, but {most} are the limit "
+                f"({_LIMITS})"
             )
         limit = prompt.num_tokens - over
     split = next((place for place, start in enumerate(starts) if start >= len(prompt.text)), len(ids))
@@ -91,7 +93,8 @@ def fit_prompt(tokenizer: Any, request: LLMRequest, max_model_tokens: int) -> Fi
     Raises:
         FitError: the prompt is empty, or what may not be cut leaves no room.
     """
-    limit = max_model_tokens - request.max_new_tokens
+    most = _most(request, max_model_tokens)
+    limit = most - request.max_new_tokens
     prompt = _trim(tokenizer, request.segments, limit)
     ids, _ = _encode(tokenizer, prompt.text)
     if not ids:
@@ -99,9 +102,17 @@ def fit_prompt(tokenizer: Any, request: LLMRequest, max_model_tokens: int) -> Fi
     if len(ids) > limit:
         raise FitError(
             f"the parts that may not be cut have {len(ids)} tokens and {request.max_new_tokens} are to be made, but "
-            f"llm.max_model_tokens is {max_model_tokens}"
+            f"{most} are the limit ({_LIMITS})"
         )
     return Fitted(prompt_ids=tuple(ids), target_ids=(), truncated=prompt.truncated, prompt_sha=sha256_text(prompt.text))
+
+
+_LIMITS = "llm.max_model_tokens, and in evaluation evaluate.prompt_tokens"
+
+
+def _most(request: LLMRequest, max_model_tokens: int) -> int:
+    """The tokens that a prompt and its output may have."""
+    return min(request.max_tokens or max_model_tokens, max_model_tokens)
 
 
 @dataclass(frozen=True)

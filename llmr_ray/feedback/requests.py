@@ -42,6 +42,8 @@ class LLMRequest:
     targets: tuple[str, ...] = ()
     num_samples: int = 0
     max_new_tokens: int = 32
+    max_tokens: int = 0
+    """Of prompt and output together; 0: what the engine reads, which is the limit in any case."""
     temperature: float = 1.0
     """0: greedy, and then num_samples must be 1."""
     seed: int = 0

@@ -58,11 +58,13 @@ class Answer:
 def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
     """The keys of a request: one per target, or one for all its samples.
 
-    `max_new_tokens` belongs to a target's key too, because the prompt leaves room for it (feedback/fitting.py). A
-    target that is only compared with the first has another key than the same target read to its end.
+    `max_new_tokens` belongs to a target's key too, because the prompt leaves room for it (feedback/fitting.py), and so
+    does a limit of the request's own. A target that is only compared with the first has another key than the same
+    target read to its end.
     """
     segments = [[item.text, item.trim_order, item.trim_side, item.max_tokens] for item in request.segments]
-    prompt = hashlib.sha256(_bytes([scorer_id, segments, request.max_new_tokens])).hexdigest()
+    limits = [request.max_new_tokens] + ([request.max_tokens] if request.max_tokens else [])
+    prompt = hashlib.sha256(_bytes([scorer_id, segments, *limits])).hexdigest()
     if request.targets:
         first = request.targets[0]
         against = [request.rank_by, first] if request.rank_by else []

@@ -137,7 +137,7 @@ def _prompts(config: Config, assumed: Assumptions, methods: list[str]) -> tuple[
         elif task == "lrlm":
             length += evaluate.lrlm_window_tokens + evaluate.lrlm_chunks * _CHUNK_TOKENS
         prompts += asked
-        tokens += asked * min(length, llm.max_model_tokens)
+        tokens += asked * min(length, llm.max_model_tokens, evaluate.prompt_tokens.get(task, llm.max_model_tokens))
     return prompts, tokens, decoded
 
 

@@ -105,6 +105,14 @@ def test_llm_r_prompt_and_judgement():
     assert examples.judge(asked_about, said).values["EM"] == 0.0
 
 
+def test_a_space_stands_before_options_where_it_is_published():
+    """LLM-Embedder's code scores " No" after a line break (A.7): other tokens, so other likelihoods."""
+    row = query(options=["Yes", "No"], gold_option=1)
+    settings = {"demonstration_tokens": 0, "max_new_tokens": 64}
+    assert examples.request("r", row, [], option_space=True, **settings).targets == (" Yes", " No")
+    assert examples.request("r", row, [], **settings).targets == ("Yes", "No")
+
+
 def test_trivia_qa_normalisation_makes_spaces_of_punctuation():
     """SQuAD's joins what stood apart; LLM-R judges natural_questions by TriviaQA's."""
     assert exact_match("well-known ‘one’", ["well known one"], "trivia_qa") == 1.0
@@ -145,6 +153,22 @@ def test_stage_demotes_for_prompts_and_not_in_the_run(tmp_path, monkeypatch, dem
     shallow = replace(config, evaluate=replace(changed, icl_demotion="other_tasks", icl_demonstrations=5))
     with pytest.raises(ConfigError, match="search_depth"):
         world.make_evaluation(tmp_path, shallow, prepare, world.FakeClient())
+
+
+def test_stage_asks_within_the_limit_of_the_task(tmp_path, monkeypatch):
+    """A limit for prompts of examples that reaches other tasks, or none."""
+    monkeypatch.setattr("llmr_ray.evaluation.stage.search", world.brute_force_search)
+    config, client = world.make_config(), world.FakeClient()
+    changed = replace(config.evaluate, methods=["base"], prompt_tokens={"icl": 1024}, icl_option_space=True)
+    world.make_evaluation(tmp_path, replace(config, evaluate=changed), world.make_prepare(tmp_path), client)
+    asked = [request for call in client.calls for request in call]
+    limits = {(request.unit.split("/")[0], request.max_tokens) for request in asked}
+    tasks = {name: data.task for name, data in config.datasets.items()}
+    assert {(tasks[name], limit) for name, limit in limits} >= {("icl", 1024), ("qa", 0)}
+    assert all((limit == 1024) == (tasks[name] == "icl") for name, limit in limits)
+    of_piqa = [request for request in asked if request.unit.startswith("piqa")]
+    assert of_piqa
+    assert all(target.startswith(" ") for request in of_piqa for target in request.targets)
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------

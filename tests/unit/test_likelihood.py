@@ -102,6 +102,16 @@ def test_never_longer_than_allowed_nor_shorter_than_needed(tokenizer, limit):
     assert limit - 4 <= len(fitted.prompt_ids + fitted.target_ids) <= limit
 
 
+@pytest.mark.parametrize("own", [24, 500])
+def test_a_requests_own_limit_holds_beside_the_engines(tokenizer, own):
+    """A task's published limit that is ignored, or one above what the engine reads, which fails there."""
+    asked = request(Segment(text=TEXT, trim_order=1), " Answer:", max_tokens=own, max_new_tokens=8)
+    assert fit(tokenizer, asked, " Paris", limit=40) == fit(
+        tokenizer, request(Segment(text=TEXT, trim_order=1), " Answer:", max_new_tokens=8), " Paris", limit=min(own, 40)
+    )
+    assert len(fit_prompt(tokenizer, asked, 40).prompt_ids) == min(own, 40) - 8
+
+
 def test_segments_own_limit(tokenizer):
     """Candidates are cut to 512 tokens in any case (methods.md A.4.2), also when the prompt would fit."""
     asked = request(Segment(text=TEXT, max_tokens=5, trim_order=1), "\nQ:")

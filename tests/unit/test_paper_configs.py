@@ -159,6 +159,8 @@ TASKS = CONF / "paper" / "llm_embedder_tasks.yaml"
         (["datasets.books3.window_end=output"], "2176 of window and desired output"),
         (["evaluate.qa_protocols.nq=squad"], "must be one of ours, mmlu, popqa, nq"),
         (["evaluate.qa_protocols.msc=nq"], "no data set of the task qa"),
+        (["evaluate.prompt_tokens.lrlm=2048"], "Long texts have evaluate.lrlm_window_tokens"),
+        (["evaluate.prompt_tokens.icl=64"], "the answer takes 64 tokens"),
         (["evaluate.reading=evidence"], r"asks \['mmlu', 'nq', 'popqa'\] as published"),
     ],
 )
@@ -178,5 +180,5 @@ def test_windows_and_protocols_enter_no_id_at_their_defaults() -> None:
     """Data that is prepared would be prepared again, and everything that rests on it be made again."""
     assert not {"window_tokens", "window_end"} & identity(DatasetConfig(task="lrlm")).keys()
     assert identity(DatasetConfig(task="lrlm", window_tokens=2048))["window_tokens"] == 2048
-    assert "qa_protocols" not in identity(EvaluateConfig())
+    assert not {"qa_protocols", "prompt_tokens", "icl_option_space"} & identity(EvaluateConfig()).keys()
     assert identity(EvaluateConfig(qa_protocols={"mmlu": "mmlu"}))["qa_protocols"] == {"mmlu": "mmlu"}

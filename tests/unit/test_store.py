@@ -215,6 +215,7 @@ def test_costs_are_not_stored(tmp_path):
         {"segments": (Segment(text="Hello", trim_order=1, max_tokens=3),)},
         {"segments": (Segment(text="Hel", trim_order=1), Segment(text="lo"))},
         {"max_new_tokens": 8},
+        {"max_tokens": 64},
         {"targets": (), "num_samples": 2},
     ],
 )
