@@ -5,10 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 
 from llmr_ray.artifacts import Counts
 from llmr_ray.errors import DataError
 from llmr_ray.feedback.rules import RULES
+from llmr_ray.frames import PAIR, frame_of
+from llmr_ray.schemas import SCHEMAS
+
+MIN_REWARDED = 2
+"""A query with fewer rewarded documents has nothing to compare."""
+
+_TOO_FEW = f"the query has fewer than {MIN_REWARDED} rewarded documents"
 
 
 @dataclass(frozen=True)
@@ -102,25 +111,27 @@ def reward_rows(
     return _comparable(rewarded.values(), counts)
 
 
-def given_reward_rows(given_rows: Sequence[Mapping[str, Any]], source: str) -> tuple[list[dict[str, object]], Counts]:
-    """The rewards rows of rewards that came with the data, but of queries with fewer than two of them.
+def given_rewards(given: pa.Table, source: str) -> tuple[pa.Table, Counts]:
+    """The rewards of pairs that came with the data, but of queries with fewer than two of them.
 
     Args:
-        given_rows: rows of given_rewards, all of a query's among them.
+        given: a table given_rewards with all pairs of its queries. There may be tens of millions.
         source: what their reward_source is.
     """
-    rewarded: dict[str, list[dict[str, object]]] = {}
-    for row in given_rows:
-        rewarded.setdefault(row["query_id"], []).append({**row, "reward_source": source})
-    return _comparable(rewarded.values(), Counts(rows_in=len(given_rows)))
+    pairs = frame_of(given, [*PAIR, "reward"])
+    rewards = pairs.filter(pl.len().over("query_id") >= MIN_REWARDED).with_columns(reward_source=pl.lit(source))
+    counts = Counts(rows_in=len(pairs), ok=len(rewards))
+    if len(rewards) < len(pairs):
+        counts.skipped[_TOO_FEW] = len(pairs) - len(rewards)
+    return rewards.to_arrow().cast(SCHEMAS["rewards"]), counts
 
 
 def _comparable(rewarded: Iterable[list[dict[str, object]]], counts: Counts) -> tuple[list[dict[str, object]], Counts]:
     """The rows of queries that have something to compare; the others are counted."""
     rows: list[dict[str, object]] = []
     for of_query in rewarded:
-        if len(of_query) < 2:
-            counts.skipped["the query has fewer than 2 rewarded documents"] += len(of_query)
+        if len(of_query) < MIN_REWARDED:
+            counts.skipped[_TOO_FEW] += len(of_query)
         elif all(row["reward"] is None for row in of_query):
             counts.skipped["the LLM scored no document of the query"] += len(of_query)
         else:

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ from llmr_ray.feedback.jobs import GIVEN, SHARD_QUERIES, ScoreJobs, feedback_tas
 from llmr_ray.feedback.labels import LABELS_VERSION
 from llmr_ray.feedback.prompts import PROMPTS_VERSION
 from llmr_ray.feedback.requests import LLMClient
-from llmr_ray.feedback.rewards import given_reward_rows, reward_rows
+from llmr_ray.feedback.rewards import given_rewards, reward_rows
 from llmr_ray.feedback.scoring import ask_jobs, score_rows
 from llmr_ray.schemas import table_of
 
@@ -122,14 +121,15 @@ def run_reward(config: Config, artifact: Artifact, prepare: Artifact, llm_scores
     for shard in artifact.pending(num_shards):
         if shard < scored_shards:
             rows, counts = reward_rows(llm_scores.read("llm_scores", shard).to_pylist(), kind_of)
+            rewards = table_of("rewards", rows)
         else:
-            rows, counts = given_reward_rows(_given_rewards(prepare, queries, given), GIVEN)
-        artifact.write_shard(shard, {"rewards": table_of("rewards", rows)}, counts)
+            rewards, counts = given_rewards(_given_rewards(prepare, queries, given), GIVEN)
+        artifact.write_shard(shard, {"rewards": rewards}, counts)
     artifact.commit(num_shards, seconds=time.monotonic() - started)
 
 
-def _given_rewards(prepare: Artifact, queries: pa.Table, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of given_rewards of the training queries of some tasks; each of these must have some."""
+def _given_rewards(prepare: Artifact, queries: pa.Table, tasks: Sequence[str]) -> pa.Table:
+    """Those of given_rewards of the training queries of some tasks; each of these must have some."""
     if "given_rewards" not in prepare.require()["rows"]:
         raise DataError(
             f"score.feedback of {', '.join(tasks)} is '{GIVEN}', but no data set brings scores of a teacher. Read "
@@ -146,4 +146,4 @@ def _given_rewards(prepare: Artifact, queries: pa.Table, tasks: Sequence[str]) -
             f"score.feedback of {', '.join(without)} is '{GIVEN}', but no training query of it has a teacher's scores. "
             "Name files that have them, or set its feedback to likelihood, rank or none."
         )
-    return given.to_pylist()
+    return given

@@ -24,9 +24,10 @@ from llmr_ray.data.sources import brings_candidates
 from llmr_ray.data.text import document_text, document_texts
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
-from llmr_ray.index.topk import MISSING, merge_topk
+from llmr_ray.index.topk import merge_topk
 from llmr_ray.index.vectors import query_vectors
 from llmr_ray.mining.candidates import Found, draw_random, own_first, text_key, union
+from llmr_ray.mining.given import GivenCandidates
 from llmr_ray.schemas import table_of
 
 MINE_VERSION = 1
@@ -141,14 +142,13 @@ class MineWorker:
         self.text_key = cache(lambda row: text_key(document_text(titles[row].as_py(), texts[row].as_py())))
         self.scopes_Q2 = scopes(self.queries, corpus)
         self.query_QD = query_vectors(embeddings, self.queries["query_id"].to_pylist())
-        qrels, given = prepare.read("qrels"), None
-        if any(task.num_given for task in tasks.values()):
-            given = prepare.read("given")
+        qrels = prepare.read("qrels")
         own = [_meta(query).get("self_doc_id") for query in self.queries.select(["meta"]).to_pylist()]
-        named = [table["doc_id"].to_pylist() for table in (qrels, given) if table is not None]
-        self.row_of = _rows_of(self.doc_ids, chain(*named, own))
+        self.row_of = _rows_of(self.doc_ids, chain(qrels["doc_id"].to_pylist(), own))
         self.gold_rows = _gold_rows(qrels, self.row_of)
-        self.given = _given_rows(given, self.row_of) if given is not None else {}
+        wants_given = any(task.num_given for task in tasks.values())
+        given = prepare.read("given") if wants_given else table_of("given", [])
+        self.given = GivenCandidates(given, self.doc_ids)
         shards.set_threads(how.num_threads)
         self.shards = shards.open_shards(index, range(index.require()["num_shards"]), how=how)
         if sum(shard.num_rows for shard in self.shards) != len(self.doc_ids):
@@ -222,13 +222,8 @@ class MineWorker:
                 texts = [queries[member]["query"] for member in members]
                 ranked.append(("bm25", settings.num_bm25, *self.bm25.topk(texts, scopes_Q2, settings.depth)))
             for position, member in enumerate(members):
-                rows, scores = self.given.get(queries[member]["query_id"], ([], []))
-                given = Found(
-                    source="given",
-                    num=settings.num_given,
-                    rows=np.asarray(rows, np.int64),
-                    scores=np.asarray(scores, np.float32),
-                )
+                rows, scores = self.given.of(queries[member]["query_id"])
+                given = Found(source="given", num=settings.num_given, rows=rows, scores=scores)
                 found[member] = [given] + [
                     Found(
                         source=source,
@@ -260,18 +255,6 @@ def _rows_of(doc_ids: pa.ChunkedArray, named: Iterable[str | None]) -> dict[str,
     wanted = pa.array(sorted({name for name in named if name is not None}), pa.string())
     rows = np.flatnonzero(pc.is_in(doc_ids, value_set=wanted).to_numpy())
     return dict(zip(doc_ids.take(pa.array(rows)).to_pylist(), rows.tolist(), strict=True))
-
-
-def _given_rows(given: pa.Table, row_of: dict[str, int]) -> dict[str, tuple[list[int], list[float]]]:
-    """Corpus rows and scores of each query's given candidates, in order; what the corpus lacks is MISSING."""
-    result: dict[str, tuple[list[int], list[float]]] = {}
-    retrieval_scores = given["retrieval_score"].fill_null(float("nan"))
-    given = given.set_column(given.column_names.index("retrieval_score"), "retrieval_score", retrieval_scores)
-    for entry in given.to_pylist():
-        rows, scores = result.setdefault(entry["query_id"], ([], []))
-        rows.append(row_of.get(entry["doc_id"], MISSING))
-        scores.append(entry["retrieval_score"])
-    return result
 
 
 def _gold_rows(qrels: pa.Table, row_of: dict[str, int]) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 """From candidates, gold documents and rewards to the pool of each training query."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -26,9 +26,25 @@ def named_documents(prepare: Artifact, qrels: pa.Table, candidates: pa.Table, co
     return prepare.read("corpus", columns=["doc_id", *columns], ids=chain.from_iterable(ids))
 
 
-def join_pools(
-    qrels: pa.Table, candidates: pa.Table, rewards: pa.Table, corpus: pa.Table
-) -> dict[str, dict[str, list[Any]]]:
+class Pools(Mapping[str, dict[str, list[Any]]]):
+    """What `join_pools` found, by query. A pool becomes Python's lists when it is asked for: all of them at once, some
+    hundred documents of hundreds of thousands of queries, would take ten times their table's memory."""
+
+    def __init__(self, pools: pl.DataFrame) -> None:
+        self._pools = pools
+        self._number = {query_id: number for number, query_id in enumerate(pools["query_id"])}
+
+    def __getitem__(self, query_id: str) -> dict[str, list[Any]]:
+        return self._pools.row(self._number[query_id], named=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._number)
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+
+def join_pools(qrels: pa.Table, candidates: pa.Table, rewards: pa.Table, corpus: pa.Table) -> Pools:
     """Each query's pool as lists: doc_id, row (of `corpus`), gold, judged, reward (None where there is none), source
     (of the reward).
 
@@ -60,7 +76,7 @@ def join_pools(
     grouped = joined.group_by("query_id", maintain_order=True).agg(
         "doc_id", "row", "gold", "judged", "reward", source="reward_source"
     )
-    return {row["query_id"]: row for row in grouped.iter_rows(named=True)}
+    return Pools(grouped)
 
 
 def pool_of(docs: list[str], roles: list[str], rewards: list[float | None] | None) -> Pool:

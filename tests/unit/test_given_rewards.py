@@ -13,7 +13,7 @@ from llmr_ray.errors import DataError
 from llmr_ray.feedback.jobs import ScoreJobs, feedback_tasks
 from llmr_ray.feedback.stage import reward_spec, run_reward
 from llmr_ray.mining.candidates import Found, union
-from llmr_ray.mining.stage import _given_rows
+from llmr_ray.mining.given import GivenCandidates
 from llmr_ray.schemas import table_of
 
 CONFIG = Config(
@@ -95,12 +95,34 @@ def test_the_llm_is_not_asked_and_other_ids_stay(tmp_path: Path) -> None:
     assert reward_spec(CONFIG, **of).id != reward_spec(none, **of).id
 
 
+def given_candidates(rows: list[tuple[str, str, float | None]], corpus: list[str]) -> GivenCandidates:
+    names = ("query_id", "doc_id", "retrieval_score")
+    given = table_of("given", [dict(zip(names, row, strict=True)) for row in rows])
+    return GivenCandidates(given, pa.chunked_array([corpus], pa.string()))
+
+
+def test_given_candidates_are_each_query_s_own_in_their_order() -> None:
+    """A slice that begins one pair late gives every query a document of its neighbour."""
+    rng = np.random.default_rng(7)
+    corpus = [f"d{number}" for number in range(40)]
+    rows = [
+        (f"q{query}", f"d{document}", float(np.float32(rng.normal())))
+        for query in rng.permutation(12).tolist()
+        for document in rng.choice(60, size=query, replace=False).tolist()
+    ]
+    given = given_candidates(rows, corpus)
+    for query in range(13):
+        own = [(document, score) for name, document, score in rows if name == f"q{query}"]
+        places, scores = given.of(f"q{query}")
+        assert places.dtype == np.int64
+        assert places.tolist() == [corpus.index(document) if document in corpus else -1 for document, _ in own]
+        assert scores.tolist() == [score for _, score in own]
+
+
 def test_given_candidates_without_a_retrieval_score() -> None:
     """NaN in a table of candidates stops a run, and 0 would be a score that nobody gave."""
     rows = [("q", "d2", None), ("q", "lost", 0.5), ("q", "d1", 0.25)]
-    names = ("query_id", "doc_id", "retrieval_score")
-    given = table_of("given", [dict(zip(names, row, strict=True)) for row in rows])
-    places, scores = _given_rows(given, {"d1": 0, "d2": 1})["q"]
-    found = Found(source="given", num=3, rows=np.asarray(places), scores=np.asarray(scores, np.float32))
+    places, scores = given_candidates(rows, ["d1", "d2"]).of("q")
+    found = Found(source="given", num=3, rows=places, scores=scores)
     chosen, _ = union(gold_rows=[], self_row=None, query="?", found=[found], key_of=str)
     assert [(item.row, item.rank, item.retrieval_score) for item in chosen] == [(1, 1, None), (0, 3, 0.25)]
