@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmr_ray.config import DatasetConfig
+from llmr_ray.assets import resolve
+from llmr_ray.config import Config, DatasetConfig
 from llmr_ray.data.recognition import DataFiles, name_of, recognise
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source, duplicate_of
-from llmr_ray.data.sources import reader
+from llmr_ray.data.sources import is_tokenized, reader
 from llmr_ray.errors import DataError
 
 ADVICE = {
@@ -93,8 +94,17 @@ class Validated:
         return plain | {"examples": examples, "advice": {reason: ADVICE[reason] for reason in self.rejected}}
 
 
-def data_files(path: Path, *, source: str = "", task: str = "", name: str = "") -> list[DataFiles]:
+def sources_in(
+    path: Path, *, source: str = "", task: str = "", name: str = "", tokenizer: Path, max_text_chars: int
+) -> list[Source]:
     """The data sets of a file or folder: as it is told, else as they are recognised.
+
+    Args:
+        path: the file or folder.
+        source, task: in place of what is recognised.
+        name: of several data sets, this one alone; a single one is called so.
+        tokenizer: a folder with tokenizer.json, where texts are cut by tokens.
+        max_text_chars: as in a data set's settings.
 
     Raises:
         ConfigError: the format is not recognised and not told.
@@ -103,32 +113,61 @@ def data_files(path: Path, *, source: str = "", task: str = "", name: str = "") 
     if source and task:
         if not path.exists():
             raise DataError(f"there is no {path}.")
-        return [DataFiles(name=name or name_of(path), source=source, task=task, path=path)]
-    found = [replace(item, source=source or item.source, task=task or item.task) for item in recognise(path)]
+        found = [DataFiles(name=name or name_of(path), source=source, task=task, path=path)]
+    else:
+        found = [replace(item, source=source or item.source, task=task or item.task) for item in recognise(path)]
     if len(found) == 1:
-        return [replace(found[0], name=name or found[0].name)]
-    return [item for item in found if name in ("", item.name)]
+        found = [replace(found[0], name=name or found[0].name)]
+    return [
+        Source(
+            name=item.name,
+            config=DatasetConfig(
+                task=item.task, source=item.source, path=str(item.path), max_text_chars=max_text_chars
+            ),
+            path=item.path,
+            tokenizer=tokenizer,
+        )
+        for item in found
+        if name in ("", item.name)
+    ]
 
 
-def validate(data: DataFiles, *, tokenizer: Path, max_text_chars: int, num_examples: int = 3) -> Validated:
+def configured_sources(config: Config, *, name: str = "") -> list[Source]:
+    """The data sets of a run with its settings, such as the files of candidates and rewards that it names.
+
+    Args:
+        config: the run's.
+        name: of its data sets, this one alone.
+
+    Raises:
+        ConfigError, DataError: a file that a data set names, or the LLM whose tokens cut its texts, is not there.
+    """
+    chosen = {key: dataset for key, dataset in config.datasets.items() if name in ("", key)}
+    cache = config.runtime.cache_root
+    tokenizer = resolve(config.llm.model, cache).path if any(map(is_tokenized, chosen.values())) else Path()
+    places = {path: resolve(path, cache).path for path in {dataset.path for dataset in chosen.values()}}
+    return [
+        Source(name=key, config=dataset, path=places[dataset.path], tokenizer=tokenizer)
+        for key, dataset in chosen.items()
+    ]
+
+
+def validate(source: Source, *, num_examples: int = 3) -> Validated:
     """Reads every row of a data set.
 
     Args:
-        data: the data set.
-        tokenizer: a folder with tokenizer.json, where texts are cut by tokens.
-        max_text_chars: as in the data set's settings.
+        source: the data set.
         num_examples: rejected rows kept of each reason.
 
     Raises:
         ConfigError: the source does not serve the task.
         DataError: a file cannot be read, or there are no rows.
     """
-    config = DatasetConfig(task=data.task, source=data.source, path=str(data.path), max_text_chars=max_text_chars)
-    source = Source(name=data.name, config=config, path=data.path, tokenizer=tokenizer)
-    result = Validated(name=data.name, source=data.source, task=data.task, path=str(data.path))
-    _take_in(result, reader(data.source)(source), num_examples)
+    config = source.config
+    result = Validated(name=source.name, source=config.source, task=config.task, path=str(source.path))
+    _take_in(result, reader(config.source)(source), num_examples)
     if not result.num_rows:
-        raise DataError(f"{data.path} holds no rows of the data set '{data.name}' (source {data.source}).")
+        raise DataError(f"{source.path} holds no rows of the data set '{source.name}' (source {config.source}).")
     return result
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmr_ray.errors import LlmrError
+from llmr_ray.errors import ConfigError, LlmrError
 
 if TYPE_CHECKING:
     from llmr_ray.data.validation import Validated
@@ -16,26 +16,42 @@ UNUSABLE, REJECTED = 2, 3
 
 
 def validate(
-    path: Annotated[Path, typer.Argument(help="A file, a folder, or an archive of several data sets.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A file, a folder, an archive of several data sets; or a run's configuration (.yaml), for its data."
+        ),
+    ],
     source: Annotated[str, typer.Option(help="The reader, where the format is not recognised or is another.")] = "",
     task: Annotated[str, typer.Option(help="qa, convsearch, chat, lrlm, icl or tool.")] = "",
     name: Annotated[str, typer.Option(help="The data set's name; of several, this one alone.")] = "",
     tokenizer: Annotated[
         Path, typer.Option(help="A model's folder, where texts are cut by its tokens (lrlm).")
     ] = Path(),
-    max_text_chars: Annotated[int, typer.Option(help="Longer texts are rejected.")] = 20_000,
+    max_text_chars: Annotated[int | None, typer.Option(help="Longer texts are rejected (20,000 characters).")] = None,
     examples: Annotated[int, typer.Option(help="Rejected rows that are shown of each reason.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Reads every row as a run would. Exit code 0: all is well; 3: rows are rejected; 2: unusable input."""
-    from llmr_ray.data.validation import data_files
+    """Reads every row as a run would. Exit code 0: all is well; 3: rows are rejected; 2: unusable input.
+
+    Of files alone the formats are recognised; a configuration also says which files of candidates and of a teacher's
+    scores belong to them (candidates, given_rewards).
+    """
+    from llmr_ray.config import DatasetConfig
+    from llmr_ray.data.validation import configured_sources, sources_in
     from llmr_ray.data.validation import validate as validate_data
+    from llmr_ray.loading import load
 
     try:
-        found = [
-            validate_data(data, tokenizer=tokenizer, max_text_chars=max_text_chars, num_examples=examples)
-            for data in data_files(path, source=source, task=task, name=name)
-        ]
+        if path.suffix == ".yaml":
+            told = {"--source": source, "--task": task, "--max-text-chars": max_text_chars}
+            if given := [option for option, value in told.items() if value]:
+                raise ConfigError(f"{path} says itself how its data is read. Leave out {', '.join(given)}.")
+            sources = configured_sources(load(path), name=name)
+        else:
+            most = DatasetConfig().max_text_chars if max_text_chars is None else max_text_chars
+            sources = sources_in(path, source=source, task=task, name=name, tokenizer=tokenizer, max_text_chars=most)
+        found = [validate_data(data, num_examples=examples) for data in sources]
     except LlmrError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(UNUSABLE) from error

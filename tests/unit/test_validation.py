@@ -95,6 +95,28 @@ def test_clean_and_unusable_input(tmp_path: Path) -> None:
     assert "whole gzip" in run(tmp_path / "cut.jsonl.gz", "--source", "kl_rows", "--task", "qa", code=2)
 
 
+def test_files_that_only_a_configuration_names_are_read(tmp_path: Path) -> None:
+    """LLM-R's scores lie beside the data, and none is known as such: their faults came up in the run."""
+    fields = {"answers": ["Yes"], "options": [""], "task_name": "rte"}
+    rows = [fields | {"query_id": f"rte_train_{number}", "query": f"Is it {number}?"} for number in range(2)]
+    taught = [rows[0] | {"doc_ids": ["0", "1"], "doc_scores": scores} for scores in ([0.5, -1.0], [0.5])]
+    passages = [{"id": str(number), "contents": f"Was it {number}?\nNo", "task_name": "rte"} for number in range(2)]
+    files = {"train": rows, "test": [rows[0] | {"query_id": "rte_test_0", "query": "Will it?"}], "passages": passages}
+    for name, lines in (files | {"kd_bm25_train": taught}).items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (alone,) = run(tmp_path, "--json")
+    assert alone["num_with_rewards"] == 0
+    config = tmp_path / "run.yaml"
+    settings = "task: icl, source: llm_r, given_rewards: [kd_bm25_train.jsonl.gz], num_train: 2"
+    config.write_text(f"tasks: {{icl: {{}}}}\ndatasets:\n  rte: {{{settings}, path: {tmp_path}}}\n")
+    (found,) = run(config, "--json", code=3)
+    assert (found["name"], found["num_with_rewards"], found["rejected"]) == ("rte", 1, {"scores_length": 1})
+    assert "Leave out --task" in run(config, "--task", "icl", code=2)
+    config.write_text(config.read_text().replace(str(tmp_path), f"{tmp_path}/elsewhere"))
+    assert "elsewhere" in run(config, code=2)
+
+
 def test_a_repeated_id_is_rejected_as_in_a_run(tmp_path: Path) -> None:
     """What validate calls clean must not be quarantined later."""
     write_lines(tmp_path / "corpus.jsonl", [{"doc_id": "d", "text": "one"}, {"doc_id": "d", "text": "two"}])
