@@ -25,6 +25,7 @@ from llmr_ray.evaluation.published import beside_published
 from llmr_ray.evaluation.rendering import render
 from llmr_ray.evaluation.results import held_out_tasks, result_rows
 from llmr_ray.evaluation.showcase import test_examples, training_examples
+from llmr_ray.evaluation.shown import shown_figures
 from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
 from llmr_ray.evaluation.trec import write_trec
 from llmr_ray.loading import to_yaml
@@ -52,10 +53,10 @@ def write_report(
         commit: of the code.
 
     Returns:
-        What results.json holds: rows, stages, command, commit, seed, reading where the LLM does not simply read all
-        passages, agreement where there is a reward model, annotators and canaries where LLMs label, labeling where
-        labels are made in rounds, questions where the LLM wrote some, leakage where
-        it was looked for, published where report.reproduces names tables, and audit where it gave feedback.
+        What results.json holds: rows, stages, command, commit, seed, shown (what the prompts hold), reading where
+        the LLM does not simply read all passages, agreement where there is a reward model, annotators and canaries
+        where LLMs label, labeling where labels are made in rounds, questions where the LLM wrote some, leakage where it
+        was looked for, published where report.reproduces names tables, and audit where the LLM gave feedback.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -79,6 +80,7 @@ def write_report(
         "seed": config.seed,
         "rows": rows,
         "stages": stages,
+        "shown": shown_figures(prepare, evaluate),
     }
     if config.evaluate.reading != "passages":
         passages = reading.summary(evaluate.read("reading"))
@@ -315,6 +317,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         judge_name=judge_name,
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
+        shown=results["shown"],
         reading=results.get("reading"),
         score_floor=config.evaluate.score_floor,
         labeling=[labels_told(told) for told in results.get("labeling", [])],

@@ -200,6 +200,7 @@ def test_page_shows_what_was_asked_for(run):
         "Table 1: knowledge",
         "Table 2: memory",
         "Table 3: examples and tools",
+        "What the prompts show",
         "What the language model rewarded",
         "Retrieved before and after",
         "Training",
