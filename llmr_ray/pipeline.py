@@ -196,6 +196,8 @@ class Pipeline:
             f"{tokens}{time.monotonic() - started:.0f} s",
             style="green",
         )
+        for warning in artifact.require()["extra"].get("warnings", []):
+            self.console.print(f"{label}: warning: {warning}", style="yellow")
 
     @property
     def _clients(self) -> list[RayClient]:
@@ -222,6 +224,7 @@ class Pipeline:
             raise DataError("the evaluation is not finished, so there is nothing to report. Run the stage 'evaluate'.")
         stages = [
             {"stage": stage.name, "artifact": stage.artifact.id, "seconds": manifest["seconds"], **manifest["counts"]}
+            | {"warnings": manifest["extra"].get("warnings", [])}
             for stage in self.stages
             if (manifest := stage.artifact.manifest) is not None
         ]

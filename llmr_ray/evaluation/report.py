@@ -48,7 +48,8 @@ def write_report(
         artifacts: finished ones; "prepare" and "evaluate" are needed, "candidates", "llm_scores", "rewards" and
             "agreement", "canaries", "labels", "generate", "leakage" and "checkpoint" are shown where they exist, and
             for the audit "embed_base", "embed_trained" and "teach".
-        stages: for each stage its name (`stage`), `artifact` id, `seconds` and the fields of artifacts.Counts.
+        stages: for each stage its name (`stage`), `artifact` id, `seconds`, the fields of artifacts.Counts and, where
+            there are any, `warnings`.
         command: repeats the run.
         commit: of the code.
 
@@ -202,6 +203,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
+    for stage, warning in _warnings(results["stages"]):
+        console.print(f"{stage}: warning: {warning}", style="yellow", markup=False, highlight=False)
     for where, place in LEAK_PLACES.items():
         for row in results.get("leakage", {}).get(where, []):
             if row["kinds"]:
@@ -211,6 +214,11 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "
         console.print(f"{line}{row['written']} written, {row['kept']} kept; not kept: {dropped or 'none'}")
+
+
+def _warnings(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What readers of a run's figures should know: stage and warning."""
+    return [(stage["stage"], warning) for stage in stages for warning in stage.get("warnings", [])]
 
 
 def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
@@ -317,6 +325,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         judge_name=judge_name,
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
+        warnings=_warnings(results["stages"]),
         shown=results["shown"],
         reading=results.get("reading"),
         score_floor=config.evaluate.score_floor,

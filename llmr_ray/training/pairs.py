@@ -1,8 +1,9 @@
 """What the reward model reads, and the groups it learns from: pure functions on rows (LLM-R, methods.md B.5, B.6)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from llmr_ray.config import TaskScore
@@ -16,6 +17,30 @@ from llmr_ray.training.pools import pool_of
 def is_held_out(query_id: str, fraction: float) -> bool:
     """Whether a training query does not train the reward model, so that the two can be compared on it."""
     return unit_hash("held out of the reward model", query_id) < fraction
+
+
+GUESSING = 0.97
+"""A loss that is still this share of that of the first steps has hardly left that of guessing."""
+
+
+def learned_little(losses: Sequence[float]) -> str | None:
+    """A warning where a reward model still guesses at the end of its training, else None.
+
+    It begins with logits that are nearly equal, and leaves the loss of guessing the later the less the candidates
+    differ. Until then its rewards are almost alike and teach next to nothing.
+
+    Args:
+        losses: of all steps.
+    """
+    first = float(np.mean(losses[: max(1, len(losses) // 20)]))
+    last = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    if last < GUESSING * first:
+        return None
+    return (
+        f"its loss is {last:.3f} at the end and was {first:.3f} at the beginning, so it hardly tells candidates apart "
+        "and teaches next to nothing. Train it longer (reward_model.train.num_steps) or at another rate "
+        "(reward_model.train.learning_rate), or let the LLM's scores teach (reward_model.model: '')."
+    )
 
 
 def left_text(query: Mapping[str, Any], settings: TaskScore, *, sees_target: bool, seed: int) -> str | None:

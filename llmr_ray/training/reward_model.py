@@ -26,7 +26,7 @@ from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 from llmr_ray.training import running
 from llmr_ray.training.cross_encoder import CrossEncoderRecipe
-from llmr_ray.training.pairs import is_held_out, left_text, pair_row
+from llmr_ray.training.pairs import is_held_out, learned_little, left_text, pair_row
 from llmr_ray.training.pools import join_pools, named_documents, write_groups
 
 REWARD_MODEL_VERSION = 1
@@ -80,7 +80,8 @@ def run_reward_model(
 ) -> None:
     """Trains and commits ``files/reward_model``, and the tables `groups` (of pairs) and `steps`.
 
-    It learns from the training queries of tasks with LLM feedback. Every other query is counted with its reason:
+    It learns from the training queries of tasks with LLM feedback. If it has learned next to nothing, the manifest's
+    `warnings` say so. Every other query is counted with its reason:
     "task_without_feedback", "held_out", "no_candidates", "no_target" (no desired output to read), "no_rewards",
     or one of groups.reject_reason. Training goes as in running.train_model; the artifact's ``work/`` folder is deleted
     once it is committed.
@@ -127,6 +128,8 @@ def run_reward_model(
         counts=Counts(),
         allow_restart=allow_restart,
     )
+    warning = learned_little(artifact.part("steps", num_groups)["loss"].to_pylist())
+    extra["warnings"] = [warning] if warning else []
     artifact.commit(num_groups + 1, seconds=time.monotonic() - started, extra=extra)
     shutil.rmtree(running.work_folder(artifact))
 

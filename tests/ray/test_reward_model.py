@@ -145,6 +145,7 @@ def test_the_reward_model_says_what_it_learned_from(problem, taught):
     assert set(model.read("groups")["query_id"].to_pylist()) <= rewarded - held_out
     losses = model.read("steps")["loss"].to_numpy()
     assert losses[-10:].mean() < losses[:10].mean()
+    assert model.require()["extra"]["warnings"] == []
     assert not (model.path / "work").exists()
 
 

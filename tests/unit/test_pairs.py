@@ -11,7 +11,7 @@ from llmr_ray.config import LoraConfig, TaskScore
 from llmr_ray.training import checkpoint, step
 from llmr_ray.training.cross_encoder import CrossEncoding
 from llmr_ray.training.groups import sample
-from llmr_ray.training.pairs import is_held_out, left_text, pair_row
+from llmr_ray.training.pairs import is_held_out, learned_little, left_text, pair_row
 from tests.tiny import tiny_bert
 from tests.training_setup import PAIR_TASKS, groups_table, make_pair_data, make_pair_trainer
 
@@ -190,3 +190,17 @@ def test_interrupted_run_ends_with_the_same_weights(setup, tmp_path, lora):
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["classifier.weight"], fresh["classifier.weight"])
+
+
+def test_a_reward_model_that_still_guesses_is_told():
+    """It took a day to see that a second round lost because its teacher said the same of all candidates."""
+    rng = np.random.default_rng(2)
+    guess, noise = np.log(7), rng.normal(scale=0.05, size=3000)
+    # The second round of llm_r.yaml with 120 steps: 1.945 to 1.928.
+    warning = learned_little(guess - np.linspace(0, 0.02, 120) + noise[:120])
+    assert warning is not None
+    assert "reward_model.train.num_steps" in warning
+    # A first round with as many, and a long run that has learned before its first tenth is over.
+    assert learned_little(np.where(np.arange(120) < 60, guess, 1.5) + noise[:120]) is None
+    assert learned_little(np.where(np.arange(3000) < 200, guess, 1.2) + noise) is None
+    assert learned_little(guess + noise) is not None

@@ -122,6 +122,7 @@ def run(tmp_path_factory):
     counts.quarantined["text is <too> long"] = 2
     counts.skipped["no margin"] = 1
     stages = [{"stage": "prepare", "artifact": prepare.id, "seconds": 1.25, **counts.to_dict()}]
+    stages[0]["warnings"] = ["its loss is <still> that of guessing"]
     whole = config, artifacts, stages, root / "run"
     write(whole)
     return whole
@@ -191,6 +192,7 @@ def test_page_is_self_contained_and_escapes_the_data(run):
     assert "<b>what</b>" not in text
     assert "&lt;b&gt;what&lt;/b&gt; about hotpot" in text
     assert "text is &lt;too&gt; long: 2" in text
+    assert "<b>prepare</b>: its loss is &lt;still&gt; that of guessing" in text
 
 
 def test_page_shows_what_was_asked_for(run):
@@ -349,3 +351,4 @@ def test_terminal_table_shows_every_column(run, width):
     for word in ("hotpot", "nDCG@10", "perplexity ↓", "average", "Trained", "BM25"):
         assert word in text
     assert "…" not in text
+    assert "prepare: warning: its loss is <still> that of guessing" in " ".join(text.split())
