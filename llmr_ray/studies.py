@@ -131,6 +131,7 @@ class Outcome:
         queries of both; None where there is no reference, or the row is its own); asked (pairs that annotators were
         asked about until then, or None); tokens (of the LLM's feedback).
     stability: of each cell and task, see evaluation/stability.py.
+    warnings: of the stages of each cell: variant, seed, stage, warning.
     failures: of each cell that failed: variant, seed, error, trace.
     missing: labels of the cells that have not run. has_run: whether any cell has run to its end.
     configs: of each variant that has run.
@@ -138,6 +139,7 @@ class Outcome:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     stability: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     has_run: bool = False
@@ -277,6 +279,7 @@ def run_study(study: Study, overrides: Sequence[str], run: Run, show: Callable[[
         outcome = Outcome(
             rows=[row for at in done for row in made[at, (study.reference, at[1]) in done]],
             stability=[row for at, finished in done.items() for row in _stability(study, at, finished)],
+            warnings=[row for at, finished in done.items() for row in _warnings(at, finished)],
             failures=list(failures),
             missing=[other.label for other in cells[number:]],
             has_run=bool(done),
@@ -325,6 +328,14 @@ def _stability(study: Study, at: _At, finished: Finished) -> list[dict[str, Any]
     if not study.stability or finished.steps is None:
         return []
     return [{"variant": at[0], "seed": at[1], **row} for row in stability(finished.steps)]
+
+
+def _warnings(at: _At, finished: Finished) -> list[dict[str, Any]]:
+    return [
+        {"variant": at[0], "seed": at[1], "stage": stage["stage"], "warning": warning}
+        for stage in finished.results.get("stages", [])
+        for warning in stage.get("warnings", [])
+    ]
 
 
 def slug(name: str) -> str:

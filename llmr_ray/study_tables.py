@@ -90,6 +90,10 @@ def table(study: Study, outcome: Outcome) -> str:
         parts += _beside(paper, study.reference)
     if outcome.stability:
         parts += _stability(outcome.stability)
+    if outcome.warnings:
+        parts.append("## Warnings\n\nFigures of these variants may say more of the training than of the variant.\n")
+        parts += [f"- {_cell(told)}: {told['stage']}: {told['warning']}" for told in outcome.warnings]
+        parts.append("")
     if outcome.failures:
         parts.append("## Failed\n\nThe same command tries these again.\n")
         parts += [f"- {_cell(failure)}: {failure['error']}" for failure in outcome.failures]
@@ -106,7 +110,7 @@ def write(study: Study, outcome: Outcome, folder: Path) -> None:
     record = {"title": study.title, "config": Path(study.config).name, "seeds": list(study.seeds)}
     record |= {"rows": outcome.rows, "summary": rows, "stability": outcome.stability}
     record |= {"published": _published(study, rows, outcome)}
-    record |= {"failures": outcome.failures, "missing": outcome.missing}
+    record |= {"warnings": outcome.warnings, "failures": outcome.failures, "missing": outcome.missing}
     write_atomic(folder / "study.json", (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(folder / "study.md", (table(study, outcome) + "\n").encode())
     for dataset, measure in study.figures:

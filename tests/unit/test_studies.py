@@ -97,6 +97,23 @@ def test_a_study_is_a_run_for_each_variant_and_one_table(study, tmp_path):
     assert (tmp_path / "out" / "average-score.svg").read_text().startswith("<svg")
 
 
+def test_what_a_cell_s_stages_warn_of_stands_in_the_table(study, tmp_path):
+    """Prevents a variant from being judged by a teacher that learned nothing in that cell alone."""
+
+    def run(_, cell):
+        done = finished([result("base", 0.5), result("trained", 0.75)])
+        warnings = ["its loss is that of guessing"] if "rounds=2" in cell.settings else []
+        done.results["stages"] = [{"stage": "reward_model", "warnings": warnings}, {"stage": "train"}]
+        return done
+
+    run_study(study, [], run, lambda known: write(study, known, tmp_path / "out"))
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert text.count("loss") == 1
+    assert "- Two rounds: reward_model: its loss is that of guessing" in text
+    (told,) = json.loads((tmp_path / "out" / "study.json").read_text())["warnings"]
+    assert (told["variant"], told["stage"]) == ("Two rounds", "reward_model")
+
+
 def test_a_failed_cell_is_told_and_the_others_go_on(study, tmp_path):
     """Prevents one variant's failure from costing the night, or its table, and from being silent."""
     tried = []
