@@ -32,13 +32,15 @@ PSEUDO = "pseudo"
 
 SCHEMAS: dict[str, pa.Schema] = {
     # A query may retrieve the documents of its `pool` whose `position` is below `history_end` (null: the whole pool).
-    # Shared corpora are one pool; a dialogue or a long text is a pool of its own.
+    # Shared corpora are one pool; a dialogue or a long text is a pool of its own. Queries of one `split_key` (null: the
+    # query_id) are too much alike for one of them to be seen in training and another to be asked.
     "queries": pa.schema(
         [
             _field("query_id", _S),
             _field("task", _S),
             _field("dataset", _S),
             _field("split", _S),
+            _field("split_key", _S, nullable=True),
             _field("query", _S),
             _field("targets", _strings()),
             _field("options", _strings(), nullable=True),

@@ -216,7 +216,7 @@ class StagePlan:
         of = {**read, "reward_model": model}
         taught = self._add("teach", reward_model.teach_spec(config, **of), reward_model.run_teach, **of)
         embeddings = {name: retriever.embeddings for name, retriever in self.retrievers.items()}
-        of = {"rewards": rewards, "taught": taught, "embeddings": embeddings}
+        of = {"prepare": self.prepare, "rewards": rewards, "taught": taught, "embeddings": embeddings}
         self._add("agree", agreement.agree_spec(config, **of), agreement.run_agree, **of)
         return taught
 

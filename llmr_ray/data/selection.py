@@ -257,6 +257,7 @@ def _query_row(data: Collected, query: Query, kept: set[str]) -> dict[str, Any]:
         "task": data.config.task,
         "dataset": data.name,
         "split": data.split[query.query_id],
+        "split_key": query.split_key,
         "query": query.query,
         "targets": list(query.targets),
         "options": None if query.options is None else list(query.options),

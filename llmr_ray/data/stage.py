@@ -39,7 +39,7 @@ from llmr_ray.schemas import table_of
 
 log = logging.getLogger(__name__)
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 
 CORPUS_ROWS = 32 * GROUP_ROWS["corpus"]
 """Documents that are written at once."""

@@ -21,7 +21,7 @@ from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.training.pairs import is_held_out
 
-AGREE_VERSION = 1
+AGREE_VERSION = 2
 
 REWARD_MODEL = "reward_model"
 """The judge's name beside those of embedders."""
@@ -29,13 +29,15 @@ REWARD_MODEL = "reward_model"
 _SCHEMA = pa.schema([("query_id", pa.string()), ("judge", pa.string()), ("tau", pa.float64())])
 
 
-def agree_spec(config: Config, rewards: Artifact, taught: Artifact, embeddings: Mapping[str, Artifact]) -> ArtifactSpec:
+def agree_spec(
+    config: Config, *, prepare: Artifact, rewards: Artifact, taught: Artifact, embeddings: Mapping[str, Artifact]
+) -> ArtifactSpec:
     """What determines the agreement: the judges, and which queries are held out."""
     return ArtifactSpec(
         stage="agree",
         version=AGREE_VERSION,
         config={"held_out_fraction": config.reward_model.held_out_fraction},
-        inputs={"rewards": rewards.id, "taught": taught.id}
+        inputs={"prepare": prepare.id, "rewards": rewards.id, "taught": taught.id}
         | {f"embeddings_{name}": vectors.id for name, vectors in embeddings.items()},
     )
 
@@ -43,6 +45,8 @@ def agree_spec(config: Config, rewards: Artifact, taught: Artifact, embeddings: 
 def run_agree(
     config: Config,
     artifact: Artifact,
+    *,
+    prepare: Artifact,
     rewards: Artifact,
     taught: Artifact,
     embeddings: Mapping[str, Artifact],
@@ -52,6 +56,7 @@ def run_agree(
     Args:
         config: the run's.
         artifact: to be made.
+        prepare: the queries.
         rewards: of the LLM.
         taught: of the reward model.
         embeddings: of each embedder that is to be compared.
@@ -62,8 +67,9 @@ def run_agree(
     started = time.monotonic()
     if artifact.pending(1):
         of_llm = rewards.read("rewards")
-        fraction = config.reward_model.held_out_fraction
-        ids = [name for name in pc.unique(of_llm["query_id"]).to_pylist() if is_held_out(name, fraction)]
+        queries = prepare.read("queries").select(["query_id", "split_key"])
+        judged = queries.filter(pc.is_in(queries["query_id"], value_set=pc.unique(of_llm["query_id"]))).to_pylist()
+        ids = [query["query_id"] for query in judged if is_held_out(query, config.reward_model.held_out_fraction)]
         if not ids:
             raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
         of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")

@@ -324,6 +324,7 @@ def _query(task: str, row: Row) -> Row:
         "task": task,
         "dataset": row["dataset"],
         "split": "train",
+        "split_key": row["doc_id"],
         "query": row["question"],
         "targets": [row["answer"]],
         "pool": row["dataset"],

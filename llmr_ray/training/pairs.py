@@ -14,9 +14,16 @@ from llmr_ray.training.groups import CANDIDATE, reject_reason
 from llmr_ray.training.pools import pool_of
 
 
-def is_held_out(query_id: str, fraction: float) -> bool:
-    """Whether a training query does not train the reward model, so that the two can be compared on it."""
-    return unit_hash("held out of the reward model", query_id) < fraction
+def is_held_out(query: Mapping[str, Any], fraction: float) -> bool:
+    """Whether a training query does not train the reward model, so that this can be compared with the LLM on it.
+
+    As with splits, queries that must not be parted are held out together.
+
+    Args:
+        query: query_id and split_key of a row of `queries`.
+        fraction: share of the keys.
+    """
+    return unit_hash("held out of the reward model", query["split_key"] or query["query_id"]) < fraction
 
 
 GUESSING = 0.97

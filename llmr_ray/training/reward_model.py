@@ -99,7 +99,7 @@ def run_reward_model(
     """
     started = time.monotonic()
     settings, tasks = config.reward_model, feedback_tasks(config)
-    queries = prepare.read("queries").select(["query_id", "task", "dataset", "query", "targets", "split"])
+    queries = prepare.read("queries").select(["query_id", "task", "dataset", "query", "targets", "split", "split_key"])
     queries = queries.filter(pc.equal(queries["split"], "train"))
     qrels, mined = prepare.read("qrels"), candidates.read("candidates")
     documents = named_documents(prepare, qrels, mined, ["title", "text", "continuation"])
@@ -108,7 +108,7 @@ def run_reward_model(
     def row_of(query: dict[str, Any]) -> dict[str, Any] | str:
         if query["task"] not in tasks:
             return "task_without_feedback"
-        if is_held_out(query["query_id"], settings.held_out_fraction):
+        if is_held_out(query, settings.held_out_fraction):
             return "held_out"
         score = config.tasks[query["task"]].score
         left = left_text(query, score, sees_target=settings.sees_target, seed=config.seed)

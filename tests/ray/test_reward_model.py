@@ -136,7 +136,7 @@ def test_the_reward_model_says_what_it_learned_from(problem, taught):
     """Prevents held-out queries from training it, and queries from being lost without a word."""
     model, _ = taught
     queries = problem[1]["prepare"].read("queries").to_pylist()
-    held_out = {row["query_id"] for row in queries if is_held_out(row["query_id"], 0.3)}
+    held_out = {row["query_id"] for row in queries if is_held_out(row, 0.3)}
     rewarded = {row["query_id"] for row in queries if row["task"] in FEEDBACK}
     counts = model.require()["counts"]
     assert counts["skipped"]["task_without_feedback"] == 40
@@ -173,8 +173,9 @@ def test_it_ranks_as_the_llm_does_also_where_it_did_not_train(problem, taught):
     CrossEncoder(base.path, max_tokens=24, precision="float32", device="cpu").save(root / "fresh")
     untrained = by_hand(config, root / "untrained", inputs, artifact.spec, root / "fresh")
     before, after = (rank_agreement(of.read("rewards"), llm.read("rewards")) for of in (untrained, artifact))
+    held_out = {row["query_id"]: is_held_out(row, 0.3) for row in inputs["prepare"].read("queries").to_pylist()}
     for which in (False, True):
-        queries = [query for query in after if is_held_out(query, 0.3) == which]
+        queries = [query for query in after if held_out[query] == which]
         assert len(queries) > 20
         assert np.mean([after[query] for query in queries]) > np.mean([before[query] for query in queries]) + 0.1
 

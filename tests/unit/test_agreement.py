@@ -8,6 +8,7 @@ from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import Config, RewardModelConfig
 from llmr_ray.evaluation.agreement import agree_spec, agreement_rows, rank_agreement, run_agree
 from llmr_ray.index.vectors import to_table
+from llmr_ray.schemas import table_of
 from llmr_ray.training.pairs import is_held_out
 
 
@@ -58,7 +59,21 @@ def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_pa
     rng = np.random.default_rng(0)
     config = Config(reward_model=RewardModelConfig(model="m", held_out_fraction=0.5))
     docs, queries = [f"d{n}" for n in range(9)], [f"q{n}" for n in range(12)]
-    held_out = [query for query in queries if is_held_out(query, 0.5)]
+    rows = [
+        {
+            "query_id": query,
+            "task": "icl",
+            "dataset": "d",
+            "split": "train",
+            "split_key": f"k{number // 2}",
+            "query": query,
+        }
+        for number, query in enumerate(queries)
+    ]
+    prepare = finished(
+        tmp_path, "prepare", queries=table_of("queries", [row | {"targets": [], "pool": "p"} for row in rows])
+    )
+    held_out = [row["query_id"] for row in rows if is_held_out(row, 0.5)]
     assert 2 < len(held_out) < 10
     llm = {query: {doc: float(rng.normal()) for doc in docs} for query in queries}
     good = {query: {doc: 3 * value for doc, value in of.items()} for query, of in llm.items()}
@@ -73,7 +88,7 @@ def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_pa
         for stage, of in (("reward", llm), ("teach", good))
     ]
     base = finished(tmp_path, "embed", query_embeddings=unit["query"], document_embeddings=unit["doc"])
-    of = {"rewards": judged[0], "taught": judged[1], "embeddings": {"base": base}}
+    of = {"prepare": prepare, "rewards": judged[0], "taught": judged[1], "embeddings": {"base": base}}
     artifact = Artifact(tmp_path, agree_spec(config, **of))
     artifact.begin()
     run_agree(config, artifact, **of)

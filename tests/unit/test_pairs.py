@@ -78,10 +78,15 @@ def test_queries_that_cannot_train_say_why(left, of, reason):
     assert pair_row(QUERY, left, of, CORPUS, top_positives=3) == reason
 
 
-def test_held_out_queries_are_a_share_by_id():
-    held = [is_held_out(f"q{n}", 0.2) for n in range(2000)]
+def test_held_out_queries_are_a_share_by_key():
+    """Prevents a query from being held out while another that gives it away trains."""
+    alone = [{"query_id": f"q{n}", "split_key": None} for n in range(2000)]
+    held = [is_held_out(query, 0.2) for query in alone]
     assert np.mean(held) == pytest.approx(0.2, abs=0.03)
-    assert not any(is_held_out(f"q{n}", 0.0) for n in range(100))
+    assert not any(is_held_out(query, 0.0) for query in alone)
+    together = [[is_held_out(query | {"split_key": f"k{n}"}, 0.5) for query in alone[:9]] for n in range(40)]
+    assert {len(set(held)) for held in together} == {1}
+    assert 5 < sum(held[0] for held in together) < 35
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ def test_rows_of_one_key_stay_together() -> None:
     for first in range(0, 200, 10):
         ids = {f"q{n}" for n in range(first, first + 10)}
         assert len({row["split"] for row in result.queries if row["query_id"] in ids}) == 1
+        assert {row["split_key"] for row in result.queries if row["query_id"] in ids} == {f"k{first // 10}"}
 
 
 def test_text_of_a_test_query_is_nowhere_in_training() -> None:
