@@ -51,6 +51,9 @@ class DatasetConfig:
     given_rewards: list[str] = field(default_factory=list, metadata={"later": True})
     """llm_r: files of candidates whose scores are a teacher's, for example kd_bm25_train.jsonl.gz and
     kd_it2_train.jsonl.gz. They are given candidates (mine.num_given), and rewards with score.feedback: given."""
+    pool: str = later("")
+    """Passages and APIs: the pool that the data set's documents join and its queries search, as do those of every other
+    data set that names it. Empty: a pool of its own."""
     window_tokens: int = later(256)
     """Long texts: the recent text that the LLM always sees, so that nothing of it is retrieved. In whole chunks of 128.
     Published: 2048."""

@@ -164,12 +164,26 @@ def _check_values(value: Any, where: str) -> None:
             raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
 
 
+_WITHOUT_SHARED_PASSAGES = ("chat", "lrlm", "icl")
+
+
 def _check_run(config: Config) -> None:
     for name, dataset in config.datasets.items():
         if dataset.task not in config.tasks:
             raise ConfigError(
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
+            )
+        if dataset.pool and dataset.task in _WITHOUT_SHARED_PASSAGES:
+            raise ConfigError(
+                f"datasets.{name}.pool is '{dataset.pool}', but in the task '{dataset.task}' a pool is what one "
+                "dialogue or text holds, or all examples. Leave it out."
+            )
+        alike = {other.task for other in config.datasets.values() if other.pool == dataset.pool}
+        if dataset.pool and len(alike) > 1:
+            raise ConfigError(
+                f"the pool '{dataset.pool}' is named by data sets of the tasks {', '.join(sorted(alike))}, but what is "
+                "searched together is embedded with the instructions of one task. Give each task a pool of its own."
             )
         if dataset.given_rewards and dataset.source != "llm_r":
             raise ConfigError(

@@ -215,7 +215,7 @@ def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row:
     elif task.kind == "free":
         outputs = tuple(map(one_line, check_texts(row.get(sample.answer_field), sample.answer_field, limit)))
     else:
-        options, gold = _options(row, limit)
+        options, gold = read_options(row, limit)
         outputs = (options[gold],)
         if task.num_options and len(options) != task.num_options:
             yield Skip(row=where, reason="other_number_of_options")
@@ -236,7 +236,7 @@ def _label(sample: Sample, row: Row) -> int:
     return sample.label_of[value]
 
 
-def _options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
+def read_options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
     """Options without their letters and the index of the right one. Samples give both as "A. text", one a line."""
     if isinstance(row.get("options"), list):
         return _listed_options(row, limit)

@@ -58,10 +58,14 @@ def read_jsonl(source: Source) -> Iterator[Record]:
     if source.config.task == "icl" and not (source.path.is_dir() and corpus.exists()):
         yield from records_of(read_json_lines(queries), lambda where, row: _example(source, where, row))
         return
-    if not corpus.exists():
-        raise DataError(f"data set '{source.name}': there is no {corpus} to retrieve from.")
+    if not corpus.exists() and not source.config.pool:
+        raise DataError(
+            f"data set '{source.name}': there is no {corpus} to retrieve from. Where its queries search the passages "
+            "of other data sets, give them all one name as datasets.*.pool."
+        )
+    documents = read_json_lines(corpus) if corpus.exists() else iter(())
     judgements = Judgements(sorted(judged_files(folder / "qrels")))
-    yield from _collection(source, folder, read_json_lines(corpus), read_json_lines(queries), judgements)
+    yield from _collection(source, folder, documents, read_json_lines(queries), judgements)
 
 
 def read_mteb(source: Source) -> Iterator[Record]:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from llmr_ray.artifacts import Counts
@@ -107,7 +107,7 @@ def collect(
                 if record.query_id in result.queries:
                     result.bad.append(duplicate_of(record))
                     continue
-                result.queries[record.query_id] = record
+                result.queries[record.query_id] = replace(record, pool=config.pool) if config.pool else record
                 result.split[record.query_id] = record.split or split_of(
                     name,
                     record.split_key,
@@ -120,7 +120,7 @@ def collect(
                 else:
                     place = result.texts.put(record.text, record.continuation, _json(record.meta))
                     # One string serves all documents of a pool.
-                    pool = sys.intern(record.pool)
+                    pool = sys.intern(config.pool or record.pool)
                     held = Held(pool, record.position, record.from_query, record.is_solved, place)
                     result.documents[record.doc_id] = held
             case Bad():
@@ -214,7 +214,7 @@ def _documents(
         if held.from_query is not None and held.from_query not in trainable:
             is_test = data.split[held.from_query] != "train"
             skipped["example_of_held_out_query" if is_test else "duplicate_of_test"] += 1
-        elif held.from_query is None and held.pool not in reach:
+        elif held.from_query is None and held.pool not in reach and not data.config.pool:
             skipped["document_of_unused_pool"] += 1
         elif held.is_solved and _solves_any(data.texts.get(held.place)[0] or "", held_out):
             skipped["example_of_held_out_query"] += 1

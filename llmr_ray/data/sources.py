@@ -9,6 +9,7 @@ from llmr_ray.data.knowledge import read_hotpotqa, read_squad
 from llmr_ray.data.llm_embedder import read_llm_embedder
 from llmr_ray.data.llm_r import read_llm_r
 from llmr_ray.data.memory import read_bfcl_memory, read_chitchat, read_stdlib
+from llmr_ray.data.questions import read_questions
 from llmr_ray.data.records import Record, Source
 from llmr_ray.data.toolbench import read_toolbench
 from llmr_ray.data.tools import read_bfcl_tools
@@ -18,6 +19,7 @@ from llmr_ray.errors import ConfigError
 SOURCES: dict[str, Callable[[Source], Iterator[Record]]] = {
     "hotpotqa": read_hotpotqa,
     "squad": read_squad,
+    "questions": read_questions,
     "chitchat": read_chitchat,
     "stdlib": read_stdlib,
     "bfcl_memory": read_bfcl_memory,

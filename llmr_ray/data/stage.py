@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from llmr_ray.data.selection import (
 from llmr_ray.data.sources import is_tokenized, reader, reader_version
 from llmr_ray.data.texts import Texts
 from llmr_ray.durable import storage_errors
-from llmr_ray.errors import ConfigError
+from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.schemas import table_of
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ class PrepareWorker:
                 collected.append(collect(name, dataset, self.prepare, reader(dataset.source)(source), texts))
         held_out = held_out_texts(collected)
         selected = [select(data, held_out) for data in collected]
+        _check_pools(self.datasets, selected)
         rows: dict[str, list[dict[str, Any]]] = {
             "queries": [row for part in selected for row in part.queries],
             "qrels": [row for part in selected for row in part.qrels],
@@ -151,6 +152,18 @@ class PrepareWorker:
             tables["given_rewards"] = _given("given_rewards", given_reward_rows, chosen)
         tables["corpus"] = _corpus(selected)
         return self.artifact.write_shard(shard, tables, sum((part.counts for part in selected), Counts()))
+
+
+def _check_pools(datasets: Mapping[str, DatasetConfig], selected: Sequence[Selected]) -> None:
+    """A misspelt name must not leave queries without anything to find."""
+    filled = {document.pool for part in selected for document in part.corpus}
+    named = {datasets[row["dataset"]].pool for part in selected for row in part.queries} - {""}
+    if empty := sorted(named - filled):
+        users = sorted(name for name, dataset in datasets.items() if dataset.pool in empty)
+        raise DataError(
+            f"the pool {', '.join(map(repr, empty))} holds no document, so the queries of {', '.join(users)} would "
+            "find nothing. Give the data set whose passages they search the same name as datasets.*.pool."
+        )
 
 
 def _given(

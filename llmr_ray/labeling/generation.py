@@ -120,7 +120,7 @@ def _generated(
     for task in question_tasks(config):
         rows, fate = _of_task(config, task, given, vectors, client)
         asked += rows
-        queries += [_query(task, row) for row in rows if row["reason"] is None]
+        queries += [_query(config, task, row) for row in rows if row["reason"] is None]
         counts += fate
     qrels = [
         {"query_id": row["question_id"], "doc_id": row["doc_id"], "relevance": 1}
@@ -179,14 +179,15 @@ def _of_task(config: Config, task: str, given: _Given, vectors: Vectors, client:
 def drawn_documents(config: Config, task: str, prepare: Artifact) -> list[Row]:
     """The rows of the corpus about which questions are written, with their `dataset`, in the order of the draw.
 
-    A data set's shared pool has its name; pools of one dialogue or text have other names, and what they tell is nobody
-    else's question. Drawing more documents keeps those that fewer would be.
+    Shared pools alone: what a pool of one dialogue or text tells is nobody else's question. Of a pool that several data
+    sets share, the first of these has the questions. Drawing more documents keeps those that fewer would be.
     """
     number = config.tasks[task].questions.num_documents
     pools = prepare.read("corpus", columns=["doc_id", "pool"])
     found: list[Row] = []
-    for name in sorted(name for name, dataset in config.datasets.items() if dataset.task == task):
-        doc_ids = pools["doc_id"].filter(pc.equal(pools["pool"], name)).to_pylist()
+    shared = {_pool(config, name): name for name, of in sorted(config.datasets.items())[::-1] if of.task == task}
+    for pool, name in sorted(shared.items()):
+        doc_ids = pools["doc_id"].filter(pc.equal(pools["pool"], pool)).to_pylist()
         drawn = sorted(doc_ids, key=lambda doc_id: unit_hash("questions", str(config.seed), doc_id))[:number]
         row_of = _documents(prepare, drawn)
         found += [row_of[doc_id] | {"dataset": name} for doc_id in drawn]
@@ -317,7 +318,12 @@ def _kept(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["reason"] is None]
 
 
-def _query(task: str, row: Row) -> Row:
+def _pool(config: Config, dataset: str) -> str:
+    """The pool of a data set whose passages are shared."""
+    return config.datasets[dataset].pool or dataset
+
+
+def _query(config: Config, task: str, row: Row) -> Row:
     """A generated question as a row of `queries`; mining looks for `source_doc_id`."""
     return {
         "query_id": row["question_id"],
@@ -327,7 +333,7 @@ def _query(task: str, row: Row) -> Row:
         "split_key": row["doc_id"],
         "query": row["question"],
         "targets": [row["answer"]],
-        "pool": row["dataset"],
+        "pool": _pool(config, row["dataset"]),
         "meta": json.dumps({"source_doc_id": row["doc_id"]}, ensure_ascii=False),
     }
 
