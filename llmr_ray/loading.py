@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from llmr_ray.config import (
     Config,
+    DatasetConfig,
     RewardModelConfig,
     RuntimeConfig,
     TaskQuestions,
@@ -164,7 +165,22 @@ def _check_values(value: Any, where: str) -> None:
             raise ConfigError(f"'{where}{item.name}' is {inner}, but may not be negative.")
 
 
-_WITHOUT_SHARED_PASSAGES = ("chat", "lrlm", "icl")
+def _check_pool(config: Config, name: str, dataset: DatasetConfig) -> None:
+    where = f"datasets.{name}.pool is '{dataset.pool}'"
+    if dataset.task in ("chat", "lrlm", "icl"):
+        raise ConfigError(
+            f"{where}, but in the task '{dataset.task}' a pool is what one dialogue or text holds, or all examples. "
+            "Leave it out."
+        )
+    namesake = config.datasets.get(dataset.pool)
+    if namesake is not None and namesake.pool != dataset.pool:
+        raise ConfigError(f"{where}, a data set that does not name it: set datasets.{dataset.pool}.pool to it, too.")
+    tasks = sorted({other.task for other in config.datasets.values() if other.pool == dataset.pool})
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"{where}, as in data sets of the tasks {', '.join(tasks)}, but what is searched together is embedded "
+            "with the instructions of one task. Give each task a pool of its own."
+        )
 
 
 def _check_run(config: Config) -> None:
@@ -174,17 +190,8 @@ def _check_run(config: Config) -> None:
                 f"data set '{name}' belongs to task '{dataset.task}', which `tasks` does not define. Defined: "
                 f"{sorted(config.tasks)}. Put `base: llm_embedder.yaml` at the top, or define the task."
             )
-        if dataset.pool and dataset.task in _WITHOUT_SHARED_PASSAGES:
-            raise ConfigError(
-                f"datasets.{name}.pool is '{dataset.pool}', but in the task '{dataset.task}' a pool is what one "
-                "dialogue or text holds, or all examples. Leave it out."
-            )
-        alike = {other.task for other in config.datasets.values() if other.pool == dataset.pool}
-        if dataset.pool and len(alike) > 1:
-            raise ConfigError(
-                f"the pool '{dataset.pool}' is named by data sets of the tasks {', '.join(sorted(alike))}, but what is "
-                "searched together is embedded with the instructions of one task. Give each task a pool of its own."
-            )
+        if dataset.pool:
+            _check_pool(config, name, dataset)
         if dataset.given_rewards and dataset.source != "llm_r":
             raise ConfigError(
                 f"datasets.{name}.given_rewards names files of LLM-R's, but its source is '{dataset.source}', which "

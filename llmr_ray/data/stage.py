@@ -60,11 +60,12 @@ def prepare_spec(config: Config, assets: dict[str, Asset]) -> ArtifactSpec:
         raise ConfigError("`datasets` is empty: there is nothing to prepare. Take the blocks of conf/datasets.yaml.")
     for name, dataset in config.datasets.items():
         reader(dataset.source)
-        if not re.fullmatch(r"[\w.-]+", name) or name == POOL:
-            raise ConfigError(
-                f"'{name}' cannot be a data set's name: names begin ids and pools, so they are letters, digits, "
-                f"'_', '.' and '-', and '{POOL}' is the pool of examples. Rename it."
-            )
+        for given in (name, dataset.pool or name):
+            if not re.fullmatch(r"[\w.-]+", given) or given == POOL:
+                raise ConfigError(
+                    f"'{given}' cannot be the name of a data set or of its pool: these begin ids, so they are letters, "
+                    f"digits, '_', '.' and '-', and '{POOL}' is the pool of examples. Rename it."
+                )
     inputs = {f"dataset:{name}": assets[dataset.path].fingerprint for name, dataset in config.datasets.items()}
     if any(map(is_tokenized, config.datasets.values())):
         inputs["tokenizer"] = assets[config.llm.model].fingerprint
@@ -156,9 +157,12 @@ class PrepareWorker:
 
 def _check_pools(datasets: Mapping[str, DatasetConfig], selected: Sequence[Selected]) -> None:
     """A misspelt name must not leave queries without anything to find."""
-    filled = {document.pool for part in selected for document in part.corpus}
     named = {datasets[row["dataset"]].pool for part in selected for row in part.queries} - {""}
-    if empty := sorted(named - filled):
+
+    def is_empty(pool: str) -> bool:
+        return not any(document.pool == pool for part in selected for document in part.corpus)
+
+    if empty := sorted(filter(is_empty, named)):
         users = sorted(name for name, dataset in datasets.items() if dataset.pool in empty)
         raise DataError(
             f"the pool {', '.join(map(repr, empty))} holds no document, so the queries of {', '.join(users)} would "

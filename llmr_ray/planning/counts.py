@@ -1,5 +1,6 @@
 """How many texts and pairs a configuration has, and how large they are: what every stage's work is counted in."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from llmr_ray.artifacts import SHARD_ROWS
@@ -13,6 +14,8 @@ ROW_BYTES = 120
 """Of a row of candidates or scores on disk."""
 _OWN_POOLS = ("chat", "lrlm")
 """Tasks whose queries search a dialogue or a text of their own, which is small."""
+QUESTIONS = "questions"
+"""The source that brings no documents."""
 _OPENED = 5 / 4
 """An opened index over its vectors: 8-bit codes that propose documents are a quarter more (index/searcher.py)."""
 
@@ -35,19 +38,24 @@ def num_documents(config: Config, assumed: Assumptions, tasks: Collection[str] =
 
 
 def num_compared(config: Config, assumed: Assumptions, asked: Iterable[tuple[DatasetConfig, int]]) -> float:
-    """(query, document) pairs of exact searches, each query against its whole pool: that of all examples, or of its
-    data set. Own dialogues and texts are too small to count.
+    """(query, document) pairs of exact searches, each query against its whole pool: that of all examples, of the data
+    sets that share it, or of its data set. Own dialogues and texts are too small to count.
 
     Args:
         config, assumed: sizes of the pools.
         asked: data sets, and how many queries of each search.
     """
     examples = num_documents(config, assumed, EXAMPLE_TASKS)
-    pools = [
-        (data, number, examples if data.task in EXAMPLE_TASKS else _documents(data, config, assumed))
-        for data, number in asked
-    ]
-    return float(sum(number * pool for data, number, pool in pools if data.task not in _OWN_POOLS))
+    shared: Counter[str] = Counter()
+    for data in config.datasets.values():
+        shared[data.pool] += _documents(data, config, assumed)
+
+    def searched(data: DatasetConfig) -> int:
+        if data.task in EXAMPLE_TASKS:
+            return examples
+        return shared[data.pool] if data.pool else _documents(data, config, assumed)
+
+    return float(sum(number * searched(data) for data, number in asked if data.task not in _OWN_POOLS))
 
 
 def num_pairs(config: Config, *, again: bool) -> int:
@@ -90,6 +98,8 @@ def _documents(data: DatasetConfig, config: Config, assumed: Assumptions) -> int
         return data.num_documents
     if data.task in EXAMPLE_TASKS and not data.num_train:
         # Examples are made of training rows: one that only tests takes those of the others.
+        return 0
+    if data.source == QUESTIONS:
         return 0
     asked = data.num_train + data.num_dev + data.num_test
     guess = asked * max(1, mined(config, data.task, again=False))

@@ -13,6 +13,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.cli import app
 from llmr_ray.errors import ConfigError
 from llmr_ray.pipeline import _asset_names
+from llmr_ray.planning.counts import num_compared, num_documents
 from llmr_ray.planning.hardware import GPUS, Assumptions, gpu_of, seconds
 from llmr_ray.planning.models import size_of
 from llmr_ray.planning.simulation import simulate, time_of
@@ -124,6 +125,13 @@ def test_embedders_that_are_compared_are_encoded_indexed_and_searched(paper):
     on_gpus = replace(with_one, runtime=replace(paper.runtime, index_gpus=1))
     (search,) = (work for work in plan(on_gpus, ASSUMED) if work.stage == "evaluate")
     assert search.flops - after["evaluate"].flops == pytest.approx(3 * 2 * 768 * compared)
+
+
+def test_a_shared_pool_is_searched_as_a_whole():
+    """Prevents questions without passages from being planned as if they searched nothing, or brought a corpus."""
+    config = loading.load(CONF / "arl2.yaml")
+    assert num_documents(config, ASSUMED) == 5000 + 1000
+    assert num_compared(config, ASSUMED, [(config.datasets["nq_open"], 7)]) == 7 * (5000 + 1000)
 
 
 def test_another_embedder_is_priced_by_its_own_size():

@@ -85,6 +85,7 @@ def test_a_pool_without_documents_is_told(tmp_path: Path) -> None:
     [
         ({"chitchat": {"task": "chat", "pool": "p"}}, "one dialogue"),
         ({"a": {"task": "qa", "pool": "p"}, "b": {"task": "tool", "pool": "p"}}, "tasks qa, tool"),
+        ({"a": {"task": "qa", "pool": "b"}, "b": {"task": "tool"}}, "does not name it: set datasets.b.pool"),
     ],
 )
 def test_pools_that_cannot_be_shared_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
