@@ -34,7 +34,7 @@ from llmr_ray.config import Config
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation.protocols import RETRIEVAL_MEASURES
 from llmr_ray.evaluation.published import check_variants
-from llmr_ray.evaluation.results import AVERAGE, difference_of_runs
+from llmr_ray.evaluation.results import AVERAGE, difference_of_runs, stage_warnings
 from llmr_ray.evaluation.stability import stability
 from llmr_ray.evaluation.tables import is_trained, result_of
 from llmr_ray.loading import read_yaml
@@ -332,9 +332,8 @@ def _stability(study: Study, at: _At, finished: Finished) -> list[dict[str, Any]
 
 def _warnings(at: _At, finished: Finished) -> list[dict[str, Any]]:
     return [
-        {"variant": at[0], "seed": at[1], "stage": stage["stage"], "warning": warning}
-        for stage in finished.results.get("stages", [])
-        for warning in stage.get("warnings", [])
+        {"variant": at[0], "seed": at[1], "stage": stage, "warning": warning}
+        for stage, warning in stage_warnings(finished.results.get("stages", []))
     ]
 
 

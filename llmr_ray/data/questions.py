@@ -37,8 +37,12 @@ def read_questions(source: Source) -> Iterator[Record]:
 def _question(source: Source, where: str, row: Row) -> Iterator[Record]:
     limit = source.config.max_text_chars
     question = one_line(check_text(row.get("question"), "question", limit))
-    options, gold = read_options(row, limit) if row.get("options") is not None else (None, None)
-    answers = check_texts(row.get("answer"), "answer", limit) if options is None or gold is None else (options[gold],)
+    options, gold = None, None
+    if row.get("options") is None:
+        answers = check_texts(row.get("answer"), "answer", limit)
+    else:
+        options, gold = read_options(row, limit)
+        answers = (options[gold],)
     yield Query(
         query_id=f"{source.name}:{where}",
         query=question,

@@ -67,9 +67,9 @@ def run_agree(
     started = time.monotonic()
     if artifact.pending(1):
         of_llm = rewards.read("rewards")
-        queries = prepare.read("queries").select(["query_id", "split_key"])
-        judged = queries.filter(pc.is_in(queries["query_id"], value_set=pc.unique(of_llm["query_id"]))).to_pylist()
-        ids = [query["query_id"] for query in judged if is_held_out(query, config.reward_model.held_out_fraction)]
+        judged = prepare.read("queries", columns=["query_id", "split_key"], ids=of_llm["query_id"].unique().to_pylist())
+        fraction = config.reward_model.held_out_fraction
+        ids = [query["query_id"] for query in judged.to_pylist() if is_held_out(query, fraction)]
         if not ids:
             raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
         of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")

@@ -23,7 +23,7 @@ from llmr_ray.evaluation.leakage import KINDS, leakage_figures
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.published import beside_published
 from llmr_ray.evaluation.rendering import render
-from llmr_ray.evaluation.results import held_out_tasks, result_rows
+from llmr_ray.evaluation.results import held_out_tasks, result_rows, stage_warnings
 from llmr_ray.evaluation.showcase import test_examples, training_examples
 from llmr_ray.evaluation.shown import shown_figures
 from llmr_ray.evaluation.tables import effect, in_order, method_name, p_text, result_of, tables
@@ -203,7 +203,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if delta := row["delta_vs_base"]:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
-    for stage, warning in _warnings(results["stages"]):
+    for stage, warning in stage_warnings(results["stages"]):
         console.print(f"{stage}: warning: {warning}", style="yellow", markup=False, highlight=False)
     for where, place in LEAK_PLACES.items():
         for row in results.get("leakage", {}).get(where, []):
@@ -214,11 +214,6 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         line = f"{row['dataset']}: {row['asked']} questions about {row['documents']} documents asked for, "
         console.print(f"{line}{row['written']} written, {row['kept']} kept; not kept: {dropped or 'none'}")
-
-
-def _warnings(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What readers of a run's figures should know: stage and warning."""
-    return [(stage["stage"], warning) for stage in stages for warning in stage.get("warnings", [])]
 
 
 def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
@@ -325,7 +320,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         judge_name=judge_name,
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),
-        warnings=_warnings(results["stages"]),
+        warnings=stage_warnings(results["stages"]),
         shown=results["shown"],
         reading=results.get("reading"),
         score_floor=config.evaluate.score_floor,

@@ -3,7 +3,7 @@
 The rows made here are `rows` of results.json; the report and the terminal only show them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -244,3 +244,8 @@ def _is_main(dataset: str, task: str, measure: str) -> bool:
     if task in ("chat", "lrlm"):
         return task == "chat" and measure == "perplexity"
     return measure == RETRIEVAL_MEASURES[task][0]
+
+
+def stage_warnings(stages: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What readers of a run's figures should know: stage and warning, of the `stages` of its results."""
+    return [(stage["stage"], warning) for stage in stages for warning in stage.get("warnings", [])]

@@ -185,8 +185,10 @@ def drawn_documents(config: Config, task: str, prepare: Artifact) -> list[Row]:
     number = config.tasks[task].questions.num_documents
     pools = prepare.read("corpus", columns=["doc_id", "pool"])
     found: list[Row] = []
-    shared = {_pool(config, name): name for name, of in sorted(config.datasets.items())[::-1] if of.task == task}
-    for pool, name in sorted(shared.items()):
+    first: dict[str, str] = {}
+    for name in sorted(name for name, dataset in config.datasets.items() if dataset.task == task):
+        first.setdefault(_pool(config, name), name)
+    for pool, name in sorted(first.items()):
         doc_ids = pools["doc_id"].filter(pc.equal(pools["pool"], pool)).to_pylist()
         drawn = sorted(doc_ids, key=lambda doc_id: unit_hash("questions", str(config.seed), doc_id))[:number]
         row_of = _documents(prepare, drawn)
