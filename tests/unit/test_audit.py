@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -26,6 +24,7 @@ from llmr_ray.index.vectors import pair_similarities, to_table
 from llmr_ray.labeling.canaries import ATTACKS
 from llmr_ray.mining.bm25 import bm25_topk
 from llmr_ray.schemas import PSEUDO, table_of
+from tests.browser import needs_browser, rendered
 
 EVIL = "</script><script>document.title='owned'</script><!-- <img src=x onerror='document.title=1'> &amp; \u2028 x"
 
@@ -402,16 +401,12 @@ def test_the_same_run_gives_the_same_page(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@needs_browser
 def test_a_browser_shows_the_page_from_a_file(run, tmp_path):
     """A content policy that forbids the page's own script, or a text that runs, is seen by a browser only."""
     config, artifacts = run
     write_audit(tmp_path, config, artifacts)
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = f"file://{tmp_path / 'audit.html'}"
-    command += ["--virtual-time-budget=3000", "--dump-dom", page]
-    done = subprocess.run(command, capture_output=True, timeout=120)
-    shown = done.stdout.decode()
+    shown = rendered(f"file://{tmp_path / 'audit.html'}", tmp_path / "profile")
     assert "1 of 28 queries" in shown
     assert shown.count('class="candidate"') == 4
     assert "<title>llmr_ray: rewards of small</title>" in shown
