@@ -233,6 +233,17 @@ def test_same_run_gives_the_same_page(run):
     assert (run[3] / "report.html").read_bytes() == first
 
 
+def test_what_differs_from_a_paper_is_listed_once(run, tmp_path):
+    """Two tables of one paper share the set-up; forty rows twice hide what comes after them."""
+    config, artifacts, stages, _ = run
+    beside = replace(config, report=replace(config.report, reproduces=["llm_r_main", "llm_r_table_10"]))
+    write((beside, artifacts, stages, tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("What differs from the published set-up</h3>") == 2
+    assert page.count("<th>train.num_steps</th>") == 1
+    assert "What is listed beside LLM-R (2307.07164), main results by category." in page
+
+
 def test_report_of_an_evaluation_alone(run, tmp_path):
     """Evaluating without training must not need its artifacts."""
     config, artifacts, stages, _ = run
