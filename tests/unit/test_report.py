@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.errors import DataError
+from llmr_ray.evaluation.published import beside_published
 from llmr_ray.evaluation.report import print_table, write_report
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.tables import effect, in_order, p_text, result_of, tables
@@ -241,7 +242,9 @@ def test_what_differs_from_a_paper_is_listed_once(run, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("What differs from the published set-up</h3>") == 2
     assert page.count("<th>train.num_steps</th>") == 1
-    assert "What is listed beside LLM-R (2307.07164), main results by category." in page
+    assert re.search(r"\d+ settings that are listed beside LLM-R \(2307.07164\), main results by category", page)
+    told = {row["what"] for table in beside_published(beside, []) for row in table["differences"]}
+    assert all(page.count(f"<th>{what}</th>") == 1 for what in told)
 
 
 def test_report_of_an_evaluation_alone(run, tmp_path):
