@@ -146,6 +146,12 @@ def _judge(url: str, came: Reply | Failure | None, request_id: str) -> tuple[Exc
         message = f"{url} answered {came.status}: {said} {advice[0].upper()}{advice[1:]} (request {request_id})."
         error = ServerUnavailableError(message, came.status, asked, request_id)
         return error, (asked or 0.0) if came.status in BUSY else None
+    if came.status == 404 and _NO_APPLICATION in came.body:
+        message = (
+            f"the proxy at {url} knows no application. One that has just started does not yet; if this lasts, see the "
+            f"log of `llmr serve`, and whether the address has a path that the server lacks (request {request_id})."
+        )
+        return ServerUnavailableError(message, came.status, None, request_id), 0.0
     advice = _ADVICE.get(came.status, "")
     if not told and came.status in (301, 302, 307, 308, 404):
         advice = f"There is no llmr_ray server at {url}: check the address."
@@ -158,6 +164,9 @@ def _judge(url: str, came: Reply | Failure | None, request_id: str) -> tuple[Exc
         None,
     )
 
+
+_NO_APPLICATION = b"/-/routes for available routes"
+"""In what Ray Serve's own proxies answer where no application has the path."""
 
 _ADVICE = {
     401: "Give a key: Client(url, api_key=...) or the variable LLMR_API_KEY; `llmr keys add NAME` makes one.",

@@ -18,6 +18,9 @@ app = typer.Typer(help="Collections: what is served, in snapshots that can be go
 
 Name = Annotated[str, typer.Argument(help="The collection: letters, digits, '_' and '-'.")]
 Root = Annotated[str, typer.Option("--root", help="The artifact root (runtime.artifact_root).")]
+RootOrConfig = Annotated[
+    str | None, typer.Option("--root", help="The artifact root; none: that of --config, else ./artifacts.")
+]
 Config = Annotated[str | None, typer.Option("--config", help="A YAML file whose `runtime` says where the work runs.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,7 +48,7 @@ def create(
 def add(
     name: Name,
     file: Annotated[Path, typer.Argument(help="JSON lines {doc_id, text, title?, task?, pool?, metadata?}.")],
-    root: Root = "artifacts",
+    root: RootOrConfig = None,
     config: Config = None,
     max_bad_fraction: Annotated[float, typer.Option(help="Share of the lines that may be bad.")] = 0.05,
     as_json: AsJSON = False,
@@ -75,7 +78,7 @@ def delete(
 
 
 @app.command()
-def compact(name: Name, root: Root = "artifacts", config: Config = None, as_json: AsJSON = False) -> None:
+def compact(name: Name, root: RootOrConfig = None, config: Config = None, as_json: AsJSON = False) -> None:
     """Makes one segment of all, without deleted documents, so that searches have less to do; results stay the same."""
     with exit_on_user_error(), _cluster(config, root, f"llmr index compact {name}") as runtime:
         from llmr_ray.index import adding
@@ -184,14 +187,16 @@ def _ids(given: list[str]) -> list[str]:
 
 
 @contextmanager
-def _cluster(config: str | None, root: str, command: str) -> Iterator["RuntimeConfig"]:
+def _cluster(config: str | None, root: str | None, command: str) -> Iterator["RuntimeConfig"]:
     """A started Ray, and what says where its work runs."""
     from dataclasses import replace
 
     from llmr_ray import cluster, loading, stopping
     from llmr_ray.runtime_config import RuntimeConfig
 
-    runtime = loading.load(config).runtime if config else replace(RuntimeConfig(), artifact_root=root)
+    runtime = loading.load(config).runtime if config else RuntimeConfig()
+    if root is not None:
+        runtime = replace(runtime, artifact_root=root)
     with stopping.stoppable(command), cluster.or_lost(command):
         cluster.start(runtime)
         yield runtime

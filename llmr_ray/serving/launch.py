@@ -19,7 +19,15 @@ from llmr_ray.serving.settings import ServingSettings, environment_values
 RESOLVED = "config.resolved.yaml"
 """A run's folder has its configuration under this name."""
 
-FAST = {
+PROXIES = {
+    # A dead proxy is replaced after three failed checks: 6 s without an answer instead of 30.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # One that starts is given up after 5 s by default, and the server with it; on a busy machine it takes longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""The environment of Serve in any mode, in which every node of Ray has to start."""
+
+FAST = PROXIES | {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # What is asked changes nothing, so a request whose process died may be sent to another.
@@ -34,7 +42,7 @@ FAST = {
     # How long a replica that ends goes on answering, for HAProxy to hear of it; Serve's own 30 s hold up its end.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
-"""The environment of Serve's throughput-optimised mode, in which every node of Ray has to start."""
+"""That of its throughput-optimised mode."""
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +127,18 @@ def free_port() -> int:
     return port
 
 
-def prepare_fast() -> None:
-    """Sets the environment of Serve's throughput-optimised mode; to be called before Ray starts.
+def prepare(*, fast: bool) -> None:
+    """Sets the environment of Serve, throughput-optimised or not; to be called before Ray starts.
 
     HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine.
     """
+    for name, value in (_fast() if fast else PROXIES).items():
+        os.environ.setdefault(name, value)
+
+
+def _fast() -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="llmr-serve-")
-    values = FAST | {
+    return FAST | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
@@ -135,8 +148,6 @@ def prepare_fast() -> None:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
-    for name, value in values.items():
-        os.environ.setdefault(name, value)
 
 
 def warn_if_slow(settings: ServingSettings) -> None:

@@ -68,8 +68,8 @@ def run_server(
     """
     if is_local:
         os.environ["LLMR_ONLY_LOCAL"] = "1"
-    if settings.fast and not os.environ.get("RAY_ADDRESS"):
-        launch.prepare_fast()
+    if not os.environ.get("RAY_ADDRESS"):
+        launch.prepare(fast=settings.fast)
     # Serve reads the environment when it is first imported.
     from llmr_ray.serving.app import build, running
 

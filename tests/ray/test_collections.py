@@ -2,17 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from llmr_ray.artifacts import SHARD_ROWS
 from llmr_ray.config import RuntimeConfig
 from llmr_ray.index import adding, stage
 from llmr_ray.index.filters import Comparison
-from llmr_ray.index.snapshot import OpenSnapshot
+from llmr_ray.index.snapshot import OpenSnapshot, folder_of, named
 from llmr_ray.modeling.embedder import Embedder
 from tests.collections_world import base_of, rows_of, write
 
@@ -51,3 +55,31 @@ def test_a_killed_worker_costs_no_document(
     snapshot = OpenSnapshot(root, "c", done.snapshot)
     _, scores = snapshot.search(vectors, 1, allowed=[Comparison("doc_id", "eq", row["doc_id"]) for row in chosen])
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_what_is_served(tmp_path: Path) -> None:
+    """kill -9 of `llmr index add` and all its workers: CURRENT names a whole snapshot, and the same command goes on."""
+    root = tmp_path / "artifacts"
+    base_of(root)
+    rows = rows_of(0, 2 * SHARD_ROWS + 10)
+    settings = tmp_path / "small.yaml"
+    settings.write_text("runtime: {object_store_mb: 256}\n")
+    more = write(tmp_path / "more.jsonl", rows)
+    command = [sys.executable, "-m", "llmr_ray", "index", "add", "c", str(more), "--root", str(root), "--config"]
+    before = (root / "collections" / "c" / "CURRENT").read_bytes()
+    first = named(folder_of(root, "c")).current
+    with subprocess.Popen([*command, str(settings)], start_new_session=True) as build:
+        deadline = time.monotonic() + 120
+        while not list(root.glob("embed/*/parts/*-00000*")) or len(list(root.glob("embed/*"))) < 2:
+            assert build.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for process in [*psutil.Process(build.pid).children(recursive=True), build]:
+            process.kill()
+    assert (root / "collections" / "c" / "CURRENT").read_bytes() == before
+    old = OpenSnapshot(root, "c", first)
+    assert old.num_documents == 300
+    subprocess.run([*command, str(settings)], check=True, timeout=300)
+    assert named(folder_of(root, "c")).current != first
+    assert OpenSnapshot(root, "c", named(folder_of(root, "c")).current).num_documents == 300 + len(rows)

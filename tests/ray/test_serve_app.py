@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import ray
 from ray import serve
 
+from llmr_ray.clients import Client
 from llmr_ray.config import RuntimeConfig
 from llmr_ray.serving.app import build, running
 from llmr_ray.serving.launch import free_port
@@ -233,6 +235,34 @@ def test_a_killed_controller_costs_no_request(served: Served) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
+def test_a_replica_killed_during_a_switch_mixes_no_snapshots(served: Served) -> None:
+    """One shard group at the new snapshot and one at the old would answer with half of each."""
+    docs = served.docs
+    old = docs.current
+    expected = {old: served.ask()["results"]}
+    [before] = [process.pid for process in replicas("shards-1")]
+    with Load(served) as load:
+        time.sleep(1)
+        new = docs.add(40, seed=11)
+        os.kill(before, signal.SIGKILL)
+        served.wait_for(new)
+        deadline = time.monotonic() + 120
+        while not {process.pid for process in replicas("shards-1")} - {before}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(3)
+        settled = time.monotonic()
+        time.sleep(2)
+    expected[new] = served.ask()["results"]
+    assert set(load.codes) <= {200, 503, 504}, load.codes
+    assert {answer["index_snapshot"] for at, answer in load.answers if at > settled} == {new}
+    for _, answer in load.answers:
+        assert answer["partial"] is False
+        for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
+            assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+
+
 FAST = """
 import sys
 from llmr_ray.config import RuntimeConfig
@@ -243,12 +273,23 @@ run_server(RuntimeConfig(object_store_mb=100), settings, "127.0.0.1", int(sys.ar
 """
 
 
-@pytest.mark.slow
-def test_behind_haproxy_a_killed_ingress_costs_what_it_held_and_a_switch_nothing(tmp_path: Path) -> None:
-    """Machines lose processes; with a second one clients must not notice, and what is lost must come back."""
-    docs = world(tmp_path)
+@dataclass
+class Fast(Served):
+    """A server in a process of its own, in Serve's throughput-optimised mode."""
+
+    server: psutil.Process
+
+    def processes(self, title: str) -> set[int]:
+        """The processes of this server whose command line has the words of `title`."""
+        return {process.pid for process in self.server.children(recursive=True) if title in _title(process)}
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fast]:
+    folder = tmp_path_factory.mktemp("fast")
+    docs = world(folder)
     port = free_port()
-    log = tmp_path / "log"
+    log = folder / "log"
     with log.open("w") as out:
         server = subprocess.Popen(
             [sys.executable, "-c", FAST, str(docs.root), str(port)], stdout=out, stderr=subprocess.STDOUT
@@ -259,34 +300,73 @@ def test_behind_haproxy_a_killed_ingress_costs_what_it_held_and_a_switch_nothing
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        fast = Served(docs, f"http://127.0.0.1:{port}")
-
-        def ingresses() -> set[int]:
-            found = psutil.Process(server.pid).children(recursive=True)
-            return {process.pid for process in found if "ServeReplica:docs:ingress" in _title(process)}
-
-        before = ingresses()
-        assert len(before) == 2
-        with Load(fast) as load:
-            time.sleep(3)
-            os.kill(min(before), signal.SIGKILL)
-            deadline = time.monotonic() + 180
-            while len(ingresses() - before) < 1 or len(ingresses()) < 2:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-            new = docs.add(20)
-            fast.wait_for(new)
-            time.sleep(3)
-        # HAProxy repeats what it knows to be lost, but not a request whose connection the dead process reset: it closes
-        # the client's connection then, and clients repeat (OpenAI's does).
-        lost = {code: count for code, count in load.codes.items() if code != 200}
-        assert all(str(code).startswith("RemoteProtocolError") for code in lost), lost
-        assert sum(lost.values()) <= load.clients // 2, lost
-        assert load.codes[200] > 100
-        assert fast.ask()["index_snapshot"] == new
+        yield Fast(docs, f"http://127.0.0.1:{port}", psutil.Process(server.pid))
     finally:
         server.terminate()
         server.wait(90)
+
+
+@pytest.mark.slow
+def test_behind_haproxy_a_killed_ingress_costs_what_it_held_and_a_switch_nothing(fast: Fast) -> None:
+    """Machines lose processes; with a second one clients must not notice, and what is lost must come back."""
+    title = "ServeReplica:docs:ingress"
+    before = fast.processes(title)
+    assert len(before) == 2
+    with Load(fast) as load:
+        time.sleep(3)
+        os.kill(min(before), signal.SIGKILL)
+        deadline = time.monotonic() + 180
+        while len(fast.processes(title) - before) < 1 or len(fast.processes(title)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        new = fast.docs.add(20)
+        fast.wait_for(new)
+        time.sleep(3)
+    # HAProxy repeats what it knows to be lost, but not a request whose connection the dead process reset: it closes the
+    # client's connection then, and clients repeat (OpenAI's does).
+    lost = {code: count for code, count in load.codes.items() if code != 200}
+    assert all(str(code).startswith("RemoteProtocolError") for code in lost), lost
+    assert sum(lost.values()) <= load.clients // 2, lost
+    assert load.codes[200] > 100
+    assert fast.ask()["index_snapshot"] == new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["haproxy.cfg", "ray::HAProxyManager"])
+def test_a_killed_proxy_comes_back_and_patient_clients_do_not_notice(fast: Fast, title: str) -> None:
+    """All connections of a machine go through one process; without it nothing answers, not even with 503."""
+    before = fast.processes(title)
+    assert before
+    answered: list[str] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with Client(fast.url, total_s=120, max_retries=30) as client:
+            while not stop.is_set():
+                answered.append(client.retrieve("a b", task="qa").index_snapshot)
+
+    patient = threading.Thread(target=ask, daemon=True)
+    patient.start()
+    with Load(fast, clients=1) as load:
+        time.sleep(1)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        while not fast.processes(title) - before or len([at for at, _ in load.answers if at > killed]) < 20:
+            assert time.monotonic() < killed + 60, load.codes
+            time.sleep(0.1)
+        count = len(answered)
+        time.sleep(5)
+    stop.set()
+    patient.join(60)
+    assert not patient.is_alive()
+    assert len(answered) > count
+    times = [killed, *(at for at, _ in load.answers if at > killed)]
+    # 6 s until it is missed, then the start of a process, which takes its time where all cores are busy.
+    assert max(later - earlier for earlier, later in pairwise(times)) < 20
+    lost = {str(code).partition(":")[0] for code in load.codes if code != 200}
+    # A proxy of Ray that has just started says 404 until it hears of the application; our client comes again.
+    assert lost <= {"ConnectError", "ReadError", "RemoteProtocolError", "503", "404"}, lost
 
 
 def _title(process: psutil.Process) -> str:

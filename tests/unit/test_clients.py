@@ -303,6 +303,17 @@ def test_a_connection_that_breaks_is_made_again(kind: type) -> None:
 
 
 @both
+def test_a_proxy_that_has_just_started_is_asked_again(kind: type) -> None:
+    """Ray Serve's answers 404 until it has heard of the application; as a refusal that would end a client's work."""
+    path = b"Path '/v1/retrieve' not found. Ping http://.../-/routes for available routes."
+    with Scripted((404, {}, path), (404, {}, path)) as server:
+        assert ask(kind, server.url, "retrieve", "a").hits
+    assert len(server.asked) == 3
+    with Scripted(*[(404, {}, path)] * 9) as server, pytest.raises(ServerUnavailableError, match="no application"):
+        ask(kind, server.url, "retrieve", "a", settings={"max_retries": 1})
+
+
+@both
 def test_no_server_is_told_with_the_command_that_starts_one(kind: type) -> None:
     """`[Errno 111]` helps nobody."""
     with socket.socket() as probe:

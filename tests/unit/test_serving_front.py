@@ -152,7 +152,7 @@ def test_what_a_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """A cluster's operator knows its timeouts better than a default."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "environ", os.environ | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "7"})
-    launch.prepare_fast()
+    launch.prepare(fast=True)
     assert os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "7"
     assert {name: os.environ[name] for name in launch.FAST} == launch.FAST | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "7"}
 
