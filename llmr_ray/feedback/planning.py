@@ -72,6 +72,8 @@ def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
         else:
             prompt = candidate_tokens(config.llm) + _QUERY_TOKENS
             tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
+            if settings.feedback == "rank" and settings.samples == "fresh":
+                tokens += pairs * (prompt + _drawn(settings))
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
     if not config.labeling.asks_llm:
         return []
@@ -138,7 +140,12 @@ def probe(work: ScoreJobs, client: StoreClient) -> Speed:
 
 def _outputs(settings: TaskScore) -> int:
     """Tokens of the outputs scored after one prompt."""
-    return _TARGET_TOKENS + (settings.num_samples * settings.max_new_tokens // 2 if settings.feedback == "rank" else 0)
+    return _TARGET_TOKENS + _drawn(settings)
+
+
+def _drawn(settings: TaskScore) -> int:
+    """Tokens of the outputs sampled from one prompt."""
+    return settings.num_samples * settings.max_new_tokens // 2 if settings.feedback == "rank" else 0
 
 
 def _labels(settings: TaskScore, asked: int, candidate_tokens: int) -> int:
@@ -153,4 +160,4 @@ def _samples(settings: TaskScore) -> int:
     """Tokens of sampling for one query without retrieval, and of scoring that prompt."""
     if settings.feedback != "rank":
         return 0
-    return 2 * (_QUERY_TOKENS + settings.num_samples * settings.max_new_tokens // 2)
+    return 2 * (_QUERY_TOKENS + _drawn(settings))

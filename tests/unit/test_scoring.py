@@ -208,9 +208,10 @@ def test_a_probe_is_paid_for_once(tmp_path, llm, feedback):
     assert last.missing < after.missing
 
 
-def test_the_plan_from_the_configuration_is_an_upper_bound(tmp_path, llm):
+@pytest.mark.parametrize("samples", ["shared", "fresh"])
+def test_the_plan_from_the_configuration_is_an_upper_bound(tmp_path, llm, samples):
     """A plan that promises less than is paid is worse than none."""
-    config = make_config(tmp_path, score=TaskScore(feedback="rank", num_samples=2, max_new_tokens=4))
+    config = make_config(tmp_path, score=TaskScore(feedback="rank", samples=samples, num_samples=2, max_new_tokens=4))
     prepare, candidates = make_world(tmp_path, 6)
     datasets = {"main": dataclasses.replace(config.datasets["main"], num_train=6)}
     tasks = {"qa": dataclasses.replace(config.tasks["qa"], mine=TaskMine(num_bm25=2, num_dense=2))}
@@ -218,6 +219,10 @@ def test_the_plan_from_the_configuration_is_an_upper_bound(tmp_path, llm):
     client = make_client(config, llm, tmp_path)
     [exact] = costs(score_jobs(config, prepare, candidates), client)
     assert bound.pairs == 6 * 5
+    if samples == "fresh":  # two outputs of four tokens more for each pair, on average of half that length
+        shared = dataclasses.replace(tasks["qa"], score=dataclasses.replace(tasks["qa"].score, samples="shared"))
+        [less] = upper_costs(dataclasses.replace(config, datasets=datasets, tasks={"qa": shared}))
+        assert bound.tokens - less.tokens >= bound.pairs * 2 * 4 // 2
     assert bound.pairs >= exact.pairs
     assert bound.tokens > exact.tokens
     scored(config, client, llm, prepare, candidates)
