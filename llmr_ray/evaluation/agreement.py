@@ -2,6 +2,8 @@
 
 Measured on training queries that the reward model did not learn from. The LLM scored their candidates as all others.
 The embedder of an earlier round has learned from them: its figure is of what it was taught, not held out.
+
+What the LLM was not asked about, because a rule says it, is told beside: label_separation.py.
 """
 
 import time
@@ -16,12 +18,13 @@ from scipy.stats import kendalltau
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config
 from llmr_ray.errors import DataError
+from llmr_ray.evaluation.label_separation import label_separation, untold_labels
 from llmr_ray.evaluation.significance import estimate, paired_difference
 from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.training.pairs import is_held_out
 
-AGREE_VERSION = 2
+AGREE_VERSION = 3
 
 REWARD_MODEL = "reward_model"
 """The judge's name beside those of embedders."""
@@ -51,7 +54,9 @@ def run_agree(
     taught: Artifact,
     embeddings: Mapping[str, Artifact],
 ) -> None:
-    """Writes the table `agreement`: query_id, judge, tau.
+    """Writes the tables `agreement` (query_id, judge, tau) and `label_separation` (of label_separation.SCHEMA).
+
+    Labels that the reward model has not learned are named in the manifest's `warnings`.
 
     Args:
         config: the run's.
@@ -66,15 +71,17 @@ def run_agree(
     """
     started = time.monotonic()
     if artifact.pending(1):
-        of_llm = rewards.read("rewards")
-        judged = prepare.read("queries", columns=["query_id", "split_key"], ids=of_llm["query_id"].unique().to_pylist())
+        of_llm, of_model = rewards.read("rewards"), taught.read("rewards")
+        columns = ["query_id", "split_key", "dataset", "targets"]
+        judged = prepare.read("queries", columns=columns, ids=of_llm["query_id"].unique().to_pylist())
+        separation = label_separation(of_model, of_llm, judged)
         fraction = config.reward_model.held_out_fraction
         ids = [query["query_id"] for query in judged.to_pylist() if is_held_out(query, fraction)]
         if not ids:
             raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
         of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")
         of_llm = of_llm.filter(pc.is_valid(of_llm["reward"]))
-        judges = {REWARD_MODEL: taught.read("rewards")}
+        judges = {REWARD_MODEL: of_model}
         judges |= {name: _similarities(of_llm, vectors) for name, vectors in embeddings.items()}
         rows = [
             {"query_id": query_id, "judge": judge, "tau": tau}
@@ -82,8 +89,10 @@ def run_agree(
             for query_id, tau in sorted(rank_agreement(judged, of_llm).items())
         ]
         counts = Counts(rows_in=len(ids), ok=len(ids))
-        artifact.write_shard(0, {"agreement": pa.Table.from_pylist(rows, schema=_SCHEMA)}, counts)
-    artifact.commit(1, seconds=time.monotonic() - started)
+        agreement = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        artifact.write_shard(0, {"agreement": agreement, "label_separation": separation}, counts)
+    warning = untold_labels(artifact.part("label_separation", 0))
+    artifact.commit(1, seconds=time.monotonic() - started, extra={"warnings": [warning] if warning else []})
 
 
 def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:

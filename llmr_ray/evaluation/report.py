@@ -19,6 +19,7 @@ from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
 from llmr_ray.evaluation.annotators import compared, fooled_rates
 from llmr_ray.evaluation.audit_page import write_audit
+from llmr_ray.evaluation.label_separation import separation_rows
 from llmr_ray.evaluation.leakage import KINDS, leakage_figures
 from llmr_ray.evaluation.look import MEASURE, read_looks
 from llmr_ray.evaluation.published import beside_published
@@ -89,6 +90,10 @@ def write_report(
     if "agreement" in artifacts:
         judged = artifacts["agreement"].read("agreement")
         results["agreement"] = agreement_rows(judged, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+        labels = artifacts["agreement"].read("label_separation")
+        results["label_separation"] = separation_rows(
+            labels, samples=config.evaluate.bootstrap_samples, seed=config.seed
+        )
     if "canaries" in artifacts:
         told = artifacts["canaries"].read("canaries")
         results["canaries"] = fooled_rates(told, samples=config.evaluate.bootstrap_samples, seed=config.seed)
@@ -317,6 +322,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
         speed=_speed(artifacts),
         looks=_looks(artifacts, run_dir),
         agreement=results.get("agreement"),
+        label_separation=results.get("label_separation"),
         judge_name=judge_name,
         annotators=results.get("annotators"),
         canaries=results.get("canaries", []),

@@ -1,0 +1,110 @@
+"""How far a reward model tells examples of another label from those of the question's own.
+
+The LLM is not asked about examples of another label (feedback/rules.py), so no agreement with it counts them; and yet
+they are most of what a classification has to teach, because a small LLM answers as its examples do. A reward model that
+has not learned one of the labels leaves its questions' wrong examples as much weight as a guess would, and the embedder
+that it teaches is pulled by the other labels alone: it shows their examples to all questions.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from llmr_ray.artifacts import seed_of
+from llmr_ray.evaluation.significance import estimate
+from llmr_ray.feedback.rules import OTHER_LABEL
+from llmr_ray.frames import PAIR, frame_of
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("dataset", pa.string()),
+        ("output", pa.string()),
+        ("share", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
+"""Of a query's candidates those of another label: their share in number, and in the reward model's softmax."""
+
+LEAST_QUERIES = 10
+"""Of a label, before anything is said of it."""
+
+
+def label_separation(taught: pa.Table, of_llm: pa.Table, queries: pa.Table) -> pa.Table:
+    """The weight that a reward model leaves to examples of another label, for each query that has both kinds.
+
+    Args:
+        taught: rewards of the reward model: query_id, doc_id, reward.
+        of_llm: rewards of the LLM, whose source tells what a rule put last: reward_source beside those.
+        queries: query_id, dataset and targets.
+
+    Returns:
+        a table of SCHEMA, in the order of `queries`.
+    """
+    is_other = pl.col("reward_source") == OTHER_LABEL
+    verdicts = frame_of(of_llm, [*PAIR, "reward", "reward_source"]).filter(pl.col("reward").is_not_null() | is_other)
+    weights = (
+        frame_of(taught, [*PAIR, "reward"])
+        .join(verdicts.select(*PAIR, other=is_other), on=PAIR)
+        .with_columns(power=(pl.col("reward") - pl.col("reward").max().over("query_id")).exp())
+        .group_by("query_id")
+        .agg(share=pl.col("other").mean(), weight=pl.col("power").filter(pl.col("other")).sum() / pl.col("power").sum())
+        .filter(pl.col("share").is_between(0, 1, closed="none"))
+    )
+    named = frame_of(queries, ["query_id", "dataset", "targets"]).with_columns(output=pl.col("targets").list.first())
+    found = named.join(weights, on="query_id", maintain_order="left").select(SCHEMA.names)
+    return found.to_arrow().cast(SCHEMA)
+
+
+def separation_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:
+    """By data set and right output: n queries, mean share and weight, and the weight's ci95 over queries.
+
+    Args:
+        table: of SCHEMA.
+        samples: bootstrap samples.
+        seed: of the run.
+    """
+    rows = []
+    for (dataset, output), part in _by_label(table):
+        drawn = {"samples": samples, "seed": seed_of(seed, "label_separation", dataset, output)}
+        weight = estimate([part["weight"].to_numpy()], exponential=False, **drawn)
+        rows.append(
+            {
+                "dataset": dataset,
+                "output": output,
+                "n": weight.n,
+                "share": float(np.mean(part["share"].to_numpy())),
+                "weight": weight.mean,
+                "ci95": [weight.low, weight.high],
+            }
+        )
+    return rows
+
+
+def untold_labels(table: pa.Table) -> str | None:
+    """A warning that names the labels that the reward model has not learned, or None: those it leaves more than half
+    of what a guess would.
+
+    Args:
+        table: of SCHEMA.
+    """
+    told = []
+    for (dataset, output), part in _by_label(table):
+        share, weight = (float(np.mean(part[name].to_numpy())) for name in ("share", "weight"))
+        if len(part) >= LEAST_QUERIES and weight > share / 2:
+            told.append(f"{dataset} '{output}' ({weight:.2f}, a guess {share:.2f})")
+    if not told:
+        return None
+    return (
+        "the reward model does not tell examples of another label from the right ones, by the weight it leaves them: "
+        f"{'; '.join(told)}. The embedder will show such examples there. Train it longer "
+        "(reward_model.train.num_steps), or with a higher learning rate."
+    )
+
+
+def _by_label(table: pa.Table) -> Iterable[tuple[tuple[str, str], pl.DataFrame]]:
+    frame = frame_of(table, SCHEMA.names)
+    return (((str(key[0]), str(key[1])), part) for key, part in sorted(frame.group_by("dataset", "output")))
