@@ -22,6 +22,17 @@ def classifications(queries: pa.Table) -> set[str]:
     return set(of_set.filter(pl.col("one") & pl.col("given"))["dataset"])
 
 
+def right_labels(queries: pa.Table) -> pl.DataFrame:
+    """The right option of each query that has one: query_id and label.
+
+    Args:
+        queries: columns query_id, options and gold_option.
+    """
+    columns = frame_of(queries, ["query_id", "options", "gold_option"])
+    label = pl.col("options").list.get(pl.col("gold_option"), null_on_oob=True).str.strip_chars()
+    return columns.select("query_id", label=label).drop_nulls()
+
+
 def is_own_example(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
     """Whether a document is an example of the query's kind: of its data set, or of the one whose test it is.
 

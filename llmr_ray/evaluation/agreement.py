@@ -72,7 +72,7 @@ def run_agree(
     started = time.monotonic()
     if artifact.pending(1):
         of_llm, of_model = rewards.read("rewards"), taught.read("rewards")
-        columns = ["query_id", "split_key", "dataset", "targets"]
+        columns = ["query_id", "split_key", "dataset", "options", "gold_option"]
         judged = prepare.read("queries", columns=columns, ids=of_llm["query_id"].unique().to_pylist())
         separation = label_separation(of_model, of_llm, judged)
         fraction = config.reward_model.held_out_fraction

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from llmr_ray.artifacts import seed_of
+from llmr_ray.data.example_labels import right_labels
 from llmr_ray.evaluation.significance import estimate
 from llmr_ray.feedback.rules import OTHER_LABEL
 from llmr_ray.frames import PAIR, frame_of
@@ -22,7 +23,7 @@ SCHEMA = pa.schema(
     [
         ("query_id", pa.string()),
         ("dataset", pa.string()),
-        ("output", pa.string()),
+        ("label", pa.string()),
         ("share", pa.float64()),
         ("weight", pa.float64()),
     ]
@@ -39,7 +40,7 @@ def label_separation(taught: pa.Table, of_llm: pa.Table, queries: pa.Table) -> p
     Args:
         taught: rewards of the reward model: query_id, doc_id, reward.
         of_llm: rewards of the LLM, whose source tells what a rule put last: reward_source beside those.
-        queries: query_id, dataset and targets.
+        queries: query_id, dataset, options and gold_option.
 
     Returns:
         a table of SCHEMA, in the order of `queries`.
@@ -54,13 +55,13 @@ def label_separation(taught: pa.Table, of_llm: pa.Table, queries: pa.Table) -> p
         .agg(share=pl.col("other").mean(), weight=pl.col("power").filter(pl.col("other")).sum() / pl.col("power").sum())
         .filter(pl.col("share").is_between(0, 1, closed="none"))
     )
-    named = frame_of(queries, ["query_id", "dataset", "targets"]).with_columns(output=pl.col("targets").list.first())
+    named = frame_of(queries, ["query_id", "dataset"]).join(right_labels(queries), on="query_id", maintain_order="left")
     found = named.join(weights, on="query_id", maintain_order="left").select(SCHEMA.names)
     return found.to_arrow().cast(SCHEMA)
 
 
 def separation_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:
-    """By data set and right output: n queries, mean share and weight, and the weight's ci95 over queries.
+    """By data set and right label: n queries, mean share and weight, and the weight's ci95 over queries.
 
     Args:
         table: of SCHEMA.
@@ -68,13 +69,13 @@ def separation_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[st
         seed: of the run.
     """
     rows = []
-    for (dataset, output), part in _by_label(table):
-        drawn = {"samples": samples, "seed": seed_of(seed, "label_separation", dataset, output)}
+    for (dataset, label), part in _by_label(table):
+        drawn = {"samples": samples, "seed": seed_of(seed, "label_separation", dataset, label)}
         weight = estimate([part["weight"].to_numpy()], exponential=False, **drawn)
         rows.append(
             {
                 "dataset": dataset,
-                "output": output,
+                "label": label,
                 "n": weight.n,
                 "share": float(np.mean(part["share"].to_numpy())),
                 "weight": weight.mean,
@@ -92,10 +93,10 @@ def untold_labels(table: pa.Table) -> str | None:
         table: of SCHEMA.
     """
     told = []
-    for (dataset, output), part in _by_label(table):
+    for (dataset, label), part in _by_label(table):
         share, weight = (float(np.mean(part[name].to_numpy())) for name in ("share", "weight"))
         if len(part) >= LEAST_QUERIES and weight > share / 2:
-            told.append(f"{dataset} '{output}' ({weight:.2f}, a guess {share:.2f})")
+            told.append(f"{dataset} '{label}' ({weight:.2f}, a guess {share:.2f})")
     if not told:
         return None
     return (
@@ -107,4 +108,4 @@ def untold_labels(table: pa.Table) -> str | None:
 
 def _by_label(table: pa.Table) -> Iterable[tuple[tuple[str, str], pl.DataFrame]]:
     frame = frame_of(table, SCHEMA.names)
-    return (((str(key[0]), str(key[1])), part) for key, part in sorted(frame.group_by("dataset", "output")))
+    return (((str(key[0]), str(key[1])), part) for key, part in sorted(frame.group_by("dataset", "label")))

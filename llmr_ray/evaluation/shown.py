@@ -2,7 +2,8 @@
 
 A retriever that shows the same few documents to many queries has learned which documents are good ones more than which
 suit the query; such documents are called hubs (Radovanovic et al., JMLR 2010). In a classification a small LLM answers
-as its demonstrations do, so that the share of those with the question's label says how an accuracy came about.
+as its demonstrations do, so that the share of those with the question's label says how an accuracy came about; label by
+label, because a retriever that shows one label's examples to all questions has a fair share on average.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact
-from llmr_ray.data.example_labels import classifications, has_other_label, is_own_example
+from llmr_ray.data.example_labels import classifications, has_other_label, is_own_example, right_labels
 from llmr_ray.evaluation.leakage import POOL_TASKS
 from llmr_ray.frames import frame_of
 
@@ -24,8 +25,9 @@ def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]
     """For each data set whose queries share a pool, and each method that shows documents, in order of the methods:
 
     dataset, method, n (prompts), documents (shown, over all prompts), different (documents among them), commonest
-    (share of the prompts that show the commonest one), characters (mean length of a document) and own_label (share of
-    the documents that are examples of the question's kind and label; None where there are no labels).
+    (share of the prompts that show the commonest one), characters (mean length of a document), own_label (share of
+    the documents that are examples of the question's kind and label; None where there are no labels) and by_label (for
+    each right label: label, n prompts and own_label; empty where there are none).
 
     Args:
         prepare, evaluate: finished artifacts of a run.
@@ -41,6 +43,15 @@ def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]
     lengths = frame_of(documents, ["doc_id", "text"]).select("doc_id", characters=pl.col("text").str.len_chars())
     pairs = pairs.join(lengths, on="doc_id", how="left", maintain_order="left")
     pairs = pairs.join(_own_labels(pairs, pooled, documents), on=_PAIR, how="left", maintain_order="left")
+    labelled = pairs.filter(pl.col("own_label").is_not_null()).join(right_labels(pooled), on="query_id")
+    by_label: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in (
+        labelled.group_by("dataset", "method", "label")
+        .agg(n=pl.col("query_id").n_unique(), own_label=pl.col("own_label").mean())
+        .sort("dataset", "method", "label")
+        .iter_rows(named=True)
+    ):
+        by_label.setdefault((row.pop("dataset"), row.pop("method")), []).append(row)
     of_method = pairs.group_by("dataset", "method", maintain_order=True).agg(
         n=pl.col("query_id").n_unique(),
         documents=pl.len(),
@@ -49,7 +60,8 @@ def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]
         characters=pl.col("characters").mean(),
         own_label=pl.col("own_label").mean(),
     )
-    return of_method.sort("dataset", maintain_order=True).to_dicts()
+    rows = of_method.sort("dataset", maintain_order=True).to_dicts()
+    return [row | {"by_label": by_label.get((row["dataset"], row["method"]), [])} for row in rows]
 
 
 def _own_labels(pairs: pl.DataFrame, queries: pa.Table, documents: pa.Table) -> pl.DataFrame:

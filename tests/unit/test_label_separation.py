@@ -12,10 +12,10 @@ def world(gaps, *, queries=12, seed=0):
     """Rewards of a model whose right examples are `gap` above the others, by label; of the LLM; and the queries."""
     rng = np.random.default_rng(seed)
     taught, of_llm, asked = [], [], []
-    for output, gap in gaps.items():
+    for label, gap in gaps.items():
         for number in range(queries):
-            query_id = f"{output}{number}"
-            asked.append({"query_id": query_id, "dataset": "sentiment", "targets": [output]})
+            query_id = f"{label}{number}"
+            asked.append({"query_id": query_id, "dataset": "sentiment", "options": [label, "x"], "gold_option": 0})
             for doc in range(6):
                 source = ("llm", OTHER_LABEL, OTHER_TASK)[doc % 3]
                 pair = {"query_id": query_id, "doc_id": f"d{doc}"}
@@ -37,8 +37,8 @@ def test_weights_are_a_softmax_over_what_is_of_the_task():
         )
         assert row["weight"] == pytest.approx(other.sum() / (other.sum() + right.sum()))
         assert row["share"] == 0.5
-    good = [row["weight"] for row in found.to_pylist() if row["output"] == "good"]
-    told = {row["output"]: row for row in separation_rows(found, samples=200, seed=1)}
+    good = [row["weight"] for row in found.to_pylist() if row["label"] == "good"]
+    told = {row["label"]: row for row in separation_rows(found, samples=200, seed=1)}
     assert told["good"]["weight"] == pytest.approx(np.mean(good))
     assert told["good"]["ci95"][0] < told["good"]["weight"] < told["good"]["ci95"][1]
     assert (told["good"]["n"], told["good"]["share"], told["good"]["dataset"]) == (12, 0.5, "sentiment")

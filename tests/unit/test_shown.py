@@ -65,6 +65,7 @@ def test_figures_are_those_of_a_count_by_hand(tmp_path: Path) -> None:
         assert row["characters"] == pytest.approx(np.mean([len(row_of[doc_id]["text"]) for _, doc_id in shown]))
         if row["dataset"] == "nq":
             assert row["own_label"] is None
+            assert row["by_label"] == []
             continue
         same = [
             row_of[doc_id]["text"].endswith(LABELS["sst2"][row_of[query_id]["gold_option"]])
@@ -73,6 +74,13 @@ def test_figures_are_those_of_a_count_by_hand(tmp_path: Path) -> None:
         ]
         assert 0 < np.mean(same) < 1
         assert row["own_label"] == pytest.approx(np.mean(same))
+        for place, label in enumerate(LABELS["sst2"]):
+            of_label = [one for one, (query_id, _) in zip(same, shown, strict=True)
+                        if row_of[query_id]["gold_option"] == place]  # fmt: skip
+            asked = {query_id for query_id, _ in shown if row_of[query_id]["gold_option"] == place}
+            assert row["by_label"][place] == {
+                "label": label, "n": len(asked), "own_label": pytest.approx(np.mean(of_label))
+            }  # fmt: skip
         assert row["method"] == "bm25" or row["commonest"] == 1
 
 
