@@ -148,10 +148,10 @@ class World:
         return Service(Gate(settings, metrics, keys), composed, switcher, spec)
 
 
-def world(root: Path) -> World:
-    """A fresh collection."""
+def world(root: Path, rows: list[dict[str, Any]] | None = None) -> World:
+    """A fresh collection of 60 documents, or of some rows."""
     model = tiny_bert(root / "model")
     made = World(root / "artifacts", model)
-    index = index_of(made.root, model, documents(60))
+    index = index_of(made.root, model, rows or documents(60))
     collection.create(made.root, "docs", index.id, model=str(model))
     return made

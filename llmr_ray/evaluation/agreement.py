@@ -85,12 +85,12 @@ def run_agree(
         judges |= {name: _similarities(of_llm, vectors) for name, vectors in embeddings.items()}
         rows = [
             {"query_id": query_id, "judge": judge, "tau": tau}
-            for judge, judged in judges.items()
-            for query_id, tau in sorted(rank_agreement(judged, of_llm).items())
+            for judge, given in judges.items()
+            for query_id, tau in sorted(rank_agreement(given, of_llm).items())
         ]
         counts = Counts(rows_in=len(ids), ok=len(ids))
-        agreement = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        artifact.write_shard(0, {"agreement": agreement, "label_separation": separation}, counts)
+        tables = {"agreement": pa.Table.from_pylist(rows, schema=_SCHEMA), "label_separation": separation}
+        artifact.write_shard(0, tables, counts)
     warning = untold_labels(artifact.part("label_separation", 0))
     artifact.commit(1, seconds=time.monotonic() - started, extra={"warnings": [warning] if warning else []})
 

@@ -6,7 +6,6 @@ has not learned one of the labels leaves its questions' wrong examples as much w
 that it teaches is pulled by the other labels alone: it shows their examples to all questions.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -69,19 +68,10 @@ def separation_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[st
         seed: of the run.
     """
     rows = []
-    for (dataset, label), part in _by_label(table):
-        drawn = {"samples": samples, "seed": seed_of(seed, "label_separation", dataset, label)}
-        weight = estimate([part["weight"].to_numpy()], exponential=False, **drawn)
-        rows.append(
-            {
-                "dataset": dataset,
-                "label": label,
-                "n": weight.n,
-                "share": float(np.mean(part["share"].to_numpy())),
-                "weight": weight.mean,
-                "ci95": [weight.low, weight.high],
-            }
-        )
+    for row in _by_label(table).iter_rows(named=True):
+        drawn = {"samples": samples, "seed": seed_of(seed, "label_separation", row["dataset"], row["label"])}
+        weight = estimate([np.asarray(row.pop("weights"))], exponential=False, **drawn)
+        rows.append(row | {"ci95": [weight.low, weight.high]})
     return rows
 
 
@@ -92,20 +82,22 @@ def untold_labels(table: pa.Table) -> str | None:
     Args:
         table: of SCHEMA.
     """
-    told = []
-    for (dataset, label), part in _by_label(table):
-        share, weight = (float(np.mean(part[name].to_numpy())) for name in ("share", "weight"))
-        if len(part) >= LEAST_QUERIES and weight > share / 2:
-            told.append(f"{dataset} '{label}' ({weight:.2f}, a guess {share:.2f})")
-    if not told:
+    untold = _by_label(table).filter(pl.col("n") >= LEAST_QUERIES, pl.col("weight") > pl.col("share") / 2)
+    if untold.is_empty():
         return None
+    told = [
+        f"{row['dataset']} '{row['label']}' ({row['weight']:.2f}, a guess {row['share']:.2f})"
+        for row in untold.iter_rows(named=True)
+    ]
     return (
         "the reward model does not tell examples of another label from the right ones, by the weight it leaves them: "
         f"{'; '.join(told)}. The embedder will show such examples there. Train it longer "
-        "(reward_model.train.num_steps), or with a higher learning rate."
+        "(reward_model.train.num_steps), or at another learning rate."
     )
 
 
-def _by_label(table: pa.Table) -> Iterable[tuple[tuple[str, str], pl.DataFrame]]:
-    frame = frame_of(table, SCHEMA.names)
-    return (((str(key[0]), str(key[1])), part) for key, part in sorted(frame.group_by("dataset", "label")))
+def _by_label(table: pa.Table) -> pl.DataFrame:
+    """Means by data set and label, in their order: dataset, label, n, share, weight, and the weights they are of."""
+    grouped = frame_of(table, SCHEMA.names).group_by("dataset", "label", maintain_order=True)
+    means = grouped.agg(n=pl.len(), share=pl.mean("share"), weight=pl.mean("weight"), weights=pl.col("weight"))
+    return means.sort("dataset", "label")

@@ -16,9 +16,7 @@ import pyarrow.compute as pc
 from llmr_ray.artifacts import Artifact
 from llmr_ray.data.example_labels import classifications, has_other_label, is_own_example, right_labels
 from llmr_ray.evaluation.leakage import POOL_TASKS
-from llmr_ray.frames import frame_of
-
-_PAIR = ["query_id", "doc_id"]
+from llmr_ray.frames import PAIR, frame_of
 
 
 def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]:
@@ -42,16 +40,8 @@ def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]
     documents = prepare.read("corpus", columns=["doc_id", "text", "meta"], ids=pairs["doc_id"].unique())
     lengths = frame_of(documents, ["doc_id", "text"]).select("doc_id", characters=pl.col("text").str.len_chars())
     pairs = pairs.join(lengths, on="doc_id", how="left", maintain_order="left")
-    pairs = pairs.join(_own_labels(pairs, pooled, documents), on=_PAIR, how="left", maintain_order="left")
-    labelled = pairs.filter(pl.col("own_label").is_not_null()).join(right_labels(pooled), on="query_id")
-    by_label: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in (
-        labelled.group_by("dataset", "method", "label")
-        .agg(n=pl.col("query_id").n_unique(), own_label=pl.col("own_label").mean())
-        .sort("dataset", "method", "label")
-        .iter_rows(named=True)
-    ):
-        by_label.setdefault((row.pop("dataset"), row.pop("method")), []).append(row)
+    pairs = pairs.join(_own_labels(pairs, pooled, documents), on=PAIR, how="left", maintain_order="left")
+    by_label = _by_label(pairs, pooled)
     of_method = pairs.group_by("dataset", "method", maintain_order=True).agg(
         n=pl.col("query_id").n_unique(),
         documents=pl.len(),
@@ -67,7 +57,7 @@ def shown_figures(prepare: Artifact, evaluate: Artifact) -> list[dict[str, Any]]
 def _own_labels(pairs: pl.DataFrame, queries: pa.Table, documents: pa.Table) -> pl.DataFrame:
     """Of the pairs of classifications, whether the document has the query's label: query_id, doc_id, own_label."""
     labelled = classifications(queries)
-    chosen = pairs.filter(pl.col("dataset").is_in(labelled)).select(_PAIR).unique(maintain_order=True)
+    chosen = pairs.filter(pl.col("dataset").is_in(labelled)).select(PAIR).unique(maintain_order=True)
     asked = queries.filter(pc.is_in(queries["query_id"], value_set=pa.array(chosen["query_id"].unique(), pa.string())))
     query_of, document_of = _by_id(asked, "query_id"), _by_id(documents, "doc_id")
     has_label = [
@@ -76,6 +66,18 @@ def _own_labels(pairs: pl.DataFrame, queries: pa.Table, documents: pa.Table) -> 
         for query_id, doc_id in chosen.iter_rows()
     ]
     return chosen.with_columns(own_label=pl.Series(has_label, dtype=pl.Boolean))
+
+
+def _by_label(pairs: pl.DataFrame, queries: pa.Table) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """For each data set and method, right label by label: label, n (prompts) and own_label (share of the documents)."""
+    labelled = pairs.filter(pl.col("own_label").is_not_null()).join(right_labels(queries), on="query_id")
+    means = labelled.group_by("dataset", "method", "label").agg(
+        n=pl.col("query_id").n_unique(), own_label=pl.col("own_label").mean()
+    )
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in means.sort("dataset", "method", "label").iter_rows(named=True):
+        found.setdefault((row.pop("dataset"), row.pop("method")), []).append(row)
+    return found
 
 
 def _by_id(table: pa.Table, key: str) -> Mapping[str, dict[str, Any]]:

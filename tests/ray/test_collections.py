@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from llmr_ray.index.filters import Comparison
 from llmr_ray.index.snapshot import OpenSnapshot, folder_of, named
 from llmr_ray.modeling.embedder import Embedder
 from tests.collections_world import base_of, rows_of, write
+from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -70,11 +70,12 @@ def test_a_killed_build_leaves_what_is_served(tmp_path: Path) -> None:
     before = (root / "collections" / "c" / "CURRENT").read_bytes()
     first = named(folder_of(root, "c")).current
     with subprocess.Popen([*command, str(settings)], start_new_session=True) as build:
-        deadline = time.monotonic() + 120
-        while not list(root.glob("embed/*/parts/*-00000*")) or len(list(root.glob("embed/*"))) < 2:
+
+        def half_embedded() -> bool:
             assert build.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+            return bool(list(root.glob("embed/*/parts/*-00000*"))) and len(list(root.glob("embed/*"))) == 2
+
+        until(half_embedded, 120)
         for process in [*psutil.Process(build.pid).children(recursive=True), build]:
             process.kill()
     assert (root / "collections" / "c" / "CURRENT").read_bytes() == before

@@ -27,6 +27,7 @@ from llmr_ray.config import RuntimeConfig
 from llmr_ray.serving.app import build, running
 from llmr_ray.serving.launch import free_port
 from tests.serving_world import World, world
+from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -47,10 +48,11 @@ class Served:
 
     def wait_for(self, snapshot: str, key: str = "index_snapshot") -> None:
         """Until a snapshot is served (or refused)."""
-        deadline = time.monotonic() + 60
-        while HTTP.get(f"{self.url}/readyz").json().get(key) != snapshot:
-            assert time.monotonic() < deadline, HTTP.get(f"{self.url}/info").text
-            time.sleep(0.05)
+        until(
+            lambda: HTTP.get(f"{self.url}/readyz").json().get(key) == snapshot,
+            60,
+            lambda: HTTP.get(f"{self.url}/info").text,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,13 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(60)
+
+    def assert_whole(self, expected: dict[str, list[list[dict[str, Any]]]]) -> None:
+        """Every answer is complete and that of the one snapshot it names."""
+        for _, answer in self.answers:
+            assert answer["partial"] is False
+            for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
+                assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
 
 
 def test_deployments_answer_as_one_process(served: Served) -> None:
@@ -172,10 +181,7 @@ def test_no_request_fails_while_snapshots_change(served: Served) -> None:
     assert load.codes[200] >= 20
     seen = {answer["index_snapshot"] for _, answer in load.answers}
     assert seen == set(expected)
-    for _, answer in load.answers:
-        assert answer["partial"] is False
-        for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
-            assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+    load.assert_whole(expected)
 
 
 def replicas(deployment: str) -> list[psutil.Process]:
@@ -205,13 +211,12 @@ def test_requests_wait_for_the_only_replica_of_a_part(served: Served, deployment
     with Load(served) as load:
         time.sleep(2)
         os.kill(min(before), signal.SIGKILL)
-        deadline = time.monotonic() + 120
-        while True:
+
+        def replaced() -> bool:
             now = {process.pid for process in replicas(deployment)}
-            if len(now) == len(before) and now != before:
-                break
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+            return len(now) == len(before) and now != before
+
+        until(replaced, 120)
         time.sleep(2)
     assert set(load.codes) <= {200, 503, 504}, load.codes
     served.ask()
@@ -229,10 +234,7 @@ def test_a_killed_controller_costs_no_request(served: Served) -> None:
         controller.kill()
         time.sleep(10)
     assert set(load.codes) == {200}
-    deadline = time.monotonic() + 120
-    while serve.status().applications["docs"].status != "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    until(lambda: serve.status().applications["docs"].status == "RUNNING", 120)
 
 
 @pytest.mark.slow
@@ -247,20 +249,14 @@ def test_a_replica_killed_during_a_switch_mixes_no_snapshots(served: Served) -> 
         new = docs.add(40, seed=11)
         os.kill(before, signal.SIGKILL)
         served.wait_for(new)
-        deadline = time.monotonic() + 120
-        while not {process.pid for process in replicas("shards-1")} - {before}:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(lambda: {process.pid for process in replicas("shards-1")} - {before}, 120)
         time.sleep(3)
         settled = time.monotonic()
         time.sleep(2)
     expected[new] = served.ask()["results"]
     assert set(load.codes) <= {200, 503, 504}, load.codes
     assert {answer["index_snapshot"] for at, answer in load.answers if at > settled} == {new}
-    for _, answer in load.answers:
-        assert answer["partial"] is False
-        for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
-            assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+    load.assert_whole(expected)
 
 
 FAST = """
@@ -295,11 +291,8 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fast]:
             [sys.executable, "-c", FAST, str(docs.root), str(port)], stdout=out, stderr=subprocess.STDOUT
         )
     try:
-        deadline = time.monotonic() + 300
-        while "\nserving docs" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        until(lambda: "\nserving docs" in log.read_text() or server.poll() is not None, 300, log.read_text)
+        assert server.poll() is None, log.read_text()
         yield Fast(docs, f"http://127.0.0.1:{port}", psutil.Process(server.pid))
     finally:
         server.terminate()
@@ -315,10 +308,7 @@ def test_behind_haproxy_a_killed_ingress_costs_what_it_held_and_a_switch_nothing
     with Load(fast) as load:
         time.sleep(3)
         os.kill(min(before), signal.SIGKILL)
-        deadline = time.monotonic() + 180
-        while len(fast.processes(title) - before) < 1 or len(fast.processes(title)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(lambda: fast.processes(title) - before and len(fast.processes(title)) >= 2, 180)
         new = fast.docs.add(20)
         fast.wait_for(new)
         time.sleep(3)
@@ -352,9 +342,11 @@ def test_a_killed_proxy_comes_back_and_patient_clients_do_not_notice(fast: Fast,
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         killed = time.monotonic()
-        while not fast.processes(title) - before or len([at for at, _ in load.answers if at > killed]) < 20:
-            assert time.monotonic() < killed + 60, load.codes
-            time.sleep(0.1)
+        until(
+            lambda: fast.processes(title) - before and len([at for at, _ in load.answers if at > killed]) >= 20,
+            60,
+            lambda: load.codes,
+        )
         count = len(answered)
         time.sleep(5)
     stop.set()

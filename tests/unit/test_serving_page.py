@@ -3,17 +3,14 @@
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
-from llmr_ray.index import collection
 from llmr_ray.serving.keys import add_key
 from tests.browser import needs_browser, rendered
 from tests.live_server import Server
-from tests.serving_world import World, documents, index_of
-from tests.tiny import tiny_bert
+from tests.serving_world import World, documents, world
 
 pytestmark = [pytest.mark.slow, needs_browser]
 
@@ -23,13 +20,9 @@ HOSTILE = "a b <img src=x onerror=\"document.title='taken'\"> <script>document.t
 @pytest.fixture(scope="module")
 def docs(tmp_path_factory: pytest.TempPathFactory) -> World:
     """60 documents, one of which would run a script if a page let it."""
-    root = tmp_path_factory.mktemp("page")
-    made = World(root / "artifacts", tiny_bert(root / "model"))
     rows = documents(60)
     rows[0]["text"] = HOSTILE
-    index = index_of(made.root, made.model, rows)
-    collection.create(made.root, "docs", index.id, model=str(made.model))
-    return made
+    return world(tmp_path_factory.mktemp("page"), rows)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +92,7 @@ def test_a_document_is_text_and_not_markup(server: Server, tmp_path: Path) -> No
 
 def test_a_server_with_keys_asks_for_one(docs: World, tmp_path: Path) -> None:
     """Without it the page would only say that it may not."""
-    keys: Any = tmp_path / "keys.json"
+    keys = tmp_path / "keys.json"
     add_key(keys, "reader", ("read",))
     running = Server(docs.service(docs.settings(keys_file=str(keys))))
     try:
