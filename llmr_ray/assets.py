@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from llmr_ray.artifacts import canonical_json, sha256_file, sha256_text
+from llmr_ray.console import terminal
 from llmr_ray.durable import staged
 from llmr_ray.errors import ResourceError
 
@@ -296,10 +296,10 @@ def _pip_download(package: Package, staging: Path) -> None:
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, num_bytes: int) -> None:
     """Waits for `process`: a bar of MB on a terminal, a line now and then elsewhere."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     if not console.is_terminal:
-        console.print(f"fetching {label} ({num_bytes / 1e6:.1f} MB)", highlight=False)
+        console.print(f"fetching {label} ({num_bytes / 1e6:.1f} MB)")
     started = shown = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=num_bytes)
@@ -309,10 +309,10 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, num_bytes
             progress.update(task, completed=size)
             if not console.is_terminal and time.monotonic() - shown > PROGRESS_SECONDS:
                 shown = time.monotonic()
-                console.print(f"fetching {label}: {size / 1e6:.1f} of {num_bytes / 1e6:.1f} MB", highlight=False)
+                console.print(f"fetching {label}: {size / 1e6:.1f} of {num_bytes / 1e6:.1f} MB")
         progress.update(task, completed=num_bytes if process.returncode == 0 else 0)
     if not console.is_terminal and process.returncode == 0:
-        console.print(f"fetched {label} in {time.monotonic() - started:.1f} s", highlight=False)
+        console.print(f"fetched {label} in {time.monotonic() - started:.1f} s")
 
 
 def _size(folder: Path) -> int:
@@ -334,7 +334,7 @@ def _convert_in_subprocess(gguf: Path, gguf_sha256: str, target: Path) -> None:
             f"{gguf} has sha256 {found}, but {gguf_sha256} is pinned. Delete {gguf.parent.parent}; it will be fetched "
             "again."
         )
-    Console(stderr=True).print(f"converting {gguf.name} to safetensors (once, about a minute)", highlight=False)
+    terminal(stderr=True).print(f"converting {gguf.name} to safetensors (once, about a minute)")
     done = subprocess.run(
         [sys.executable, "-m", "llmr_ray.assets", "convert", str(gguf), str(target)],
         capture_output=True,

@@ -21,6 +21,7 @@ from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
+from llmr_ray.console import terminal
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.evaluation import audit_page, endpoint, report
@@ -49,7 +50,7 @@ class Pipeline:
 
     def __init__(self, config: Config, console: Console | None = None, *, allow_restart: bool = False) -> None:
         self.config = config
-        self.console = console or Console()
+        self.console = console or terminal()
         check_names(config.report.reproduces)
         self.run_dir = Path(config.runtime.run_root) / config.name
         resolved = {name: asset_catalogue.resolve(name, config.runtime.cache_root) for name in _asset_names(config)}
@@ -154,7 +155,7 @@ class Pipeline:
         with locked(self.run_dir), metered_memory() as memory:
             record = {"command": command, "commit": _commit(), "seed": self.config.seed, "versions": _versions()}
             self._record(record | {"status": "running"})
-            self.console.print(f"run [bold]{self.config.name}[/bold]: resume with the same command: {command}")
+            self.console.print(f"run {self.config.name}: resume with the same command: {command}")
             try:
                 for number, stage in enumerate(self.stages, 1):
                     if only in (None, stage.name):
@@ -256,11 +257,11 @@ def run_config(
     allow_restart: bool = False,
 ) -> dict[str, Any] | None:
     """Loads a configuration and runs it: what `llmr run` and the scripts in jobs/ call. Returns what `run` does."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     config = loading.load(path, overrides)
     pipeline = Pipeline(config, console, allow_restart=allow_restart)
     if dry_run:
-        console.print(loading.to_yaml(config), markup=False)
+        console.print(loading.to_yaml(config))
         for row in pipeline.describe():
             console.print(f"{row['stage']:14} {row['state']:20} {row['artifact']}")
         console.print(in_words(pipeline.costs(), exact=pipeline.is_mined))
@@ -277,7 +278,7 @@ def index_of(path: str, overrides: list[str], embedder: str) -> tuple[Artifact, 
         ConfigError: the run has no such embedder.
     """
     config = loading.load(path, overrides)
-    pipeline = Pipeline(config, Console(quiet=True))
+    pipeline = Pipeline(config, terminal(quiet=True))
     indexes = [name for name in pipeline.by_name if name.startswith("index_")]
     if f"index_{embedder}" not in indexes:
         known = ", ".join(name.removeprefix("index_") for name in indexes)
@@ -306,7 +307,7 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
     from llmr_ray.clients import Client
 
     config = loading.load(path, overrides)
-    pipeline = Pipeline(config, Console(quiet=True))
+    pipeline = Pipeline(config, terminal(quiet=True))
     evaluated = pipeline.by_name["evaluate"].artifact
     qrels: dict[str, dict[str, int]] = {}
     for row in pipeline.prepared.read("qrels").to_pylist():
@@ -331,7 +332,7 @@ def write_audit_of(path: str, overrides: list[str]) -> Path:
         DataError: the run has no rewards yet, or its configuration wants no such page.
     """
     config = loading.load(path, overrides)
-    pipeline = Pipeline(config, Console(quiet=True))
+    pipeline = Pipeline(config, terminal(quiet=True))
     if audit_page.write_audit(pipeline.run_dir, config, pipeline.finished()) is None:
         raise DataError(
             f"run {config.name} has no rewards to audit, or report.audit_queries is 0. Run it up to the stage 'reward'."
@@ -341,7 +342,7 @@ def write_audit_of(path: str, overrides: list[str]) -> Path:
 
 def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_second: float) -> None:
     """Prints what a configuration's LLM feedback will cost, also where its models and data are not at hand."""
-    config, console = loading.load(path, overrides), Console(highlight=False, soft_wrap=True)
+    config, console = loading.load(path, overrides), terminal()
     try:
         pipeline = Pipeline(config, console)
     except ResourceError as missing:
@@ -408,7 +409,7 @@ def _print_hours(console: Console, config: Config, costs: Sequence[TaskCost], to
 
 def fetch_assets(path: str, overrides: list[str]) -> None:
     """Fetches every model and data set that a configuration names."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     config = loading.load(path, overrides)
     for asset in asset_catalogue.fetch(_asset_names(config), config.runtime.cache_root):
         console.print(f"{asset.kind:6} {asset.name:24} {asset.path}")

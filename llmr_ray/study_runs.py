@@ -9,6 +9,7 @@ from rich.console import Console
 
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.config import Config
+from llmr_ray.console import terminal
 from llmr_ray.errors import ConfigError, LlmrError, ResourceError
 from llmr_ray.feedback import planning
 from llmr_ray.pipeline import Pipeline, in_words
@@ -46,7 +47,7 @@ def run_study_file(
     if seeds is not None:
         study = with_seeds(study, list(seeds))
         command += ["--seeds", ",".join(map(str, seeds))]
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     cells = study.cells(overrides)
     # A misspelt setting of the last variant is found before the first has run for hours.
     configs = [loading.load(study.config, cell.settings) for cell in cells]
@@ -61,16 +62,16 @@ def run_study_file(
     def run(config_path: str, cell: Cell) -> Finished:
         place = places[cell.variant, cell.seed]
         number = place + 1
-        console.print(f"cell {number} of {len(cells)}: [bold]{cell.label}[/bold]; resume with: {resume}")
+        console.print(f"cell {number} of {len(cells)}: {cell.label}; resume with: {resume}")
         try:
             command = shlex.join(["llmr", "run", config_path, *cell.settings])
             return run_cell(configs[place], command, resume, console)
         except Exception as error:
-            console.print(f"cell {number} of {len(cells)}: {cell.label} failed: {error}", style="red", markup=False)
+            console.print(f"cell {number} of {len(cells)}: {cell.label} failed: {error}", style="red")
             raise
 
     outcome = run_study(study, overrides, run, partial(_written, study, folder))
-    console.print(table(study, outcome), markup=False)
+    console.print(table(study, outcome))
     print(f"study: {folder / 'study.md'}")
     if outcome.failures:
         labels = "; ".join(f"{failed['variant']} ({failed['seed']})" for failed in outcome.failures)
@@ -131,7 +132,7 @@ def _foresee(study: Study, cells: Sequence[Cell], configs: Sequence[Config], con
         try:
             pipeline = Pipeline(config, console)
         except ResourceError as missing:
-            console.print(f"{told}something it names is not here: {missing}", markup=False)
+            console.print(f"{told}something it names is not here: {missing}")
             continue
         rows = pipeline.describe()
         own = {row["artifact"] for row in rows if row["state"] != "done"} - counted
@@ -148,5 +149,5 @@ def _foresee(study: Study, cells: Sequence[Cell], configs: Sequence[Config], con
             total += sum(one.tokens for one in costs)
             cost = in_words(costs, exact=pipeline.is_mined)
         done = sum(row["state"] == "done" for row in rows)
-        console.print(f"{told}{done} of {len(rows)} stages done, {len(own)} to make. {cost}", markup=False)
+        console.print(f"{told}{done} of {len(rows)} stages done, {len(own)} to make. {cost}")
     console.print(f"{study.name}: {len(counted)} artifacts to make, about {total:,} LLM tokens of feedback.")

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as TerminalTable
+from rich.text import Text
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
@@ -183,14 +184,14 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             for method in methods:
                 figure = column.figures.get(method)
                 text = f"{figure['mean']:.3f}" if figure else ""
-                cells.append(f"[bold]{text}[/bold]" if method in column.best else text)
+                cells.append(Text(text, style="bold" if method in column.best else ""))
             trained = column.figures.get(result)
             delta = trained["delta_vs_base"] if trained else None
-            difference = p = ""
+            difference, p = Text(), ""
             if trained and delta:
                 colour = {"better": "green", "worse": "red", "": "default"}[effect(trained)]
                 low, high = delta["ci95"]
-                difference = f"[{colour}]{delta['mean']:+.3f}[/{colour}] ({low:+.3f}, {high:+.3f})"
+                difference = Text.assemble((f"{delta['mean']:+.3f}", colour), f" ({low:+.3f}, {high:+.3f})")
                 p = p_text(delta["p"]).removeprefix("p=").removeprefix("p")
             measure = f"{column.measure} {'↓' if column.lower_is_better else '↑'}"
             view.add_row(column.dataset, measure, str(column.n), *cells, difference, p)
@@ -209,7 +210,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             line += f"; {delta['mean']:+.3f} ({delta['ci95'][0]:+.3f}, {delta['ci95'][1]:+.3f}) against base"
         console.print(line)
     for stage, warning in stage_warnings(results["stages"]):
-        console.print(f"{stage}: warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"{stage}: warning: {warning}", style="yellow")
     for where, place in LEAK_PLACES.items():
         for row in results.get("leakage", {}).get(where, []):
             if row["kinds"]:

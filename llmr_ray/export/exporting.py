@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
 
 from llmr_ray import loading
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import Config
+from llmr_ray.console import terminal
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.evaluation.trec import write_trec
@@ -88,7 +88,7 @@ def export_run(path: str, overrides: list[str], wanted: Wanted) -> Exported:
     if not file.exists():
         raise ConfigError(f"there is no {file}. Give a run's configuration, or the folder that it wrote (runs/NAME).")
     config = loading.load(file, overrides)
-    pipeline = Pipeline(config, Console(quiet=True))
+    pipeline = Pipeline(config, terminal(quiet=True))
     base = pipeline.by_name["embed_base"].inputs["embedder"]
     artifacts = {name: stage.artifact for name, stage in pipeline.by_name.items()} | {"prepare": pipeline.prepared}
     finished = Finished(config=config, artifacts=artifacts, base_model=base.name if base.kind == "hub" else "")

@@ -87,10 +87,11 @@ def _show(records: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(records, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from llmr_ray.console import terminal
+
+    console = terminal()
     view = Table("")
     for name in records:
         view.add_column(name, justify="right", overflow="fold")
