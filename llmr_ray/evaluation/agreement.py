@@ -17,7 +17,6 @@ from scipy.stats import kendalltau
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts, seed_of
 from llmr_ray.config import Config
-from llmr_ray.errors import DataError
 from llmr_ray.evaluation.label_separation import label_separation, untold_labels
 from llmr_ray.evaluation.significance import estimate, paired_difference
 from llmr_ray.frames import PAIR, frame_of
@@ -56,7 +55,8 @@ def run_agree(
 ) -> None:
     """Writes the tables `agreement` (query_id, judge, tau) and `label_separation` (of label_separation.SCHEMA).
 
-    Labels that the reward model has not learned are named in the manifest's `warnings`.
+    Labels that the reward model has not learned are named in the manifest's `warnings`; and it is said there where no
+    query was held out, so that no agreement can be told.
 
     Args:
         config: the run's.
@@ -65,21 +65,17 @@ def run_agree(
         rewards: of the LLM.
         taught: of the reward model.
         embeddings: of each embedder that is to be compared.
-
-    Raises:
-        DataError: no query is held out, so nothing can be told.
     """
-    started = time.monotonic()
+    started, fraction = time.monotonic(), config.reward_model.held_out_fraction
     if artifact.pending(1):
         of_llm, of_model = rewards.read("rewards"), taught.read("rewards")
         columns = ["query_id", "split_key", "dataset", "options", "gold_option"]
         judged = prepare.read("queries", columns=columns, ids=of_llm["query_id"].unique().to_pylist())
         separation = label_separation(of_model, of_llm, judged)
-        fraction = config.reward_model.held_out_fraction
         ids = [query["query_id"] for query in judged.to_pylist() if is_held_out(query, fraction)]
-        if not ids:
-            raise DataError("no query is held out of the reward model. Raise reward_model.held_out_fraction.")
-        of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids))).drop_columns("reward_source")
+        of_llm = of_llm.filter(pc.is_in(of_llm["query_id"], value_set=pa.array(ids, pa.string()))).drop_columns(
+            "reward_source"
+        )
         of_llm = of_llm.filter(pc.is_valid(of_llm["reward"]))
         judges = {REWARD_MODEL: of_model}
         judges |= {name: _similarities(of_llm, vectors) for name, vectors in embeddings.items()}
@@ -91,8 +87,15 @@ def run_agree(
         counts = Counts(rows_in=len(ids), ok=len(ids))
         tables = {"agreement": pa.Table.from_pylist(rows, schema=_SCHEMA), "label_separation": separation}
         artifact.write_shard(0, tables, counts)
-    warning = untold_labels(artifact.part("label_separation", 0))
-    artifact.commit(1, seconds=time.monotonic() - started, extra={"warnings": [warning] if warning else []})
+    warnings = [untold_labels(artifact.part("label_separation", 0))]
+    if not artifact.part("agreement", 0).num_rows:
+        warnings.append(
+            "nothing tells how far the reward model ranks as the LLM does: no query was held out of it, or the LLM "
+            "held all candidates of those equal. It takes more training queries, or a larger share of them than "
+            f"{fraction:g} (reward_model.held_out_fraction), which trains the reward model anew."
+        )
+    extra = {"warnings": [warning for warning in warnings if warning]}
+    artifact.commit(1, seconds=time.monotonic() - started, extra=extra)
 
 
 def agreement_rows(table: pa.Table, *, samples: int, seed: int) -> list[dict[str, Any]]:

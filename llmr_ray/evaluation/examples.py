@@ -82,7 +82,7 @@ def request(
                 trim_side="left",
                 max_tokens=demonstration_tokens,
             ),
-            Segment(text=EXAMPLE_END[protocol]),
+            Segment(text=EXAMPLE_END[protocol], separates=True),
         ]
     segments += behind(len(demonstrations), feedback_segments("icl", query, None))
     unit = query["query_id"]

@@ -24,7 +24,7 @@ def chat_request(request_id: str, query: Row, turns: Sequence[Row], *, document_
     for order, turn in _in_text_order(turns):
         segments += [
             Segment(text=candidate_text("chat", turn), trim_order=order, max_tokens=document_tokens),
-            Segment(text="\n"),
+            Segment(text="\n", separates=True),
         ]
     segments += behind(len(turns), feedback_segments("chat", query, None))
     return _scored(request_id, query, segments)

@@ -134,7 +134,7 @@ def _trim(tokenizer: Any, segments: Sequence[Segment], limit: int) -> _Trimmed:
         (row for row, segment in enumerate(segments) if segment.trim_order > 0),
         key=lambda row: (segments[row].trim_order, row),
     )
-    while (count := len(_encode(tokenizer, "".join(texts))[0])) > limit:
+    while (count := len(_encode(tokenizer, _joined(segments, texts))[0])) > limit:
         row = next((row for row in order if texts[row]), None)
         if row is None:
             break
@@ -142,7 +142,17 @@ def _trim(tokenizer: Any, segments: Sequence[Segment], limit: int) -> _Trimmed:
         keep = sum(start >= 0 for start in starts) - (count - limit)
         texts[row] = _cut(tokenizer, texts[row], max(0, keep), segments[row].trim_side)
     truncated = any(text != segment.text for text, segment in zip(texts, segments, strict=True))
-    return _Trimmed("".join(texts), count, truncated)
+    return _Trimmed(_joined(segments, texts), count, truncated)
+
+
+def _joined(segments: Sequence[Segment], texts: Sequence[str]) -> str:
+    """What is left of the segments, without what separated one of which nothing is left."""
+    gone = [False, *(not text and bool(segment.text) for text, segment in zip(texts, segments, strict=True))]
+    return "".join(
+        text
+        for text, segment, after_gone in zip(texts, segments, gone, strict=False)
+        if not (segment.separates and after_gone)
+    )
 
 
 def _cut(tokenizer: Any, text: str, keep: int, side: str) -> str:

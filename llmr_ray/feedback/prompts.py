@@ -16,7 +16,7 @@ from llmr_ray.data.text import document_text
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback.requests import Segment
 
-PROMPTS_VERSION = 2
+PROMPTS_VERSION = 3
 """Raised whenever a template, its trimming or its stop strings change; part of what determines llm_scores."""
 
 EXAMPLE_END = {"llm_embedder": "\n", "llm_r": "\n\n"}
@@ -74,11 +74,11 @@ def feedback_segments(
             return (*shown, Segment(text="Question: "), query, Segment(text="\n\nAnswer:"))
         case "icl":
             if doc_row is not None:
-                shown = (candidate, Segment(text=EXAMPLE_END[layout]))
+                shown = (candidate, Segment(text=EXAMPLE_END[layout], separates=True))
             return (*shown, query, Segment(text="\n"))
         case "chat":
             if doc_row is not None:
-                shown = (candidate, Segment(text="\n"))
+                shown = (candidate, Segment(text="\n", separates=True))
             return (*shown, Segment(text="Speaker 1: "), query, Segment(text="\nSpeaker 2:"))
         case "lrlm":
             context = Segment(text=str(query_row["context"] or ""), trim_order=_CONTEXT, trim_side="left")

@@ -19,12 +19,14 @@ class Segment:
     trim_order: 0 is never cut; otherwise segments are cut in ascending order until the prompt fits.
     trim_side: the side that loses tokens ("left" keeps the most recent text).
     max_tokens: cut to this many tokens in any case (0: no own limit).
+    separates: it parts the segment before it from what follows, and goes when all of that is cut away.
     """
 
     text: str
     trim_order: int = 0
     trim_side: str = "right"
     max_tokens: int = 0
+    separates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

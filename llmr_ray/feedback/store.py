@@ -59,10 +59,13 @@ def request_keys(scorer_id: str, request: LLMRequest) -> list[bytes]:
     """The keys of a request: one per target, or one for all its samples.
 
     `max_new_tokens` belongs to a target's key too, because the prompt leaves room for it (feedback/fitting.py), and so
-    does a limit of the request's own. A target that is only compared with the first has another key than the same
-    target read to its end.
+    do a limit of the request's own and what may be cut together. A target that is only compared with the first has
+    another key than the same target read to its end.
     """
-    segments = [[item.text, item.trim_order, item.trim_side, item.max_tokens] for item in request.segments]
+    segments = [
+        [item.text, item.trim_order, item.trim_side, item.max_tokens, *(["separates"] if item.separates else [])]
+        for item in request.segments
+    ]
     limits = [request.max_new_tokens] + ([request.max_tokens] if request.max_tokens else [])
     prompt = hashlib.sha256(_bytes([scorer_id, segments, *limits])).hexdigest()
     if request.targets:

@@ -28,20 +28,24 @@ def is_held_out(query: Mapping[str, Any], fraction: float) -> bool:
 
 GUESSING = 0.97
 """A loss that is still this share of that of the first steps has hardly left that of guessing."""
+KNOWING = 0.5
+"""A model that puts the positive first in more than this share of its groups does not guess."""
 
 
-def learned_little(losses: Sequence[float]) -> str | None:
+def learned_little(losses: Sequence[float], accuracies: Sequence[float]) -> str | None:
     """A warning where a reward model still guesses at the end of its training, else None.
 
     It begins with logits that are nearly equal, and leaves the loss of guessing the later the less the candidates
-    differ. Until then its rewards are almost alike and teach next to nothing.
+    differ. Until then its rewards are almost alike and teach next to nothing. One that was good from the beginning is
+    not meant, though its loss does not fall either.
 
     Args:
         losses: of all steps.
+        accuracies: of all steps; shares of the groups whose positive comes first.
     """
     first = float(np.mean(losses[: max(1, len(losses) // 20)]))
-    last = float(np.mean(losses[-max(1, len(losses) // 10) :]))
-    if last < GUESSING * first:
+    last, accuracy = (float(np.mean(values[-max(1, len(losses) // 10) :])) for values in (losses, accuracies))
+    if last < GUESSING * first or accuracy > KNOWING:
         return None
     return (
         f"its loss is {last:.3f} at the end and was {first:.3f} at the beginning, so it hardly tells candidates apart "

@@ -128,7 +128,8 @@ def run_reward_model(
         counts=Counts(),
         allow_restart=allow_restart,
     )
-    warning = learned_little(artifact.part("steps", num_groups)["loss"].to_pylist())
+    steps = artifact.part("steps", num_groups)
+    warning = learned_little(steps["loss"].to_pylist(), steps["accuracy"].to_pylist())
     extra["warnings"] = [warning] if warning else []
     artifact.commit(num_groups + 1, seconds=time.monotonic() - started, extra=extra)
     shutil.rmtree(running.work_folder(artifact))

@@ -1,5 +1,7 @@
 """Kendall's tau against counting pairs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -54,6 +56,13 @@ def finished(root, stage, **tables):
     return artifact
 
 
+def agreed(root, config, of):
+    artifact = Artifact(root, agree_spec(config, **of))
+    artifact.begin()
+    run_agree(config, artifact, **of)
+    return artifact
+
+
 def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_path):
     """Prevents a reward model from being praised for what it learned by heart, and vectors of other rows."""
     rng = np.random.default_rng(0)
@@ -89,9 +98,8 @@ def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_pa
     ]
     base = finished(tmp_path, "embed", query_embeddings=unit["query"], document_embeddings=unit["doc"])
     of = {"prepare": prepare, "rewards": judged[0], "taught": judged[1], "embeddings": {"base": base}}
-    artifact = Artifact(tmp_path, agree_spec(config, **of))
-    artifact.begin()
-    run_agree(config, artifact, **of)
+    artifact = agreed(tmp_path, config, of)
+    assert artifact.require()["extra"]["warnings"] == []
     rows = artifact.read("agreement").to_pylist()
     assert sorted(row["query_id"] for row in rows if row["judge"] == "base") == sorted(held_out)
     for row in rows:
@@ -106,3 +114,10 @@ def test_judges_are_compared_on_queries_that_the_reward_model_did_not_see(tmp_pa
     assert delta["mean"] == pytest.approx(1 - told["base"]["mean"])
     assert delta["ci95"][0] > 0
     assert delta["n"] == len(held_out)
+
+    # Where none is held out the reward model is paid for already: the run must go on, and say what it cannot tell.
+    whole = replace(config, reward_model=replace(config.reward_model, held_out_fraction=0.0))
+    artifact = agreed(tmp_path, whole, of)
+    assert agreement_rows(artifact.read("agreement"), samples=500, seed=1) == []
+    [warning] = artifact.require()["extra"]["warnings"]
+    assert "reward_model.held_out_fraction" in warning

@@ -6,11 +6,12 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from llmr_ray.errors import ConfigError, DataError, ResourceError
+from llmr_ray.evaluation.examples import request as prompt_of_examples
 from llmr_ray.feedback import chunks
 from llmr_ray.feedback.client import LocalClient
 from llmr_ray.feedback.engine import EngineSettings, Sampled, Sampling, Scored, open_engine, silent_ids
 from llmr_ray.feedback.fitting import FitError, fit_prompt, fit_targets
-from llmr_ray.feedback.prompts import feedback_segments
+from llmr_ray.feedback.prompts import EXAMPLE_END, feedback_segments
 from llmr_ray.feedback.requests import LLMRequest, Segment
 from llmr_ray.feedback.store import LLMStore
 from tests.tiny_llm import TEXT, make_tokenizer, save_model
@@ -132,6 +133,29 @@ def test_an_example_that_is_cut_keeps_its_answer(tokenizer, layout):
     prompt = tokenizer.decode(fitted.prompt_ids)
     assert TEXT[:20] not in prompt
     assert "In short: the sea.\n" in prompt
+
+
+@pytest.mark.parametrize("layout", ["llm_embedder", "llm_r"])
+def test_examples_that_are_cut_away_leave_no_blank_lines(tokenizer, layout):
+    """LLM-R cuts whole prompts on the left: eight long examples became six blank lines and two examples (B.9)."""
+    examples = [{"text": f"{TEXT} {number}\nso {number}.", "continuation": None} for number in range(8)]
+    asked = prompt_of_examples(
+        "r",
+        {"query_id": "q", "query": "What?", "options": None},
+        examples,
+        demonstration_tokens=0,
+        max_new_tokens=4,
+        protocol=layout,
+    )
+    fitted = fit_prompt(tokenizer, asked, 3 * len(tokenizer(TEXT)["input_ids"]))
+    prompt = tokenizer.decode(fitted.prompt_ids)
+    end = EXAMPLE_END[layout]
+    assert not prompt.startswith("\n")
+    assert prompt.endswith(f"so 1.{end}{TEXT} 0\nso 0.{end}What?\n")
+    assert prompt.count("so ") == 3
+    segments = feedback_segments("icl", {"query": "What?"}, examples[0], layout=layout)
+    limit = len(tokenizer("What?\nParis")["input_ids"])
+    assert tokenizer.decode(fit(tokenizer, request(*segments), "Paris", limit=limit).prompt_ids) == "What?\n"
 
 
 def test_prompt_of_a_target_does_not_depend_on_its_company(tokenizer):

@@ -202,10 +202,12 @@ def test_a_reward_model_that_still_guesses_is_told():
     rng = np.random.default_rng(2)
     guess, noise = np.log(7), rng.normal(scale=0.05, size=3000)
     # The second round of llm_r.yaml with 120 steps: 1.945 to 1.928.
-    warning = learned_little(guess - np.linspace(0, 0.02, 120) + noise[:120])
+    chance = np.full(3000, 1 / 7)
+    warning = learned_little(guess - np.linspace(0, 0.02, 120) + noise[:120], chance[:120])
     assert warning is not None
     assert "reward_model.train.num_steps" in warning
     # A first round with as many, and a long run that has learned before its first tenth is over.
-    assert learned_little(np.where(np.arange(120) < 60, guess, 1.5) + noise[:120]) is None
-    assert learned_little(np.where(np.arange(3000) < 200, guess, 1.2) + noise) is None
-    assert learned_little(guess + noise) is not None
+    assert learned_little(np.where(np.arange(120) < 60, guess, 1.5) + noise[:120], chance[:120]) is None
+    assert learned_little(np.where(np.arange(3000) < 200, guess, 1.2) + noise, chance) is None
+    assert learned_little(guess + noise, chance) is not None
+    assert learned_little(0.5 + noise, np.full(3000, 0.8)) is None, "a trained cross-encoder that goes on"
