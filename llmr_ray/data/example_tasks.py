@@ -20,8 +20,8 @@ class ExampleTask:
     split, and its rows are no examples of the pool. pool: the task whose examples are of its kind, where that is
     another one.
 
-    Raw rows are left out when a field of `max_words` has more words, when a field matches `bad_text`, or when there
-    are not `num_options` options (0: any number).
+    Raw rows are left out when a field of `max_words` has more words, when a field or an output matches `bad_text`, or
+    when there are not `num_options` options (0: any number).
     """
 
     category: str

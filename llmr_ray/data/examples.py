@@ -2,10 +2,10 @@
 
 An example is input, newline, output; a query is the input alone (methods.md B.2). Options stand in no template: each is
 scored as a continuation. Inputs and outputs are single lines, so that an example's last line is its output (methods.md
-I.19). The rows of SAMPLES come with packages; those of any other task of the table are the user's, as JSON lines with
-the fields of its template and `label` (a number or the word), `options` and `answer` (a number, letter or text), or
-`answer` alone (a text or a list), and `split` where it is fixed. Rows of a task that is only tested, such as mnli_m,
-are test rows and no examples.
+I.19). The rows of SAMPLES come with packages, which a data set's `path` names; any others are the user's, of whatever
+task of the table, as JSON lines with the fields of its template and `label` (a number or the word), `options` and
+`answer` (a number, letter or text), or `answer` alone (a text or a list), and `split` where it is fixed. Rows of a task
+that is only tested, such as mnli_m, are test rows and no examples.
 """
 
 import bz2
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from llmr_ray.assets import CATALOGUE
+from llmr_ray.config import DatasetConfig
 from llmr_ray.data.example_tasks import TASKS, ExampleTask
 from llmr_ray.data.records import (
     Bad,
@@ -68,10 +70,15 @@ class Sample:
     template: str = ""
     fields: dict[str, str] = field(default_factory=dict)
     answer_field: str = "answer"
-    label_of: dict[Any, int] | None = None
+    label_of: dict[Any, int] = field(default_factory=dict)
     split_field: str = "question"
     names_split: bool = False
     max_words: dict[str, int] = field(default_factory=dict)
+
+
+def is_sample(name: str, dataset: DatasetConfig) -> bool:
+    """Whether a data set's rows come with a sample package: a user's own rows may have the same name."""
+    return name in SAMPLES and dataset.path in CATALOGUE
 
 
 def read_icl(source: Source) -> Iterator[Record]:
@@ -82,7 +89,7 @@ def read_icl(source: Source) -> Iterator[Record]:
             "names, or use the source 'jsonl' for your own."
         )
     task = TASKS[source.name]
-    sample = SAMPLES.get(source.name) or _own_rows(source.name, task)
+    sample = SAMPLES[source.name] if is_sample(source.name, source.config) else _own_rows(source.name, task)
     yield from records_of(sample.rows(source, sample.file), partial(_records, source, task, sample))
 
 
@@ -204,9 +211,6 @@ def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row:
     if any(len(fields[name].split()) > most for name, most in {**task.max_words, **sample.max_words}.items()):
         yield Skip(row=where, reason="input_too_long")
         return
-    if task.bad_text and any(re.search(task.bad_text, text) for text in fields.values()):
-        yield Skip(row=where, reason="unwanted_text")
-        return
     text = template.format_map(fields)
     options, gold = None, None
     if task.kind == "labels":
@@ -220,6 +224,9 @@ def _records(source: Source, task: ExampleTask, sample: Sample, where: str, row:
         if task.num_options and len(options) != task.num_options:
             yield Skip(row=where, reason="other_number_of_options")
             return
+    if task.bad_text and any(re.search(task.bad_text, given) for given in (*fields.values(), *outputs)):
+        yield Skip(row=where, reason="unwanted_text")
+        return
     key = one_line(str(row.get(sample.split_field) or where)).lower()
     split = check_split(row.get("split")) if sample.names_split else None
     yield from example(
@@ -231,9 +238,11 @@ def _label(sample: Sample, row: Row) -> int:
     value = row.get(sample.answer_field)
     if value is None:
         raise BadRow("missing_field", sample.answer_field)
-    if sample.label_of is None or not isinstance(value, (str, int)) or value not in sample.label_of:
-        raise BadRow("unknown_label", value)
-    return sample.label_of[value]
+    # By type too: True equals 1, which is "No" where the first label is "Yes".
+    found = [number for label, number in sample.label_of.items() if type(label) is type(value) and label == value]
+    if not found:
+        raise BadRow("unknown_label", f"{value!r} is none of {list(sample.label_of)}")
+    return found[0]
 
 
 def read_options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
@@ -256,12 +265,19 @@ def read_options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
 
 def _listed_options(row: Row, limit: int) -> tuple[tuple[str, ...], int]:
     texts = tuple(map(one_line, check_texts(row["options"], "options", limit)))
-    answer = row.get("answer")
-    number = answer if isinstance(answer, int) else gold_option(str(answer), texts)
+    answer, number = row.get("answer"), None
+    if isinstance(answer, str):
+        number = gold_option(answer, texts)
+    elif type(answer) is int:  # True is no number of an option
+        number = answer
     if len(texts) < 2:
         raise BadRow("unreadable_options", row["options"])
+    if answer in texts and number != texts.index(answer):
+        raise BadRow(
+            "answer_not_in_options", f"{answer!r} is the letter of one option and the text of another: {texts}"
+        )
     if number is None or not 0 <= number < len(texts):
-        raise BadRow("answer_not_in_options", answer)
+        raise BadRow("answer_not_in_options", str(answer))
     _check_distinct(texts, row["options"])
     return texts, number
 

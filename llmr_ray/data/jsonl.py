@@ -113,7 +113,9 @@ def _collection(source: Source, folder: Path, corpus: Rows, queries: Rows, judge
 def _document(source: Source, where: str, row: Row) -> Document:
     text = whole_text(row.get("text"), row.get("title"), source.config.max_text_chars)
     identity = _identity(row, ("doc_id", "_id", "docid", "id"), where)
-    return Document(doc_id=_name(source, identity), pool=source.name, text=text, row=where)
+    # An example is told from another task's by the data set that it names.
+    meta = {"dataset": source.name} if source.config.task == "icl" else None
+    return Document(doc_id=_name(source, identity), pool=source.name, text=text, meta=meta, row=where)
 
 
 def _query(source: Source, where: str, row: Row, beside: Beside) -> Query:

@@ -95,14 +95,15 @@ def _query(
         raise BadRow("bad_id", identity)
     text = check_text(row.get("query"), "query", limit)
     answers = check_texts(row.get("answers"), "answers", limit)
-    choices = tuple(option for option in row.get("options") or [] if option != "")
+    # Only [""] means none. An empty one among others keeps its place, or letters would name the texts behind it.
+    choices = [] if row.get("options") == [""] else row.get("options") or []
     options, gold = None, None
     if task.kind == "labels":
         if answers[0] not in task.labels:
             raise BadRow("unknown_label", answers[0])
         options, gold = task.labels, task.labels.index(answers[0])
     elif task.kind == "choice":
-        options = check_texts(list(choices), "options", limit)
+        options = check_texts(choices, "options", limit)
         gold = gold_option(answers[0], options)
         if gold is None:
             raise BadRow("answer_not_in_options", answers[0])

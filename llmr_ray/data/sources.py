@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from llmr_ray.config import DatasetConfig
-from llmr_ray.data.examples import SAMPLES, read_icl
+from llmr_ray.data.examples import is_sample, read_icl
 from llmr_ray.data.jsonl import read_jsonl, read_mteb
 from llmr_ray.data.knowledge import read_hotpotqa, read_squad
 from llmr_ray.data.llm_embedder import read_llm_embedder
@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[[Source], Iterator[Record]]] = {
     "kl_rows": read_kl_rows,
 }
 
-READER_VERSIONS = {"jsonl": 2, "mteb": 2, "toolbench": 2, "llm_r": 2, "llm_embedder": 2}
+READER_VERSIONS = {"jsonl": 3, "mteb": 2, "toolbench": 2, "llm_r": 3, "llm_embedder": 2}
 """Raised whenever a reader makes other records of the same files; those that are not named are at 1. Part of what
 determines the artifact of the data sets that it reads, so that the others stay."""
 
@@ -43,13 +43,13 @@ _WITH_CANDIDATES = frozenset({"llm_embedder", "flag_embedding", "tevatron", "kl_
 """Sources whose rows hold candidates."""
 
 
-OWN_ROWS_VERSION = 2
+OWN_ROWS_VERSION = 3
 """READER_VERSIONS of icl where rows are the user's own: those of sample packages are read as ever."""
 
 
 def reader_version(name: str, dataset: DatasetConfig) -> int:
     """The version of the reader of a data set of this name."""
-    is_own = dataset.source == "icl" and name not in SAMPLES
+    is_own = dataset.source == "icl" and not is_sample(name, dataset)
     return OWN_ROWS_VERSION if is_own else READER_VERSIONS.get(dataset.source, 1)
 
 

