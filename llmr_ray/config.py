@@ -109,6 +109,10 @@ class ComparedEmbedder(EmbedderConfig):
     """Task -> what is put before a document."""
 
 
+ENDPOINTS = ("openai", "openai_chat")
+"""Values of `engine` that name a service."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LLMConfig:
     """The language model whose feedback trains the embedder and that reads what is retrieved."""
@@ -116,12 +120,13 @@ class LLMConfig:
     model: str = "smollm2-135m-instruct"
     """An asset's name, a local folder or a hub name."""
     engine: str = "vllm"
-    """vllm, transformers (the slow reference), or openai: an OpenAI-compatible endpoint, then `model` names the folder
-    or hub name of its tokenizer."""
+    """vllm, transformers (the slow reference), openai (the completions of an OpenAI-compatible endpoint; `model` names
+    the folder or hub name of its tokenizer), or openai_chat (its chats: outputs alone, no likelihood; `model` names a
+    tokenizer by which prompts are cut)."""
     endpoint: str = ""
-    """openai only: base URL, for example http://localhost:8000/v1. The key is read from OPENAI_API_KEY."""
+    """Endpoints only: base URL, for example http://localhost:8000/v1. The key is read from OPENAI_API_KEY."""
     endpoint_model: str = ""
-    """openai only: the model's name there."""
+    """Endpoints only: the model's name there."""
     dtype: str = "float32"
     """float32, bfloat16, or auto: bfloat16 where this machine multiplies it natively, three times as fast."""
     max_model_tokens: int = 1024
@@ -276,7 +281,7 @@ class EvaluateConfig:
     reading: str = later("passages")
     """qa, how the LLM reads what is retrieved: passages (all before the question, best first), evidence (it labels them
     first; those below score_floor go, the rest stand under its quotes, best last), or vote (one by one; the answers
-    are voted by retrieval score) (methods.md C.5)."""
+    are voted by retrieval score; questions with options are read with all passages) (methods.md C.5)."""
     score_floor: float = later(0.5)
     """evidence only: passages that the LLM labels lower are not read, except the first where all would go."""
     icl_demonstrations: int = 4
@@ -337,9 +342,11 @@ class Config:
     index: IndexConfig = field(default_factory=IndexConfig)
     """How documents are searched where a run is evaluated and served."""
     reader: LLMConfig | None = None
-    """The LLM that reads what is retrieved in evaluation, where it is not the one that gave the feedback."""
+    """The LLM that reads what is retrieved in evaluation, where it is not the one that gave the feedback. In a file,
+    what it leaves unsaid but for the model and its endpoint is as in `llm`."""
     annotators: dict[str, LLMConfig] = field(default_factory=dict)
-    """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label."""
+    """LLMs that label beside `llm`, by names of one's own; what enough of them say is the label. In a file, what they
+    leave unsaid but for the model and its endpoint is as in `llm`, so that they read the same text."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

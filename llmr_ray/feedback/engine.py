@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmr_ray.artifacts import canonical_json, sha256_text
-from llmr_ray.config import Config, LLMConfig
+from llmr_ray.config import ENDPOINTS, Config, LLMConfig
 from llmr_ray.errors import ConfigError, ResourceError
 from llmr_ray.feedback.trie import Ids, Pair
 from llmr_ray.precision import resolve_precision
@@ -143,7 +143,7 @@ def scorer_id(fingerprint: str, llm: LLMConfig) -> str:
     """
     dtype = resolve_precision(llm.dtype)
     what = [FITTING_VERSION, fingerprint, llm.engine, dtype, llm.max_model_tokens]
-    if llm.engine == "openai":
+    if llm.engine in ENDPOINTS:
         # Where it is served may change; what is served may not.
         what.append(llm.endpoint_model)
     if llm.chat_template:
@@ -184,10 +184,10 @@ def open_engine(settings: EngineSettings) -> Engine:
         raise ConfigError(
             f"the tokenizer in {settings.path} gives no character offsets (no tokenizer.json); use another."
         )
-    if settings.engine == "openai":
-        from llmr_ray.feedback.engine_openai import OpenAIEngine
+    if settings.engine in ENDPOINTS:
+        from llmr_ray.feedback.engine_openai import OpenAIChatEngine, OpenAIEngine
 
-        return OpenAIEngine(settings, tokenizer)
+        return (OpenAIEngine if settings.engine == "openai" else OpenAIChatEngine)(settings, tokenizer)
     if settings.engine == "transformers":
         from llmr_ray.feedback.engine_hf import TransformersEngine
 

@@ -1,8 +1,12 @@
-"""A language model behind an OpenAI-compatible endpoint: token ids go in, log-probabilities or texts come out.
+"""A language model behind an OpenAI-compatible endpoint, by either of its two routes.
 
-Likelihood needs an endpoint that echoes the prompt's log-probabilities (vLLM, SGLang, TGI's and llama.cpp's servers do;
-most commercial ones do not, and then only outputs can be had). Prompts travel as token ids of the tokenizer in
-`llm.model`, so spans are exact; that the endpoint counts the same tokens is checked with every answer.
+    openai        completions: token ids go in, log-probabilities or texts come out. Likelihood needs an endpoint that
+                  echoes the prompt's log-probabilities (vLLM, SGLang, TGI's and llama.cpp's servers do). Prompts travel
+                  as token ids of the tokenizer in `llm.model`, so spans are exact.
+    openai_chat   chat completions, which is all that most commercial endpoints have: the prompt's text is the user's
+                  turn. Outputs alone can be had, so such a model labels, ranks by its outputs and reads, and is asked
+                  for no likelihood. `llm.model` names a tokenizer by which prompts are cut to length, which need not
+                  be the model's own.
 
 The client retries what is worth it (connection errors, 408, 409, 429, 5xx) with exponential back-off, and waits as long
 as Retry-After says.
@@ -34,7 +38,7 @@ class OpenAIEngine:
     """Scores and samples through HTTP. The key comes from OPENAI_API_KEY, never from a configuration.
 
     Args:
-        settings: endpoint, the model's name there, and max_sequences: requests in flight.
+        settings: endpoint, the model's name there, and max_sequences: prompts in flight.
         tokenizer: the model's tokenizer.
     """
 
@@ -42,7 +46,7 @@ class OpenAIEngine:
         self.tokenizer = tokenizer
         self.max_model_tokens = settings.max_model_tokens
         self.endpoint, self.model = settings.endpoint, settings.endpoint_model
-        self.concurrency = max(1, settings.max_sequences // PROMPTS_PER_CALL)
+        self.max_sequences = max(1, settings.max_sequences)
         self.client = openai.OpenAI(
             base_url=settings.endpoint, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=MAX_RETRIES
         )
@@ -53,11 +57,15 @@ class OpenAIEngine:
     def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
         """As in Engine. Tokens are those the endpoint was sent; what it shares between prompts it does not tell."""
         batches = [pairs[start : start + PROMPTS_PER_CALL] for start in range(0, len(pairs), PROMPTS_PER_CALL)]
-        return [scored for batch in self._at_once(self._score, batches) for scored in batch]
+        return [
+            scored
+            for batch in self._at_once(self._score, batches, self.max_sequences // PROMPTS_PER_CALL)
+            for scored in batch
+        ]
 
     def sample(self, jobs: Sequence[Sampling]) -> list[Sampled]:
         """As in Engine, with the endpoint's own use of the seed."""
-        return self._at_once(self._draw, jobs)
+        return self._at_once(self._draw, jobs, self.max_sequences)
 
     def _score(self, pairs: Sequence[Pair]) -> list[Scored]:
         prompts: list[Ids] = [prompt + target for prompt, target in pairs]
@@ -93,16 +101,24 @@ class OpenAIEngine:
             stop=list(job.stop) or None,
             extra_body=_json_only(job.output_schema) if job.output_schema else None,
         )
-        texts = tuple(choice.text for choice in sorted(answer.choices, key=lambda choice: int(choice.index)))
-        if len(texts) != job.num_samples:
-            raise ResourceError(f"{self.endpoint} gave {len(texts)} outputs where {job.num_samples} were asked for.")
+        texts = self._outputs(answer, job, lambda choice: choice.text)
         self._check_usage(answer, len(job.prompt_ids))
         drawn = int(answer.usage.completion_tokens)
         return Sampled(texts=texts, num_output_tokens=drawn, num_computed_tokens=len(job.prompt_ids) + drawn)
 
+    def _outputs(self, answer: Any, job: Sampling, text_of: Callable[[Any], str]) -> tuple[str, ...]:
+        texts = tuple(text_of(choice) for choice in sorted(answer.choices, key=lambda choice: int(choice.index)))
+        if len(texts) != job.num_samples:
+            raise ResourceError(f"{self.endpoint} gave {len(texts)} outputs where {job.num_samples} were asked for.")
+        return texts
+
     def _ask(self, prompts: Sequence[Ids], **parameters: Any) -> Any:
+        create = self.client.completions.create
+        return self._answered(lambda: create(model=self.model, prompt=[list(ids) for ids in prompts], **parameters))
+
+    def _answered(self, ask: Callable[[], Got]) -> Got:
         try:
-            return self.client.completions.create(model=self.model, prompt=[list(ids) for ids in prompts], **parameters)
+            return ask()
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigError(
                 f"{self.endpoint} refuses the request for {self.model}: {_said(error)}. Check llm.endpoint, "
@@ -122,14 +138,54 @@ class OpenAIEngine:
                 "them with another tokenizer. Set llm.model to the folder or hub name of that model's tokenizer."
             )
 
-    def _at_once(self, function: Callable[[Ask], Got], items: Sequence[Ask]) -> list[Got]:
-        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
+    def _at_once(self, function: Callable[[Ask], Got], items: Sequence[Ask], number: int) -> list[Got]:
+        with ThreadPoolExecutor(max_workers=max(1, number)) as pool:
             return list(pool.map(function, items))
 
 
+class OpenAIChatEngine(OpenAIEngine):
+    """Samples by the route of chats.
+
+    What the endpoint counts as prompt holds its own template, so that nothing can be checked against it.
+    """
+
+    def likelihood(self, pairs: Sequence[Pair], rivals: Sequence[Rival | None] = ()) -> list[Scored]:
+        """No chat route tells it: ConfigError."""
+        raise ConfigError(
+            f"the engine openai_chat has no log-probabilities of a given text, and {self.model} is asked for them: to "
+            "score candidates by likelihood, or to choose among the options of test questions. Let it label "
+            "(score.feedback: label) or rank by outputs, and name another `reader` for questions with options. What "
+            "was answered is kept."
+        )
+
+    def _draw(self, job: Sampling) -> Sampled:
+        text = self.tokenizer.decode(list(job.prompt_ids), skip_special_tokens=True)
+        given: dict[str, Any] = {"stop": list(job.stop)} if job.stop else {}
+        if job.output_schema:
+            given |= _json_only(job.output_schema)
+        answer = self._answered(
+            lambda: self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": text}],
+                n=job.num_samples,
+                max_completion_tokens=job.max_new_tokens,
+                temperature=job.temperature,
+                seed=job.seed % 2**31,
+                **given,
+            )
+        )
+        # A turn that is withheld has no content; who reads outputs expects what is not as asked.
+        texts = self._outputs(answer, job, lambda choice: choice.message.content or "")
+        if answer.usage is None:
+            drawn, read = sum(len(self.tokenizer(text)["input_ids"]) for text in texts), len(job.prompt_ids)
+        else:
+            drawn, read = int(answer.usage.completion_tokens), int(answer.usage.prompt_tokens)
+        return Sampled(texts=texts, num_output_tokens=drawn, num_computed_tokens=read + drawn)
+
+
 def _json_only(schema: str) -> dict[str, Any]:
-    """Lets an output obey a JSON schema. The completions route of vLLM and SGLang takes what is OpenAI's on the chat
-    route; an endpoint that does not know it leaves the output free."""
+    """Lets an output obey a JSON schema: OpenAI's parameter of the chat route, which vLLM and SGLang take on both. An
+    endpoint that does not know it leaves the output free."""
     named = {"name": "answer", "schema": json.loads(schema), "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 

@@ -4,20 +4,24 @@ import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from llmr_ray import loading
+from llmr_ray.config import ENDPOINTS
 from llmr_ray.errors import ConfigError, ResourceError
 from llmr_ray.feedback import engine_openai
 from llmr_ray.feedback.engine import EngineSettings, Sampling
-from llmr_ray.feedback.engine_openai import OpenAIEngine
+from llmr_ray.feedback.engine_openai import OpenAIChatEngine, OpenAIEngine
+from tests.tiny_llm import TEXT, make_tokenizer
 
 
 class Endpoint:
     """A server on a free port. The log-probability of token t at place p is -(t + p / 1000); `failures` come first."""
 
-    def __init__(self, failures=(), *, echoes=True, extra_tokens=0):
+    def __init__(self, failures=(), *, echoes=True, extra_tokens=0, counts=True, withholds=False):
+        self.counts, self.withholds = counts, withholds
         self.requests, self.failures = [], list(failures)
         endpoint = self
 
@@ -42,6 +46,8 @@ class Endpoint:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, body):
+        if "messages" in body:
+            return self.chat(body)
         prompts, number = body["prompt"], body.get("n") or 1
         choices = []
         for prompt in prompts:
@@ -58,13 +64,24 @@ class Endpoint:
         return {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": choices,
                 "usage": usage}  # fmt: skip
 
-    def engine(self):
+    def chat(self, body):
+        [turn] = body["messages"]
+        said = [None if self.withholds else f"{turn['content']}!{number}" for number in range(body["n"])]
+        choices = [
+            {"index": number, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+            for number, content in reversed(list(enumerate(said)))
+        ]
+        usage = {"prompt_tokens": 50, "completion_tokens": 9, "total_tokens": 59} if self.counts else None
+        return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices,
+                "usage": usage}  # fmt: skip
+
+    def engine(self, made=OpenAIEngine, tokenizer=None):
         settings = EngineSettings(
             path="", engine="openai", dtype="float32", max_model_tokens=100, num_threads=1, kv_cache_gb=1,
             max_batched_tokens=1, max_sequences=64, endpoint=f"http://127.0.0.1:{self.server.server_port}/v1",
             endpoint_model="m",
         )  # fmt: skip
-        return OpenAIEngine(settings, tokenizer=None)
+        return made(settings, tokenizer)
 
 
 @pytest.fixture
@@ -121,6 +138,41 @@ def test_a_schema_travels_with_the_question(serve):
     assert len(bodies) == 2
 
 
+def test_the_chat_route_is_sent_the_prompt_as_a_turn(serve):
+    """Most commercial endpoints have no other route; what is sent must be the prompt that was cut to fit, as text."""
+    endpoint, tokenizer = serve(), make_tokenizer()
+    job = dataclasses.replace(JOB, prompt_ids=tuple(tokenizer(TEXT)["input_ids"]), output_schema='{"type":"object"}')
+    [sampled] = endpoint.engine(OpenAIChatEngine, tokenizer).sample([job])
+    assert sampled.texts == tuple(f"{TEXT}!{number}" for number in range(3))
+    assert (sampled.num_output_tokens, sampled.num_computed_tokens) == (9, 59)
+    [(path, _, body)] = endpoint.requests
+    assert path == "/v1/chat/completions"
+    assert body["messages"] == [{"role": "user", "content": TEXT}]
+    expected = {"n": 3, "max_completion_tokens": 4, "temperature": 1.0, "seed": (2**40 + 7) % 2**31, "stop": ["\n"]}
+    assert {key: body[key] for key in expected} == expected
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert "echo" not in body
+
+
+def test_a_chat_that_withholds_or_does_not_count(serve):
+    """A refused turn has no content, and some endpoints tell no usage: neither may end a run."""
+    tokenizer = make_tokenizer()
+    job = dataclasses.replace(JOB, prompt_ids=tuple(tokenizer(TEXT)["input_ids"]), stop=())
+    endpoint = serve(withholds=True, counts=False)
+    [sampled] = endpoint.engine(OpenAIChatEngine, tokenizer).sample([job])
+    assert (sampled.texts, sampled.num_output_tokens) == (("",) * 3, 0)
+    assert sampled.num_computed_tokens == len(job.prompt_ids)
+    assert "stop" not in endpoint.requests[0][2]
+
+
+def test_a_chat_is_asked_for_no_likelihood(serve):
+    """Made-up scores would train; the user must learn what the route cannot do, and what to do instead."""
+    endpoint = serve()
+    with pytest.raises(ConfigError, match=r"openai_chat.*reader"):
+        endpoint.engine(OpenAIChatEngine).likelihood(PAIRS[:1])
+    assert not endpoint.requests
+
+
 def test_overload_is_waited_for(serve):
     """429 and 503 are the normal life of an endpoint, not the end of a run of days."""
     busy = {"error": {"message": "slow down"}}
@@ -164,6 +216,21 @@ def test_another_tokenizer_is_told_apart(serve):
 def test_a_configuration_names_the_endpoint(tmp_path):
     """The mistake should show before data is prepared, not when the first question is asked."""
     path = tmp_path / "c.yaml"
-    path.write_text("llm: {engine: openai, endpoint: 'http://x/v1'}\n")
-    with pytest.raises(ConfigError, match="endpoint_model"):
+    for engine in ENDPOINTS:
+        path.write_text(f"llm: {{engine: {engine}, endpoint: 'http://x/v1'}}\n")
+        with pytest.raises(ConfigError, match="endpoint_model"):
+            loading.load(path)
+
+
+def test_a_chat_cannot_rank_by_likelihood(tmp_path):
+    """Else data is prepared, embedded and mined before the first question is refused."""
+    path = tmp_path / "c.yaml"
+    conf = Path(__file__).parents[2] / "conf"
+    text = f"base: {conf / 'llm_embedder.yaml'}\n"
+    text += "datasets: {squad: {task: qa, source: squad, num_train: 8}}\n"
+    text += "llm: {engine: openai_chat, endpoint: 'http://x/v1', endpoint_model: m}\n"
+    path.write_text(f"{text}tasks: {{qa: {{score: {{feedback: likelihood}}}}}}\n")
+    with pytest.raises(ConfigError, match=r"openai_chat.*likelihood"):
         loading.load(path)
+    path.write_text(f"{text}tasks: {{qa: {{score: {{feedback: label}}}}}}\n")
+    assert loading.load(path).llm.engine == "openai_chat"
