@@ -90,6 +90,9 @@ class Counts:
     llm_tokens: int = 0
     llm_tokens_least: int = 0
     """The fewest tokens that any engine could have processed; llm_tokens over this is the token ratio."""
+    label_requests: int = 0
+    """Requests in which an LLM labelled pairs, several at once; an annotator of known quality counts what an LLM would
+    have been sent."""
 
     def check(self, where: str) -> None:
         """Raises DataError when rows went missing without a reason."""
@@ -110,6 +113,7 @@ class Counts:
             skipped=self.skipped + other.skipped,
             llm_tokens=self.llm_tokens + other.llm_tokens,
             llm_tokens_least=self.llm_tokens_least + other.llm_tokens_least,
+            label_requests=self.label_requests + other.label_requests,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +126,7 @@ class Counts:
             "skipped": dict(self.skipped),
             "llm_tokens": self.llm_tokens,
             "llm_tokens_least": self.llm_tokens_least,
+            "label_requests": self.label_requests,
         }
 
     @classmethod
@@ -135,6 +140,7 @@ class Counts:
             skipped=Counter(record["skipped"]),
             llm_tokens=record["llm_tokens"],
             llm_tokens_least=record.get("llm_tokens_least", 0),
+            label_requests=record.get("label_requests", 0),
         )
 
 

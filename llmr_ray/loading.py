@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,25 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llmr_ray.config import (
+    ENDPOINTS,
     Config,
     DatasetConfig,
     RewardModelConfig,
     RuntimeConfig,
-    TaskQuestions,
-    TaskScore,
     TaskTrain,
     TrainConfig,
     question_tasks,
 )
 from llmr_ray.data.memory import CHUNK_TOKENS, TARGET_CHUNKS
 from llmr_ray.errors import ConfigError
+from llmr_ray.labeling.checks import check_labeling, check_labels, check_questions
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
     "pooling": ("auto", "cls", "mean", "last", "decoder"),
     "similarity": ("cosine", "dot"),
     "precision": ("auto", "float32", "bfloat16", "int8"),
-    "engine": ("vllm", "transformers", "openai"),
+    "engine": ("vllm", "transformers", *ENDPOINTS),
     "llm_scoring": ("auto", "tree", "engine"),
     "dtype": ("auto", "float32", "bfloat16"),
     "feedback": ("none", "likelihood", "rank", "label", "given"),
@@ -72,12 +71,6 @@ BOUNDED = ("qa", "icl", "chat")
 QA_PROTOCOLS = ("ours", "mmlu", "popqa", "nq")
 """How a data set of qa can be asked (evaluate.qa_protocols)."""
 
-LABEL_TASKS = ("qa", "convsearch", "tool")
-"""Tasks whose candidates an LLM can label (score.feedback: label)."""
-
-QUESTION_TASKS = ("qa", "convsearch")
-"""Tasks about whose documents an LLM can write questions (questions.num_documents)."""
-
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, the files it names under `base` (first), and ``key=value`` overrides (last).
@@ -93,6 +86,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides or [])))
     plain = OmegaConf.to_container(merged, resolve=True)
     _check_keys(plain, Config, "")
+    _inherit(merged, plain)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
@@ -127,6 +121,24 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Any]:
     for base in [bases] if isinstance(bases, str) else bases:
         layers += _layers((path.parent / base).resolve(), (*seen, path))
     return [*layers, layer]
+
+
+def _inherit(merged: Any, plain: Any) -> None:
+    """Gives the other LLMs what they leave unsaid of how `llm` is asked, so that all read the same text; which LLM each
+    is they say themselves. Of a chat the tokenizer (`model`) only cuts prompts, so it may be that of `llm` too."""
+    llm, annotators = (plain.get(part) if isinstance(plain.get(part), dict) else {} for part in ("llm", "annotators"))
+    others = {"reader": plain.get("reader")} | {f"annotators.{name}": said for name, said in annotators.items()}
+    for where, said in others.items():
+        if not isinstance(said, dict):
+            continue
+        is_chat = said.get("engine", llm.get("engine")) == "openai_chat"
+        if not said.get("model") and not is_chat:
+            raise ConfigError(
+                f"{where} does not say which LLM it is. Set {where}.model; behind an endpoint it names the folder or "
+                "hub name of the tokenizer."
+            )
+        own = ("endpoint", "endpoint_model") if is_chat else ("endpoint", "endpoint_model", "model")
+        OmegaConf.update(merged, where, {name: value for name, value in llm.items() if name not in own} | said)
 
 
 def _check_keys(value: Any, kind: Any, where: str) -> None:
@@ -199,16 +211,17 @@ def _check_run(config: Config) -> None:
             )
     annotators = {f"annotators.{name}": llm for name, llm in config.annotators.items()}
     for where, llm in {"llm": config.llm, "reader": config.reader, **annotators}.items():
-        if llm is not None and llm.engine == "openai" and not (llm.endpoint and llm.endpoint_model):
+        if llm is not None and llm.engine in ENDPOINTS and not (llm.endpoint and llm.endpoint_model):
             raise ConfigError(
-                f"{where}.engine=openai needs {where}.endpoint (a base URL) and {where}.endpoint_model (the name "
+                f"{where}.engine={llm.engine} needs {where}.endpoint (a base URL) and {where}.endpoint_model (the name "
                 "there)."
             )
+    _check_chat_route(config)
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
-        _check_labels(name, task.score)
-        _check_questions(name, task.questions)
+        check_labels(name, task.score)
+        check_questions(name, task.questions)
         unasked = task.score.same_task or task.score.same_label or task.score.num_first
         if unasked and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
@@ -230,7 +243,7 @@ def _check_run(config: Config) -> None:
                 "to learn from. Set score.feedback of a task, or leave reward_model.model empty."
             )
     if config.labeling.enabled or config.annotators:
-        _check_labeling(config)
+        check_labeling(config)
     _check_windows(config)
     _check_reading(config)
     _check_embedder(config)
@@ -287,56 +300,14 @@ def _check_embedder(config: Config) -> None:
         )
 
 
-def _check_labels(task: str, score: TaskScore) -> None:
-    if score.feedback == "label" and score.num_first:
+def _check_chat_route(config: Config) -> None:
+    trained = {dataset.task for dataset in config.datasets.values() if dataset.num_train}
+    scored = sorted(task for task in trained if config.tasks[task].score.feedback == "likelihood")
+    if config.llm.engine == "openai_chat" and scored:
         raise ConfigError(
-            f"tasks.{task}.score.num_first leaves candidates without the LLM's word, but a label is no rank that they "
-            f"could be below. Mine fewer (tasks.{task}.mine)."
+            f"llm.engine=openai_chat gives outputs alone, but score.feedback of {', '.join(scored)} is likelihood. "
+            "Take label or rank, or an endpoint with completions that echo log-probabilities (llm.engine=openai)."
         )
-    if score.feedback == "label" and task not in LABEL_TASKS:
-        raise ConfigError(
-            f"tasks.{task}.score.feedback is label, but only candidates of {', '.join(LABEL_TASKS)} are passages that "
-            "help with a question or do not. Take likelihood or rank."
-        )
-    if not (score.passages_per_call and score.label_votes and score.evidence_chars):
-        raise ConfigError(
-            f"tasks.{task}.score.passages_per_call, label_votes and evidence_chars must be at least 1 each."
-        )
-
-
-def _check_questions(task: str, questions: TaskQuestions) -> None:
-    if questions.num_documents and task not in QUESTION_TASKS:
-        raise ConfigError(
-            f"tasks.{task}.questions.num_documents is set, but only documents of {', '.join(QUESTION_TASKS)} are "
-            "passages that answer questions. Set it to 0."
-        )
-    if not (questions.per_document and questions.num_nearest and questions.num_clusters):
-        raise ConfigError(
-            f"tasks.{task}.questions.per_document, num_nearest and num_clusters must be at least 1. Without "
-            "demonstrations: num_demonstrations: 0; without questions: num_documents: 0."
-        )
-
-
-def _check_labeling(config: Config) -> None:
-    what = "labeling.enabled makes labels in rounds" if config.labeling.enabled else "annotators are LLMs that label"
-    feedback = {config.tasks[dataset.task].score.feedback for dataset in config.datasets.values()} - {"none"}
-    if config.datasets and feedback != {"label"}:
-        raise ConfigError(
-            f"{what}, but the feedback of the tasks is {sorted(feedback)}. Set "
-            "tasks.*.score.feedback to label, or to none where a task trains on labels of the data."
-        )
-    if odd := [name for name in config.annotators if not re.fullmatch("[a-z0-9_]+", name) or name == "llm"]:
-        raise ConfigError(
-            f"annotators have names of lower-case letters, digits and _ that become stages (score_NAME), and 'llm' is "
-            f"the first of them. Rename {odd}."
-        )
-    if config.annotators and config.labeling.enabled and config.labeling.annotator != "llm":
-        raise ConfigError(
-            f"labeling.annotator is {config.labeling.annotator}, which labels in the place of all LLMs. Leave "
-            "annotators empty, or labeling.annotator at llm."
-        )
-    if config.labeling.enabled and config.reward_model.model:
-        raise ConfigError("labeling.enabled leaves no place for reward_model.model: the labels are the rewards.")
 
 
 def _check_reading(config: Config) -> None:

@@ -74,6 +74,11 @@ def scoring_stage(annotator: str) -> str:
     return "score" if annotator == LLM else f"score_{annotator}"
 
 
+def canary_stage(annotator: str) -> str:
+    """The stage that tells how far an annotator can be talked into a high score."""
+    return "canary" if annotator == LLM else f"canary_{annotator}"
+
+
 def in_round(name: str, number: int, rounds: int) -> str:
     """A stage's name in a round: those of the last, often the only one, have the plain names."""
     return name if number == rounds else f"{name}_{number}"
@@ -130,8 +135,7 @@ class StagePlan:
         spec = leakage_stage.leakage_spec(self.prepare)
         self._add("leakage", spec, leakage_stage.run_leakage, prepare=self.prepare)
         if canaries.label_tasks(config):
-            spec = canaries.canary_spec(config, self.llm, self.prepare)
-            self._add("canary", spec, canaries.run_canary, client=client, prepare=self.prepare)
+            self._canaries()
         for number in range(1, config.rounds + 1):
             self._round = number
             miner = self._train(self._groups(miner))
@@ -152,6 +156,13 @@ class StagePlan:
         spec = generation.generate_spec(self.config, llm=self.llm, base=self.base, prepare=self.prepare)
         generate = partial(generation.run_generate, vectors=partial(_vectors, self.config, self.base))
         return self._add("generate", spec, generate, client=self.client, prepare=self.prepare)
+
+    def _canaries(self) -> None:
+        """What tries to talk each LLM that labels into a high score."""
+        for name, (llm, client) in {LLM: (self.llm, self.client), **self.annotators}.items():
+            own = self.config if name == LLM else replace(self.config, llm=self.config.annotators[name])
+            spec = canaries.canary_spec(own, llm, self.prepare)
+            self._add(canary_stage(name), spec, canaries.run_canary, own, client=client, prepare=self.prepare)
 
     def _embed_and_index(self, which: str, embedder: Asset, config: Config | None = None) -> _Retriever:
         """The texts' vectors by an embedder, as a configuration says (without one, as the run's does)."""

@@ -4,7 +4,8 @@ evidence: the LLM first says how well each passage answers, and quotes it, by th
 answers play no part. What it labels too low is not read, the rest stand under their quotes, the best next to the
 question. vote: it answers from each passage alone, and the answers are voted with the passages' weights as in REPLUG's
 ensemble (F), which also multiplies by the answer's likelihood; this we leave out, so that an LLM without
-log-probabilities can vote too.
+log-probabilities can vote too. Questions with options have no answers to vote about, because the likeliest option is
+chosen: they are read with all passages before them.
 """
 
 from collections import defaultdict
@@ -18,7 +19,6 @@ import pyarrow as pa
 
 from llmr_ray.artifacts import Counts, canonical_json
 from llmr_ray.config import Config, TaskScore
-from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import knowledge
 from llmr_ray.evaluation.answers import normalize
 from llmr_ray.evaluation.protocols import Ask, Row
@@ -229,13 +229,8 @@ def vote_rows(answers: Sequence[tuple[Ask, Sequence[LLMResult]]]) -> list[Row]:
 
 def _one_by_one(config: Config, question: Ask) -> Ask:
     """Cosines, and what this run trains, are divided by the temperature of training, other scores by 1 as in REPLUG."""
-    if not _has_passages(question):
+    if not _has_passages(question) or question.query["options"]:
         return question
-    if question.query["options"]:
-        raise ConfigError(
-            f"evaluate.reading is 'vote', which counts answers in words, but question {question.query['query_id']} has "
-            "options, of which the likeliest is chosen. Read passages, or leave its data set out of num_llm_queries."
-        )
     other = config.evaluate.embedders.get(question.method)
     is_trained_at = is_embedder(question.method) and (other is None or other.similarity == "cosine")
     temperature = config.train.temperature if is_trained_at else 1.0

@@ -57,9 +57,10 @@ def write_report(
 
     Returns:
         What results.json holds: rows, stages, command, commit, seed, shown (what the prompts hold), reading where
-        the LLM does not simply read all passages, agreement where there is a reward model, annotators and canaries
-        where LLMs label, labeling where labels are made in rounds, questions where the LLM wrote some, leakage where it
-        was looked for, published where report.reproduces names tables, and audit where the LLM gave feedback.
+        the LLM does not simply read all passages, agreement where there is a reward model, annotators (of all rounds,
+        and of the `first_round` where there are later ones) and canaries where LLMs label, labeling where labels are
+        made in rounds, questions where the LLM wrote some, leakage where it was looked for, published where
+        report.reproduces names tables, and audit where the LLM gave feedback.
 
     Raises:
         DataError: an artifact that is needed is not finished.
@@ -95,13 +96,18 @@ def write_report(
         results["label_separation"] = separation_rows(
             labels, samples=config.evaluate.bootstrap_samples, seed=config.seed
         )
-    if "canaries" in artifacts:
-        told = artifacts["canaries"].read("canaries")
-        results["canaries"] = fooled_rates(told, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    of: dict[str, Any] = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
+    shown_to = {"llm": "canaries"} | {name: f"canary_{name}" for name in config.annotators}
+    if found := {name: artifacts[made] for name, made in shown_to.items() if made in artifacts}:
+        rates = {name: fooled_rates(made.read("canaries"), **of) for name, made in found.items()}
+        results["canaries"] = [{"annotator": name} | row for name, rows in rates.items() for row in rows]
     if (said := _annotations(artifacts)) is not None:
         qrels = prepare.read("qrels").to_pylist()
         gold = {(row["query_id"], row["doc_id"]) for row in qrels if row["relevance"] > 0}
-        results["annotators"] = compared(said, gold, samples=config.evaluate.bootstrap_samples, seed=config.seed)
+        first = said.filter(pc.equal(said["round"], 1))
+        is_part = 0 < first.num_rows < said.num_rows
+        of_first = {"first_round": compared(first, gold, **of) if is_part else None}
+        results["annotators"] = compared(said, gold, **of) | of_first
     if "labels" in artifacts:
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     if "generate" in artifacts:
@@ -223,24 +229,28 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 def _annotations(artifacts: dict[str, Artifact]) -> pa.Table | None:
-    """Who labelled what how: query_id, doc_id, annotator, label. None where nobody labelled.
+    """Who labelled what how: query_id, doc_id, annotator, label, round. None where nobody labelled.
 
-    Where labels are made in rounds, those of all rounds; but of several annotators, and without rounds, what they said
-    of the last round's pairs.
+    Where labels are made in rounds, those of all rounds. Without rounds what was said of the last candidates, as one
+    round.
     """
-    scores = artifacts.get("llm_scores")
+    scores, in_rounds = artifacts.get("llm_scores"), artifacts.get("labels")
     if scores is None:
         return None
-    if "annotations" in scores.require()["rows"]:
-        said = scores.read("annotations")
-    elif "labels" in artifacts:
-        labels = artifacts["labels"].read("labels")
+    if in_rounds is not None and "annotations" in in_rounds.require()["rows"]:
+        said = in_rounds.read("annotations")
+    elif in_rounds is not None:
+        labels = in_rounds.read("labels")
         labels = labels.filter(pc.not_equal(labels["source"], "retriever"))
-        said = labels.select(["query_id", "doc_id", "label", "source"]).rename_columns({"source": "annotator"})
+        said = labels.select(["query_id", "doc_id", "label", "source", "round"]).rename_columns({"source": "annotator"})
     else:
-        labels = scores.read("llm_scores")
-        labels = labels.filter(pc.equal(labels["kind"], "label")).select(["query_id", "doc_id", "label"])
-        said = labels.append_column("annotator", pa.array(["llm"] * labels.num_rows, pa.string()))
+        if "annotations" in scores.require()["rows"]:
+            said = scores.read("annotations")
+        else:
+            labels = scores.read("llm_scores")
+            labels = labels.filter(pc.equal(labels["kind"], "label")).select(["query_id", "doc_id", "label"])
+            said = labels.append_column("annotator", pa.array(["llm"] * labels.num_rows, pa.string()))
+        said = said.append_column("round", pa.array([1] * said.num_rows, pa.int32()))
     return said if said.num_rows else None
 
 
@@ -261,7 +271,8 @@ def labels_told(told: dict[str, Any]) -> dict[str, Any]:
     }
     precision = {(row["source"], row["label"]): row["precision"] for row in told["quality"]}
     calibration = told["calibration"] or {}
-    same = ("round", "annotator", "calls", "spent", "pairs", "thresholds", "ndcg_before", "ndcg", "audit", "stop")
+    spent = ("calls", "spent", "requests", "tokens", "pairs")
+    same = ("round", "annotator", *spent, "thresholds", "ndcg_before", "ndcg", "audit", "stop")
     return {
         **{name: told[name] for name in same},
         "labels": by_source[told["annotator"]],

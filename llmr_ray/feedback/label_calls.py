@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmr_ray.artifacts import Counts, canonical_json, seed_of
+from llmr_ray.config import TaskScore
 from llmr_ray.errors import ConfigError
 from llmr_ray.feedback import labels
 from llmr_ray.feedback.jobs import Job, Row
@@ -67,6 +68,7 @@ def label_rows(
         rows_in=len(job.documents),
         llm_tokens=sum(result.num_computed_tokens for result in results),
         llm_tokens_least=sum(result.num_least_tokens for result in results),
+        label_requests=len(results),
     )
     said: dict[tuple[str, int], Said | str] = {}
     answers: dict[str, list[LLMResult]] = defaultdict(list)
@@ -97,6 +99,11 @@ def label_rows(
             row["error"] = label
         rows.append(row)
     return rows, counts
+
+
+def num_requests(num_pairs: int, settings: TaskScore) -> int:
+    """Requests that label so many pairs of a query; those that ask once more not counted."""
+    return settings.label_votes * -(-num_pairs // settings.passages_per_call)
 
 
 def to_pay(job: Job, stored: Callable[[Sequence[LLMRequest]], list[LLMResult | None]]) -> tuple[int, int]:

@@ -1,15 +1,15 @@
 """What feedback will cost, before it is paid: pairs and tokens by task, and the speed on a few of the real pairs."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llmr_ray.config import Config, LLMConfig, TaskScore, question_tasks
 from llmr_ray.feedback import labels
 from llmr_ray.feedback.client import StoreClient
 from llmr_ray.feedback.jobs import ScoreJobs, equal_share, feedback_tasks
+from llmr_ray.feedback.label_calls import num_requests
 from llmr_ray.feedback.scoring import ask_jobs, to_pay
 from llmr_ray.labeling.questions import ANSWER_TOKENS, FRAME_TOKENS, QUESTION_TOKENS
-from llmr_ray.labeling.settings import AdaptiveConfig
 
 PROBE_PAIRS = 200
 _WARM_UP_PAIRS = 16
@@ -56,28 +56,41 @@ def costs(work: ScoreJobs, client: StoreClient) -> list[TaskCost]:
 def upper_costs(config: Config, *, again: bool = False) -> list[TaskCost]:
     """By task, from the configuration alone: every query has all the candidates it may have, of full length.
 
-    again: in a round after the first; answers that it shares with earlier ones are counted too.
+    again: in a round after the first; answers that it shares with earlier ones are counted too. Pairs of a round of
+    labelling that several tasks have are shared out by their number.
     """
+    if not config.labeling.asks_llm:
+        return []
+    tasks = feedback_tasks(config)
+    sizes = {task: _asked_at_most(config, task, settings, again=again) for task, settings in tasks.items()}
+    all_pairs = sum(queries * asked for queries, asked in sizes.values())
+    # A round of labelling asks about no more pairs than it has calls.
+    share = min(1.0, config.labeling.calls_per_round / max(1, all_pairs)) if config.labeling.enabled else 1.0
     result = []
-    for task, settings in feedback_tasks(config).items():
-        sizes = [dataset.num_train for dataset in config.datasets.values() if dataset.task == task]
-        sizes.append(_question_documents(config, task) * config.tasks[task].questions.per_document)
-        share = equal_share(sizes, settings.max_queries)
-        queries = sum(min(size, share) for size in sizes)
-        mined = config.tasks[task].mine_in(again=again).most
-        asked = min(mined, settings.num_candidates or mined, settings.num_first or mined)
-        pairs = queries * asked
+    for task, settings in tasks.items():
+        queries, asked = sizes[task]
+        pairs = round(share * queries * asked)
         if settings.feedback == "label":
-            tokens = queries * _labels(settings, asked, candidate_tokens(config.llm))
+            # The first round labels whole questions; the pairs of a later one may be of all of them.
+            among = queries if again else -(-pairs // max(1, asked))
+            tokens = _labels(settings, pairs, among, asked, candidate_tokens(config.llm))
         else:
             prompt = candidate_tokens(config.llm) + _QUERY_TOKENS
             tokens = pairs * (prompt + _outputs(settings)) + queries * _samples(settings)
             if settings.feedback == "rank" and settings.samples == "fresh":
                 tokens += pairs * (prompt + _drawn(settings))
         result.append(TaskCost(task=task, feedback=settings.feedback, pairs=pairs, missing=pairs, tokens=tokens))
-    if not config.labeling.asks_llm:
-        return []
-    return _within_calls(result, config.labeling) if config.labeling.enabled else result
+    return result
+
+
+def _asked_at_most(config: Config, task: str, settings: TaskScore, *, again: bool) -> tuple[int, int]:
+    """Queries of a task, and candidates of each, that the LLM is asked about."""
+    sizes = [dataset.num_train for dataset in config.datasets.values() if dataset.task == task]
+    sizes.append(_question_documents(config, task) * config.tasks[task].questions.per_document)
+    share = equal_share(sizes, settings.max_queries)
+    mined = config.tasks[task].mine_in(again=again).most
+    asked = min(mined, settings.num_candidates or mined, settings.num_first or mined)
+    return sum(min(size, share) for size in sizes), asked
 
 
 def question_costs(config: Config) -> list[TaskCost]:
@@ -109,17 +122,6 @@ def _question_documents(config: Config, task: str) -> int:
     return sum(min(number, dataset.num_documents or number) for dataset in of_task)
 
 
-def _within_calls(found: list[TaskCost], labeling: AdaptiveConfig) -> list[TaskCost]:
-    """Costs of a round of labelling, which asks about no more pairs than it has calls."""
-    share = min(1.0, labeling.calls_per_round / max(1, sum(cost.pairs for cost in found)))
-    return [
-        replace(
-            cost, pairs=round(share * cost.pairs), missing=round(share * cost.pairs), tokens=round(share * cost.tokens)
-        )
-        for cost in found
-    ]
-
-
 def probe(work: ScoreJobs, client: StoreClient) -> Speed:
     """Answers PROBE_PAIRS of the pairs that are still missing, spread over the work, after a few to warm up."""
     jobs = [job for shard in range(work.num_shards) for job in work.of_shard(shard) if to_pay(job, client.stored)[0]]
@@ -148,12 +150,14 @@ def _drawn(settings: TaskScore) -> int:
     return settings.num_samples * settings.max_new_tokens // 2 if settings.feedback == "rank" else 0
 
 
-def _labels(settings: TaskScore, asked: int, candidate_tokens: int) -> int:
-    """Tokens of labels for one query, its answers as long as they may be; second rounds are not counted."""
-    calls = -(-asked // settings.passages_per_call) * (labels.FRAME_TOKENS + labels.QUERY_TOKENS)
-    return settings.label_votes * (
-        calls + asked * (candidate_tokens + labels.answer_tokens(1, settings.evidence_chars))
-    )
+def _labels(settings: TaskScore, pairs: int, queries: int, asked: int, candidate_tokens: int) -> int:
+    """Tokens of labels for pairs of these queries, at most `asked` of each, packed as badly as can be: one of every
+    query, and then so many of one that it takes a further request. Answers are as long as they may be; requests that
+    ask once more are not counted."""
+    scattered = min(pairs, queries + max(0, pairs - queries) // settings.passages_per_call)
+    requests = min(settings.label_votes * scattered, queries * num_requests(asked, settings))
+    of_pair = candidate_tokens + labels.answer_tokens(1, settings.evidence_chars)
+    return requests * (labels.FRAME_TOKENS + labels.QUERY_TOKENS) + settings.label_votes * pairs * of_pair
 
 
 def _samples(settings: TaskScore) -> int:

@@ -38,7 +38,8 @@ def consensus_spec(config: Config, llm_scores: Mapping[str, Artifact]) -> Artifa
 
 
 def run_consensus(config: Config, artifact: Artifact, llm_scores: Mapping[str, Artifact]) -> None:
-    """Writes `llm_scores` of the kind label, one row a pair, and `annotations`. rows_in counts pairs.
+    """Writes `llm_scores` of the kind label, one row a pair, and `annotations`. rows_in counts pairs. The manifest's
+    ``extra`` has what all annotators took.
 
     Args:
         config: the run's.
@@ -69,7 +70,9 @@ def run_consensus(config: Config, artifact: Artifact, llm_scores: Mapping[str, A
             "annotations": pa.Table.from_pylist(annotations, ANNOTATIONS),
         }
         artifact.write_shard(shard, tables, counts)
-    artifact.commit(num_shards, seconds=time.monotonic() - started, extra={"scorer_id": scorer})
+    paid = [scores.require()["counts"] for scores in llm_scores.values()]
+    took = {name: sum(counts[name] for counts in paid) for name in ("label_requests", "llm_tokens")}
+    artifact.commit(num_shards, seconds=time.monotonic() - started, extra={"scorer_id": scorer, **took})
 
 
 def together(said: Mapping[str, _Row], min_agreement: float) -> _Row:

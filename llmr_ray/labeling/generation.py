@@ -28,6 +28,7 @@ from llmr_ray.labeling.questions import (
     ANSWER_TOKENS,
     LLM_FAILED,
     NOT_WRITTEN,
+    OF_ANSWER,
     QUESTION_TOKENS,
     QUESTIONS_VERSION,
     answer_reason,
@@ -40,7 +41,7 @@ from llmr_ray.labeling.questions import (
 from llmr_ray.precision import resolve_precision
 from llmr_ray.schemas import table_of
 
-GENERATE_VERSION = 1
+GENERATE_VERSION = 2
 
 GENERATED = pa.schema(
     [(name, pa.string()) for name in ("question_id", "dataset", "doc_id", "question", "answer", "reason", "error")]
@@ -151,18 +152,20 @@ def _of_task(config: Config, task: str, given: _Given, vectors: Vectors, client:
         for document, result in zip(documents, results, strict=True)
         for row in _written(document, result, settings.per_document)
     ]
-    _judge(task, _kept(rows), queries["query"].to_pylist(), vectors)
-    left = _kept(rows)
-    answers = client.answer(
-        [_answering(row["question_id"], texts[row["doc_id"]], row["question"], limit) for row in left],
-        label=f"answers to questions about {task}",
-    )
-    for row, result in zip(left, answers, strict=True):
-        if result.error is not None:
-            row |= {"reason": LLM_FAILED, "error": result.error}
-            continue
-        row["answer"] = result.texts[0].strip()
-        row["reason"] = answer_reason(row["question"], row["answer"], texts[row["doc_id"]])
+    answers = list[LLMResult]()
+    judge = _judge(task, _kept(rows), queries["query"].to_pylist(), vectors)
+    while left := judge():
+        found = client.answer(
+            [_answering(row["question_id"], texts[row["doc_id"]], row["question"], limit) for row in left],
+            label=f"answers to questions about {task}",
+        )
+        for row, result in zip(left, found, strict=True):
+            if result.error is not None:
+                row |= {"reason": LLM_FAILED, "error": result.error}
+                continue
+            row["answer"] = result.texts[0].strip()
+            row["reason"] = answer_reason(row["question"], row["answer"], texts[row["doc_id"]])
+        answers += found
     reasons = counted([row["reason"] for row in rows])
     failed = reasons.pop(LLM_FAILED, 0)
     counts = Counts(
@@ -298,8 +301,12 @@ def _written(document: Row, result: LLMResult, number: int) -> list[Row]:
     ]
 
 
-def _judge(task: str, rows: Sequence[Row], existing: list[str], vectors: Vectors) -> None:
-    """Gives their reason to questions that cannot be kept: by form, or because they repeat another.
+def _judge(task: str, rows: Sequence[Row], existing: list[str], vectors: Vectors) -> Callable[[], list[Row]]:
+    """What gives their reason to questions that cannot be kept, by form or because they repeat another, and returns
+    those left that have no answer yet.
+
+    Called again, it leaves out questions that got a reason from their answer: one that is not answered from its passage
+    must not keep a twin of it, about another passage, from being asked.
 
     Args:
         task: of the questions.
@@ -308,12 +315,20 @@ def _judge(task: str, rows: Sequence[Row], existing: list[str], vectors: Vectors
         vectors: as in `run_generate`.
     """
     if not rows:
-        return
+        return list
     questions = [row["question"] for row in rows]
     vector_ND, existing_MD = vectors(task, [("query", questions), ("query", existing)])
-    reasons = reject_reasons(questions, existing, vector_ND=vector_ND, existing_MD=existing_MD)
-    for row, reason in zip(rows, reasons, strict=True):
-        row["reason"] = reason
+
+    def judge() -> list[Row]:
+        places = [place for place, row in enumerate(rows) if row["reason"] not in OF_ANSWER]
+        reasons = reject_reasons(
+            [questions[place] for place in places], existing, vector_ND=vector_ND[places], existing_MD=existing_MD
+        )
+        for place, reason in zip(places, reasons, strict=True):
+            rows[place]["reason"] = reason
+        return [row for row in _kept(rows) if "answer" not in row]
+
+    return judge
 
 
 def _kept(rows: Sequence[Row]) -> list[Row]:

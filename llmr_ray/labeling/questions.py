@@ -29,6 +29,9 @@ SAME_TEXT, NEAR_TEXT, NEAR_VECTOR = "same_text", "near_text", "near_vector"
 NO_ROUND_TRIP, GIVES_ANSWER = "no_round_trip", "gives_answer"
 """Why a question is not kept."""
 
+OF_ANSWER = (NO_ROUND_TRIP, GIVES_ANSWER, LLM_FAILED)
+"""What the LLM's answer, or that there is none, can have against a question."""
+
 # "3.5 million people ..." and "1984: ..." begin a question, and not a list.
 _MARKER = re.compile(r"^\s*(?:(?:[-*•]|\(?\d{1,2}[.):])\s+)?(?:(?:question|q)\s*\d{0,2}\s*[:.]\s+)?", re.IGNORECASE)
 # "the author of Dune" and "the passage of the act" can be asked about by anyone.

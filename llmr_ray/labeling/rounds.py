@@ -31,10 +31,10 @@ def next_labels(labels: pa.Table, new_labels: pa.Table) -> pa.Table:
 
 
 def leads(pairs: pa.Table, labels: pa.Table) -> pa.Table:
-    """By how much cosine each question's best known positive leads its best known negative: query_id, lead (float64).
+    """By how much cosine each question's worst known positive leads its best known negative: query_id, lead (float64).
 
-    Known is what the LLM labelled 1 and 0: pseudo-labels are the retriever's own opinion. Questions that lack either
-    are left out.
+    Known is what the LLM labelled 1 and 0: pseudo-labels are the retriever's own opinion. The worst positive counts,
+    because a question of several passages is learned when all are found. Questions that lack either are left out.
 
     Args:
         pairs: at least all labelled pairs; columns query_id, doc_id, cosine.
@@ -42,13 +42,13 @@ def leads(pairs: pa.Table, labels: pa.Table) -> pa.Table:
     """
     known = frame_of(labels, [*PAIR, "label", "source"]).filter(pl.col("source") != RETRIEVER)
     cosine = pl.col("cosine").cast(pl.Float64)
-    best = (
+    ahead = (
         frame_of(pairs, [*PAIR, "cosine"])
         .join(known, on=PAIR, how="inner", maintain_order="left")
         .group_by("query_id", maintain_order=True)
-        .agg(lead=cosine.filter(pl.col("label") == 1).max() - cosine.filter(pl.col("label") == 0).max())
+        .agg(lead=cosine.filter(pl.col("label") == 1).min() - cosine.filter(pl.col("label") == 0).max())
     )
-    return best.drop_nulls().to_arrow()
+    return ahead.drop_nulls().to_arrow()
 
 
 def well_trained_questions(rounds: Sequence[pa.Table], settings: AdaptiveConfig) -> set[str]:

@@ -236,7 +236,8 @@ class Audit:
     """What the LLM said about a draw of a round's pseudo-labels.
 
     agreement: of the answered ones of the label where it is lower; None where there are none. steps: how often the
-    thresholds tightened. discarded: the round's pseudo-labels that were taken back.
+    thresholds tightened. discarded: the round's pseudo-labels that were taken back, all of a label of whose draw none
+    was answered among them.
     """
 
     num_drawn: int
@@ -269,7 +270,8 @@ def settle(
     If the LLM agrees with less than audit_agreement of the audited pairs of either label, both thresholds move outwards
     by audit_step, and the round's pseudo-labels that are no longer beyond them are left (reason audit_failed); up to
     audit_steps times, while the audited pairs still beyond them disagree. Each label is judged by itself, because the
-    few pairs labelled 1 would be lost among the many labelled 0. A label 0.5 agrees with neither.
+    few pairs labelled 1 would be lost among the many labelled 0. A label 0.5 agrees with neither. Of a label about none
+    of whose audited pairs the LLM said anything, all of the round's pseudo-labels are left: nothing speaks for them.
 
     A pair that was asked about in vain is left (no_answer) and stands in the new labels without a label.
 
@@ -290,19 +292,22 @@ def settle(
         raise DataError(f"the LLM labelled {strays.select(PAIR).row(0)}, which this round did not ask about.")
     was_asked = pl.col("decision") == ASK
     frame = frame.join(said, on=PAIR, how="left", maintain_order="left").with_columns(was_asked=was_asked)
-    audited = frame.filter(pl.col("reason").is_in(list(AUDIT.values())))
     as_positive = pl.col("reason") == AUDIT[POSITIVE]
-    answered = audited.filter(pl.col("label").is_not_null()).with_columns(
+    audited = frame.filter(pl.col("reason").is_in(list(AUDIT.values()))).with_columns(
         agrees=pl.col("label") == as_positive.cast(pl.Float64),
         as_if=pl.when(as_positive).then(pl.lit(POSITIVE)).otherwise(pl.lit(NEGATIVE)),
     )
+    answered = audited.filter(pl.col("label").is_not_null())
+    unheard = set(audited["as_if"]) - set(answered["as_if"])
     steps, tightened = 0, thresholds
     while steps < settings.audit_steps:
         agreement = _agreement(answered.filter(_is_beyond(tightened, "as_if")))
         if agreement is None or agreement >= settings.audit_agreement:
             break
         tightened, steps = tightened.tightened(settings.audit_step), steps + 1
-    taken_back = pl.col("decision").is_in([POSITIVE, NEGATIVE]) & ~_is_beyond(tightened, "decision")
+    is_unheard = pl.col("decision").is_in(pl.Series(sorted(unheard), dtype=pl.String))
+    is_pseudo = pl.col("decision").is_in([POSITIVE, NEGATIVE])
+    taken_back = is_pseudo & (is_unheard | ~_is_beyond(tightened, "decision"))
     in_vain = was_asked & pl.col("label").is_null()
     discarded = frame.select(taken_back.sum()).item()
     why = pl.when(taken_back).then(pl.lit(AUDIT_FAILED)).when(in_vain).then(pl.lit(NO_ANSWER)).otherwise("reason")

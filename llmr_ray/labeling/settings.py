@@ -44,7 +44,7 @@ class AdaptiveConfig:
     annotator: str = "llm"
     """llm, or gold: labels of the data, spoiled at the rates below, to test with an annotator of known quality."""
     gold_missed: float = 0.0
-    """gold: share of the relevant pairs that it labels 0."""
+    """gold: share of the relevant pairs, wholly or partly, that it labels 0."""
     gold_false_alarms: float = 0.0
     """gold: share of the other pairs that it labels 1."""
     policy: str = "adaptive"
@@ -70,7 +70,7 @@ class AdaptiveConfig:
     max_pseudo_ratio: float = 3.0
     """Pseudo-labels over labels of the LLM that train."""
     trained_margin: float = 0.05
-    """Cosine by which a known positive of a well trained question leads all known negatives."""
+    """Cosine by which all known positives of a well trained question lead all known negatives."""
     trained_rounds: int = 2
     """In so many rounds running."""
     audit_share: float = 0.05

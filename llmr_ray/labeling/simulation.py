@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from llmr_ray.artifacts import Artifact
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import ConfigError
 from llmr_ray.frames import PAIR, frame_of
@@ -17,6 +18,21 @@ LABELS = (0.0, 0.5, 1.0)
 
 FlipRates = Mapping[float, Mapping[float, float]]
 """For a true label, the probability of each wrong one; what is left is that of the right one."""
+
+
+def gold_labels(prepare: Artifact) -> pa.Table:
+    """The labels that come with the data: query_id, doc_id, label.
+
+    Where a data set's judgements are grades (one of them is 2 or above), 1 is partly relevant and labelled 0.5; else 1
+    is relevant and labelled 1. What is judged 0 is labelled 0; pairs without a judgement are not here.
+    """
+    dataset_of = frame_of(prepare.read("queries"), ["query_id", "dataset"])
+    judged = frame_of(prepare.read("qrels"), [*PAIR, "relevance"]).join(
+        dataset_of, on="query_id", how="left", maintain_order="left"
+    )
+    whole = pl.col("relevance").max().over("dataset").clip(1, 2)
+    label = (pl.col("relevance").clip(0, 2) / whole).cast(pl.Float32)
+    return judged.select(*PAIR, label=label).to_arrow()
 
 
 def annotate(pairs: pa.Table, gold: pa.Table, rates: FlipRates, *, seed: int) -> pa.Table:

@@ -19,6 +19,7 @@ from llmr_ray.config import Config, identity
 from llmr_ray.data.splits import unit_hash
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.feedback.jobs import feedback_tasks
+from llmr_ray.feedback.label_calls import num_requests
 from llmr_ray.frames import PAIR, frame_of
 from llmr_ray.index.vectors import pair_similarities
 from llmr_ray.labeling.calibration import (
@@ -41,12 +42,12 @@ from llmr_ray.labeling.rounds import (
 )
 from llmr_ray.labeling.selection import ASK, CALIBRATION, DRAWN, LEAVE, accounting, decide, settle, unchanged
 from llmr_ray.labeling.settings import AdaptiveConfig
-from llmr_ray.labeling.simulation import annotate, label_quality
+from llmr_ray.labeling.simulation import annotate, gold_labels, label_quality
 from llmr_ray.schemas import PSEUDO, conform, table_of
 
-SELECT_VERSION = 2
-LABEL_VERSION = 2
-GOLD_VERSION = 1
+SELECT_VERSION = 3
+LABEL_VERSION = 3
+GOLD_VERSION = 2
 
 EARLIER = "earlier"
 """Source of a pair that has a label and is no candidate of the round's retriever."""
@@ -277,6 +278,7 @@ def gold_spec(config: Config, *, prepare: Artifact, candidates: Artifact) -> Art
             "missed": settings.gold_missed,
             "false_alarms": settings.gold_false_alarms,
             "seed": config.seed,
+            "requests": {task: [of.label_votes, of.passages_per_call] for task, of in feedback_tasks(config).items()},
         },
         inputs={"prepare": prepare.id, "candidates": candidates.id},
     )
@@ -287,20 +289,22 @@ def run_gold(config: Config, artifact: Artifact, *, prepare: Artifact, candidate
     started = time.monotonic()
     if artifact.pending(1):
         asked = candidates.read("asked")
-        rates = {1.0: {0.0: config.labeling.gold_missed}, 0.0: {1.0: config.labeling.gold_false_alarms}}
+        missed = {0.0: config.labeling.gold_missed}
+        rates = {1.0: missed, 0.5: missed, 0.0: {1.0: config.labeling.gold_false_alarms}}
         said = annotate(asked, gold_labels(prepare), rates, seed=config.seed)
         unasked = {"num_prompt_tokens": 0, "num_target_tokens": 0, "truncated": False, "prompt_sha": ""}
         rows = [{**row, **unasked, "kind": "label", "scorer_id": "gold"} for row in said.to_pylist()]
-        counts = Counts(rows_in=len(rows), ok=len(rows))
+        counts = Counts(rows_in=len(rows), ok=len(rows), label_requests=_requests(config, prepare, asked))
         artifact.write_shard(0, {"llm_scores": table_of("llm_scores", rows)}, counts)
     artifact.commit(1, seconds=time.monotonic() - started)
 
 
-def gold_labels(prepare: Artifact) -> pa.Table:
-    """The labels that come with the data: query_id, doc_id, label 1."""
-    qrels = prepare.read("qrels")
-    relevant = qrels.filter(pc.greater(qrels["relevance"], 0)).select(PAIR)
-    return relevant.append_column("label", pa.array([1.0] * relevant.num_rows, pa.float32()))
+def _requests(config: Config, prepare: Artifact, asked: pa.Table) -> int:
+    """In how many requests an LLM would have labelled the pairs."""
+    tasks = feedback_tasks(config)
+    task_of = frame_of(prepare.read("queries"), ["query_id", "task"])
+    sizes = frame_of(asked, ["query_id"]).join(task_of, on="query_id").group_by("query_id", "task").len()
+    return sum(num_requests(size, tasks[task]) for _, task, size in sizes.iter_rows())
 
 
 # --- label -----------------------------------------------------------------------------------------------------------
@@ -343,9 +347,11 @@ def run_label(
     labels: Artifact | None,
 ) -> None:
     """Writes `labels` (all that hold after the round), `decisions` as settled, `rewards` (the labels that train: not
-    those of calibration questions), and `leads`. The manifest's ``extra["rounds"]`` tells what each round so far has
-    spent and learned, and how many labels are right where the data has labels of its own; ``extra["ndcg"]`` how well
-    the round's retriever orders the calibration questions by the labels after it, which the next one is compared with.
+    those of calibration questions), `leads`, and of several annotators `annotations`: who said what in the rounds so
+    far. The manifest's ``extra["rounds"]`` tells what each round so far has spent (calls, which are pairs, and the
+    requests and LLM tokens that they took; stored answers take no tokens) and learned, and how many labels are right
+    where the data has labels of its own; ``extra["ndcg"]`` how well the round's retriever orders the calibration
+    questions by the labels after it, which the next one is compared with.
 
     Args:
         config: the run's.
@@ -371,6 +377,10 @@ def run_label(
             "no pair has a label that may train. Raise labeling.calls_per_round, or look at the LLM's answers."
         )
     tables = {"labels": after, "decisions": settled.decisions, "rewards": rewards, "leads": selected.read("leads")}
+    if llm_scores.spec.stage == "consensus":
+        tables["annotations"] = _annotations(llm_scores, labels, selected.spec.config["round"])
+    # A consensus asked nobody itself, and tells what its annotators took.
+    took = llm_scores.require()["counts"] | llm_scores.require()["extra"]
     gold = gold_labels(prepare)
     quality = label_quality(after, gold).to_pylist() if gold.num_rows else []
     spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows
@@ -379,6 +389,8 @@ def run_label(
         "annotator": settings.annotator,
         "calls": spent - told["spent"],
         "spent": spent,
+        "requests": took["label_requests"],
+        "tokens": took["llm_tokens"],
         "pairs": decisions.num_rows,
         "audit": {name: getattr(settled.audit, name) for name in settled.audit.__dataclass_fields__},
         "distribution": label_distribution(after).to_pylist(),
@@ -395,6 +407,13 @@ def run_label(
     if artifact.pending(1):
         artifact.write_shard(0, tables, accounting(settled.decisions))
     artifact.commit(1, seconds=time.monotonic() - started, extra=extra)
+
+
+def _annotations(consensus: Artifact, labels: Artifact | None, number: int) -> pa.Table:
+    """Who said what in the rounds up to this one: the table of `labels` and that of the round's consensus."""
+    said = consensus.read("annotations")
+    said = said.append_column("round", pa.array([number] * said.num_rows, pa.int32()))
+    return said if labels is None else pa.concat_tables([labels.read("annotations"), said])
 
 
 def _thresholds(told: Mapping[str, float] | None) -> Thresholds:

@@ -13,7 +13,7 @@ from llmr_ray.planning import counts
 from llmr_ray.planning.hardware import Assumptions
 from llmr_ray.planning.models import Size, size_of
 from llmr_ray.planning.work import Work
-from llmr_ray.stages import LLM, scoring_stage
+from llmr_ray.stages import LLM, canary_stage, scoring_stage
 
 _OPTIONS = 3
 """Options of a question that the reader compares, on average over tasks with and without them."""
@@ -42,12 +42,19 @@ def generate(config: Config) -> list[Work]:
 
 
 def canary(config: Config) -> list[Work]:
-    """Passages that try to talk the LLM into a label, each beside its plain self."""
+    """Passages that try to talk the LLMs that label into a high score, each beside its plain self and the control."""
     if not (tasks := label_tasks(config)):
         return []
-    units = 2 * config.labeling.num_canaries * len(tasks)
-    work = Work(stage="canary", unit="passages", units=units)
-    return [_asked(work, config, config.llm, tokens=float(units * config.llm.max_model_tokens))]
+    units = 3 * config.labeling.num_canaries * len(tasks)
+    return [
+        _asked(
+            Work(stage=canary_stage(name), unit="passages", units=units),
+            config,
+            llm,
+            tokens=float(units * llm.max_model_tokens),
+        )
+        for name, llm in {LLM: config.llm, **config.annotators}.items()
+    ]
 
 
 def scored(config: Config, *, again: bool) -> list[Work]:

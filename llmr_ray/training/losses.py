@@ -192,16 +192,17 @@ def listwise(
     log_weights_BG = weights_BG.clamp(min=torch.finfo(torch.float32).tiny).log()
     raised_BG = labels_BG / label_temperature
     says_B = ((labels_BG > 0) & counts_BG).any(dim=1)
-    # Where nothing counts the softmax would be NaN, and so the gradient of the whole batch.
-    left_out_BG = ~counts_BG & says_B[:, None]
-    target_BG = F.softmax((raised_BG + log_weights_BG).masked_fill(left_out_BG, -torch.inf), dim=1)
+    # Of a query that says nothing all documents count: without any, softmax and denominator would be NaN, and so the
+    # gradient of the whole batch.
+    counts_BG = counts_BG | ~says_B[:, None]
+    target_BG = F.softmax((raised_BG + log_weights_BG).masked_fill(~counts_BG, -torch.inf), dim=1)
     own_sim_BG = sim_BC.gather(1, own_BG)
     own_B = _logsumexp(own_sim_BG + log_weights_BG, counts_BG)
     all_B = torch.logaddexp(own_B, _logsumexp(sim_BC, others_BC))
     # As what is lacking to 1, so that it is exactly 1 where all weights are.
     say_B = 1 - (F.softmax(raised_BG.masked_fill(~is_first_BG, -torch.inf), dim=1) * (1 - weights_BG)).sum(dim=1)
     loss_B = say_B * (target_BG * (all_B[:, None] - own_sim_BG)).sum(dim=1)
-    return torch.where(says_B, loss_B, loss_B.detach() * 0)
+    return torch.where(says_B, loss_B, torch.zeros_like(loss_B))
 
 
 def pairwise(sim_BG: torch.Tensor, labels_BG: torch.Tensor, *, weights_BG: torch.Tensor | None = None) -> torch.Tensor:

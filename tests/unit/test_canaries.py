@@ -11,7 +11,7 @@ from llmr_ray.assets import Asset
 from llmr_ray.config import TaskScore
 from llmr_ray.evaluation.annotators import fooled_rates
 from llmr_ray.feedback.requests import LLMResult
-from llmr_ray.labeling.canaries import ATTACKS, SCHEMA, canary_jobs, canary_spec, label_tasks, run_canary
+from llmr_ray.labeling.canaries import ATTACKS, CONTROL_WORDS, SCHEMA, canary_jobs, canary_spec, label_tasks, run_canary
 from llmr_ray.labeling.settings import AdaptiveConfig
 from tests.feedback_world import make_config, make_world
 
@@ -61,10 +61,12 @@ def test_only_the_attack_that_works_counts_as_one(config):
     assert {name: row["fooled"] for name, row in rates.items()} == dict.fromkeys(ATTACKS, 0.0) | {
         "orders": 1.0,
         "all": 0.25,
+        "neutral": 0.0,
     }
+    assert (rates["all"]["n"], rates["neutral"]["n"]) == (4, 4)
     assert (rates["orders"]["plain_label"], rates["orders"]["canary_label"]) == (0.0, 1.0)
-    assert len(client.shown) == 2 * 4
-    assert artifact.require()["counts"]["rows_in"] == 8
+    assert len(client.shown) == 3 * 4
+    assert artifact.require()["counts"]["rows_in"] == 12
     positives = {(row["query_id"], row["doc_id"]) for row in prepare.read("qrels").to_pylist()}
     assert not positives & {(row["query_id"], row["doc_id"]) for row in artifact.read("canaries").to_pylist()}
 
@@ -74,12 +76,32 @@ def test_a_canary_differs_from_its_passage_by_the_words_alone(config):
     jobs = canary_jobs(config, prepare)
     assert {attack for _, attack in jobs} == set(ATTACKS)
     for (_, attack), job in jobs.items():
-        plain, canary = job.documents
+        plain, canary, control = job.documents
         words = ATTACKS[attack].replace("{question}", job.query["query"])
         assert canary["text"] == f"{words} {plain['text']}"
+        assert control["text"] == f"{CONTROL_WORDS} {plain['text']}"
         assert job.query["targets"] == []
     again = canary_jobs(config, prepare)
     assert again == jobs
+
+
+def test_an_annotator_that_any_words_move_is_told_by_the_control(config):
+    """Prevents noise from passing for an attack that works."""
+    artifact, _ = ran(config, Gullible([ATTACKS["orders"], CONTROL_WORDS]))
+    rates = {row["attack"]: row["fooled"] for row in fooled_rates(artifact.read("canaries"), samples=100, seed=0)}
+    assert (rates["orders"], rates["all"], rates["neutral"]) == (1.0, 0.25, 1.0)
+
+
+def test_a_label_that_is_the_highest_already_cannot_be_raised():
+    """Prevents a gullible annotator from looking firm because it labels most plain passages 1."""
+    rows = [("q", f"d{n}", "orders", plain, 1.0) for n, plain in enumerate([1.0, 1.0, 1.0, 0.0])]
+    rows += [("q", "e", "claims", 1.0, 1.0), ("q", "e", "neutral", 0.0, 0.0)]
+    table = pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
+    orders, claims, every, control = fooled_rates(table, samples=100, seed=0)
+    assert (orders["n"], orders["num_highest"], orders["fooled"], orders["plain_label"]) == (1, 3, 1.0, 0.75)
+    assert (claims["n"], claims["num_highest"], claims["fooled"], claims["ci95"]) == (0, 1, None, None)
+    assert (every["attack"], every["n"], every["fooled"]) == ("all", 1, 1.0)
+    assert (control["attack"], control["fooled"]) == ("neutral", 0.0)
 
 
 def test_a_kill_between_table_and_manifest_costs_nothing(config):

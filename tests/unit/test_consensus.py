@@ -7,7 +7,7 @@ import pytest
 
 from llmr_ray import loading
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
-from llmr_ray.config import Config
+from llmr_ray.config import Config, LLMConfig
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.evaluation.annotators import compared
 from llmr_ray.labeling.consensus import ANNOTATIONS, NO_CONSENSUS, consensus_spec, run_consensus, together
@@ -101,6 +101,24 @@ def test_the_report_tells_of_agreement_and_of_quality():
     assert alone == {"pairs": [], "alpha": None, "quality": []}
 
 
+def test_other_llms_read_as_the_first_does_but_for_what_they_say_themselves():
+    """Prevents annotators from being shown half of each passage because only the model was named."""
+    asked = ["llm.chat_template=true", "annotators.big.model=x", "reader.model=y", "reader.max_model_tokens=512"]
+    config = loading.load("conf/arl2.yaml", asked)
+    assert config.llm != LLMConfig(model=config.llm.model, chat_template=True)
+    assert config.annotators["big"] == dataclasses.replace(config.llm, model="x")
+    assert config.reader == dataclasses.replace(config.llm, model="y", max_model_tokens=512)
+    # Another model never answers as an endpoint's of another name.
+    behind = ["llm.engine=openai", "llm.endpoint=http://h", "llm.endpoint_model=a", "annotators.big.model=x"]
+    with pytest.raises(ConfigError, match=r"annotators\.big\.endpoint"):
+        loading.load("conf/arl2.yaml", behind)
+    said = loading.load("conf/arl2.yaml", [*behind, "annotators.big.engine=vllm"]).annotators["big"]
+    assert (said.endpoint, said.endpoint_model) == ("", "")
+    chat = ["engine=openai_chat", "endpoint=http://h", "endpoint_model=a"]
+    chats = loading.load("conf/arl2.yaml", [f"annotators.big.{setting}" for setting in chat]).annotators["big"]
+    assert (chats.model, chats.max_model_tokens) == (config.llm.model, config.llm.max_model_tokens)
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
@@ -108,7 +126,9 @@ def test_the_report_tells_of_agreement_and_of_quality():
         (["annotators.Big-one.model=x"], "Rename"),
         (["annotators.big.model=x", "labeling.annotator=gold"], "in the place of all LLMs"),
         (["annotators.big.model=x", "tasks.qa.score.feedback=rank", "labeling.enabled=false"], "LLMs that label"),
-        (["annotators.big.engine=openai"], "annotators.big.endpoint"),
+        (["annotators.big.engine=openai", "annotators.big.model=x"], "annotators.big.endpoint"),
+        (["annotators.big.engine=openai", "annotators.big.endpoint_model=x"], "Set annotators.big.model"),
+        (["reader.dtype=auto"], "Set reader.model"),
     ],
 )
 def test_annotators_that_cannot_be_are_told_before_anything_runs(overrides, why):

@@ -194,6 +194,27 @@ def test_every_question_asked_for_is_kept_or_dropped_for_a_reason(tmp_path, prep
     assert artifact.read("corpus").equals(prepare.read("corpus"))
 
 
+def test_a_question_is_not_lost_to_a_twin_that_fails(tmp_path, prepare):
+    """Prevents a question from being dropped as the repetition of one that is not kept; nobody is asked twice."""
+    question = "Who painted the famous mill by the sea?"
+
+    class Painter(ScriptedClient):
+        def _result(self, request):
+            prompt = "".join(segment.text for segment in request.segments).rpartition("Passage: ")[2]
+            said = "Fowey Miller" if prompt.startswith("Fowey") else "nobody"
+            result = super()._result(request)
+            return result if request.temperature else dataclasses.replace(result, texts=(said,))
+
+    for towns in (["Gorran", "Fowey"], ["Gorran", "Fowey", "Hythe"]):
+        client = Painter(dict.fromkeys(towns, question))
+        table = generated(config_of(tmp_path / "-".join(towns)), prepare, client).read("generated").to_pylist()
+        fates = {TOWNS[int(row["doc_id"][5:])]: row["reason"] for row in table if row["question"]}
+        assert fates["Fowey"] is None
+        assert fates["Gorran"] in ("no_round_trip", "same_text")
+        answers = [request.request_id for request in client.asked if not request.temperature]
+        assert len(answers) == len(set(answers))
+
+
 @pytest.mark.parametrize("demonstrations", ["clustered", "drawn"])
 def test_prompts_show_training_questions_alone(tmp_path, prepare, demonstrations):
     """Prevents test questions from being shown to the LLM, and a document from being shown its own question."""

@@ -1,7 +1,9 @@
 """Labels in the stages score and reward: who is asked with whom, what is asked twice, and that no pair gets lost."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -245,7 +247,25 @@ def test_a_round_of_labelling_costs_no_more_than_its_calls(tmp_path, annotator, 
         for labeling in (AdaptiveConfig(), AdaptiveConfig(enabled=True, annotator=annotator, calls_per_round=4))
     )
     assert [cost.pairs for cost in limited] == pairs
-    assert [cost.tokens for cost in limited] == [round(cost.tokens * 4 / cost.pairs) for cost in free][: len(pairs)]
+    assert all(cost.tokens < whole.tokens for cost, whole in zip(limited, free, strict=False))
+
+
+@pytest.mark.parametrize("calls", [2, 7, 12, 40])
+def test_a_later_round_costs_no_more_than_its_worst_packing(tmp_path, calls):
+    """The pairs that a retriever is unsure of are scattered: priced as whole questions, a round exceeded its bound."""
+    config = configured(tmp_path, passages_per_call=2, label_votes=2)
+    datasets = {"main": dataclasses.replace(config.datasets["main"], num_train=4)}
+    tasks = {"qa": dataclasses.replace(config.tasks["qa"], mine=TaskMine(num_bm25=2, num_dense=3, with_gold=False))}
+    config = dataclasses.replace(config, datasets=datasets, tasks=tasks)
+    labeling = AdaptiveConfig(enabled=True, calls_per_round=calls)
+    [cost] = upper_costs(dataclasses.replace(config, labeling=labeling), again=True)
+    most = tasks["qa"].mine.most
+    ways = [way for way in itertools.product(range(most + 1), repeat=4) if sum(way) == cost.pairs]
+    requests = max(sum(2 * math.ceil(pairs / 2) for pairs in way) for way in ways)
+    score = tasks["qa"].score
+    of_pair = config.llm.max_candidate_tokens + labels.answer_tokens(1, score.evidence_chars)
+    assert cost.pairs == min(calls, 4 * most)
+    assert cost.tokens == requests * (labels.FRAME_TOKENS + labels.QUERY_TOKENS) + 2 * cost.pairs * of_pair
 
 
 @pytest.mark.parametrize(("annotator", "pairs"), [("llm", [12]), ("gold", [])])

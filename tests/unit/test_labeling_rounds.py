@@ -52,6 +52,15 @@ def test_well_trained_questions_lead_in_two_rounds_running():
     assert well_trained_questions([behind, now, now], AdaptiveConfig(trained_margin=0.03)) == {"a", "d"}
 
 
+def test_a_question_of_two_passages_is_well_trained_when_both_lead():
+    """Prevents calls from ending for a question of which the retriever finds one passage and not the other."""
+    labels = labels_of([("q", "p1", 1.0, "llm"), ("q", "p2", 1.0, "llm"), ("q", "n", 0.0, "llm")])
+    one, both = (leads(cosines(("q", "p1", 0.75), ("q", "p2", at), ("q", "n", 0.5)), labels) for at in (0.125, 0.625))
+    assert [table["lead"].to_pylist() for table in (one, both)] == [[-0.375], [0.125]]
+    assert well_trained_questions([one, one], AdaptiveConfig()) == set()
+    assert well_trained_questions([both, both], AdaptiveConfig()) == {"q"}
+
+
 def test_calibration_ndcg_in_closed_form():
     """Prevents unjudged documents and questions that train from counting, and half labels from counting whole."""
     kept = next(f"k{n}" for n in range(99) if is_calibration(f"k{n}", 0.5))

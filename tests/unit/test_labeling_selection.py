@@ -221,6 +221,20 @@ def test_a_failed_audit_takes_back_what_is_near_the_thresholds():
     assert done.new_labels.num_rows == 160 - done.audit.discarded
 
 
+def test_pseudo_labels_whose_audit_nobody_answered_do_not_stand():
+    """Prevents labels from training for which nothing speaks; those of the other label keep their own audit."""
+    found = decided(pairs_of([0.95] * 40 + [0.02] * 40), many_labels(99))
+    done = settle(
+        found, answers_to(found, lambda row: 1.0 if row["probability"] > 0.5 else None), BETWEEN, NO_CALIBRATION
+    )
+    fates = Counter(outcomes(done.decisions))
+    assert fates["positive", "confident"] == 38
+    assert fates["leave", "audit_failed"] == done.audit.discarded == 38
+    assert ("negative", "confident") not in fates
+    assert (done.audit.num_drawn, done.audit.num_answered, done.audit.agreement) == (4, 2, 1)
+    assert done.thresholds == BETWEEN
+
+
 def test_wrong_positives_are_not_lost_among_right_negatives():
     """Prevents a retriever all of whose few positives are wrong from passing: together 98% of the audit agrees."""
     probability = [0.95] * 20 + [0.02] * 1000

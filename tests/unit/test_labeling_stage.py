@@ -7,13 +7,16 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from llmr_ray.artifacts import Artifact
+from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.config import Config, DatasetConfig, RuntimeConfig, TaskConfig, TaskScore
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.evaluation.report import labels_told
+from llmr_ray.evaluation.annotators import compared
+from llmr_ray.evaluation.report import _annotations, labels_told
 from llmr_ray.index.vectors import to_table
 from llmr_ray.labeling.calibration import is_calibration
+from llmr_ray.labeling.consensus import consensus_spec, run_consensus
 from llmr_ray.labeling.settings import AdaptiveConfig
+from llmr_ray.labeling.simulation import gold_labels
 from llmr_ray.labeling.stage import gold_spec, label_spec, run_gold, run_label, run_select, select_spec
 from llmr_ray.schemas import table_of
 from tests.feedback_world import make_artifact
@@ -315,6 +318,77 @@ def test_an_annotator_of_known_quality_errs_at_its_rates(config, world):
     alarms = np.mean([said[pair] == 1 for pair in said if pair not in gold])
     assert abs(missed - 0.5) < 4 * np.sqrt(0.25 / NUM_QUESTIONS)
     assert abs(alarms - 0.1) < 4 * np.sqrt(0.09 / (NUM_QUESTIONS * (NUM_CANDIDATES - 1)))
+
+
+def test_grades_of_people_are_kept(tmp_path):
+    """Prevents partly relevant passages from counting as answers, and one data set's grades from lowering another's."""
+    judged = {"graded": [2, 1, 0, 3], "binary": [1, 0]}
+    queries = [
+        {"query_id": name, "task": "qa", "dataset": name, "query": "q", "targets": [], "split": "train", "pool": "p"}
+        for name in judged
+    ]
+    qrels = [
+        {"query_id": name, "doc_id": f"{name}{place}", "relevance": grade}
+        for name, grades in judged.items()
+        for place, grade in enumerate(grades)
+    ]
+    tables = {"queries": table_of("queries", queries), "qrels": table_of("qrels", qrels)}
+    found = {row["doc_id"]: row["label"] for row in gold_labels(make_artifact(tmp_path, "prepare", tables)).to_pylist()}
+    assert found == {"graded0": 1, "graded1": 0.5, "graded2": 0, "graded3": 1, "binary0": 1, "binary1": 0}
+
+
+def test_a_round_tells_the_requests_that_its_pairs_took(config, world):
+    """A call is a pair, and a request shows five: scattered pairs are fewer, but not as many fewer requests."""
+    labels, asked = None, []
+    for number in (1, 2):
+        selected, labels = a_round(config, world, number, labels)
+        asked.append(Counter(row["query_id"] for row in selected.read("asked").to_pylist()))
+    told = labels.manifest["extra"]["rounds"]
+    assert [row["requests"] for row in told] == [sum(math.ceil(n / 5) for n in of.values()) for of in asked]
+    assert told[1]["requests"] / told[1]["calls"] > told[0]["requests"] / told[0]["calls"] > 1 / 5
+    assert [labels_told(row)["requests"] for row in told] == [row["requests"] for row in told]
+
+
+def annotated(config, of, number):
+    """Two annotators who label what a round asks, one of whom calls every pair relevant, and their consensus."""
+    asked, said = of["candidates"].read("asked").to_pylist(), {}
+    row = {"kind": "label", "num_prompt_tokens": 1, "num_target_tokens": 0, "truncated": False, "prompt_sha": ""}
+    for name in ("llm", "other"):
+        spec = ArtifactSpec(stage="score", version=1, config={"of": name, "round": number}, inputs={})
+        said[name] = Artifact(config.runtime.artifact_root, spec)
+        said[name].begin()
+        rows = [
+            {**row, "query_id": pair["query_id"], "doc_id": pair["doc_id"], "scorer_id": name}
+            | {"label": float(name == "other" or place % 3 == 0), "flags": []}
+            for place, pair in enumerate(asked)
+        ]
+        counts = Counts(rows_in=len(rows), ok=len(rows), label_requests=7, llm_tokens=100)
+        said[name].write_shard(0, {"llm_scores": table_of("llm_scores", rows)}, counts)
+        said[name].commit(1, seconds=0, extra={"scorer_id": name})
+    return made(config, consensus_spec(config, said), run_consensus, llm_scores=said)
+
+
+def test_what_several_annotators_said_is_kept_over_all_rounds(config, world):
+    """Prevents agreement from vanishing where the last round asks nothing, or from being that of doubtful pairs."""
+    labels, num_asked = None, []
+    for number in (1, 2, 3):
+        settings = dataclasses.replace(config.labeling, annotator="llm", min_gain=-1 if number < 3 else 9)
+        config = dataclasses.replace(config, labeling=settings)
+        of = world | {"labels": labels}
+        selected = made(config, select_spec(config, number=number, **of), run_select, number=number, **of)
+        scores = annotated(config, {"candidates": selected}, number)
+        of = {name: of[name] for name in ("prepare", "embeddings", "labels")}
+        of |= {"selected": selected, "llm_scores": scores}
+        labels = made(config, label_spec(config, **of), run_label, **of)
+        num_asked.append(selected.read("asked").num_rows)
+    assert num_asked[2] == 0 < num_asked[1]
+    said = _annotations({"llm_scores": scores, "labels": labels})
+    assert Counter(said["round"].to_pylist()) == {1: 2 * num_asked[0], 2: 2 * num_asked[1]}
+    assert set(said["annotator"].to_pylist()) == {"llm", "other"}
+    [pair] = compared(said, set(), samples=10, seed=0)["pairs"]
+    assert pair["n"] == sum(num_asked)
+    told = labels.manifest["extra"]["rounds"]
+    assert [(row["requests"], row["tokens"]) for row in told] == [(14, 200)] * 3
 
 
 def test_a_round_without_a_label_that_may_train_says_so(config, world):

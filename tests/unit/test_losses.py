@@ -342,6 +342,19 @@ def test_standardised_rewards_do_not_know_scale_or_offset():
 # --- graded labels ----------------------------------------------------------------------------------------------------
 
 
+def test_listwise_of_labels_without_weight_and_of_no_negatives_is_zero():
+    """Prevents one query of pseudo-labels that weigh nothing from making the gradient of the whole batch NaN."""
+    sim = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    own, labels = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    same, nobody = torch.eye(2, dtype=torch.bool).expand(2, -1, -1), torch.zeros(2, 4, dtype=torch.bool)
+    weights = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    loss = losses.listwise(sim, own, labels, same, nobody, label_temperature=0.2, weights_BG=weights)
+    loss.sum().backward()
+    assert loss[0] == 0 < loss[1]
+    assert sim.grad[0].tolist() == [0, 0, 0, 0]
+    assert sim.grad[1].isfinite().all()
+
+
 def test_listwise_equals_the_loop():
     generator = torch.Generator().manual_seed(5)
     own, same, others = layout(3, 4)

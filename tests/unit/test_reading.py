@@ -201,6 +201,19 @@ def test_stage_votes_over_the_passages_it_used_to_read_together(evaluated):
     assert {method for method, _ in shown} == {"bm25", "base"}
 
 
+def test_questions_with_options_are_read_as_a_whole_where_others_are_voted_on():
+    """Prevents a run that fails after all training on its first multiple-choice question (studies/reading.yaml)."""
+    passages = (document("p1"), document("p2"))
+    asks = []
+    for fields in ({"options": ["a", "b"], "gold_option": 0}, {}):
+        asked = knowledge.request("r", query(**fields), passages, passage_tokens=9, max_new_tokens=9)
+        ask = Ask(method="bm25", query=query(**fields), documents=passages, scores=(2.0, 1.0), requests=(asked,))
+        asks.append(ask)
+    (whole, voted), _, _ = reading.arranged(configured("vote"), None, asks)
+    assert whole == asks[0]
+    assert len(voted.requests) == len(voted.weights) == 2
+
+
 # --- evidence --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from llmr_ray.evaluation.published import beside_published
 from llmr_ray.evaluation.report import print_table, write_report
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.evaluation.tables import effect, in_order, p_text, result_of, tables
+from llmr_ray.labeling.canaries import SCHEMA
 from llmr_ray.labeling.generation import GENERATED
 from llmr_ray.schemas import table_of
 from tests.feedback_world import make_artifact
@@ -313,14 +314,36 @@ def test_the_page_tells_what_became_of_generated_questions(run, tmp_path):
     assert "3 written, 2 kept; not kept: 1 not_written, 1 no_question_mark" in console.file.getvalue()
 
 
+def test_the_page_tells_how_often_each_annotator_was_talked_into_a_label(run, tmp_path):
+    """Prevents a rate without its control, and that of one annotator from passing for all."""
+    config, artifacts, stages, _ = run
+    config = replace(config, annotators={"big": replace(config.llm, model="other")})
+    shown = {"canaries": [("orders", 0.0, 1.0), ("neutral", 0.0, 0.0)], "canary_big": [("orders", 1.0, 1.0)]}
+    made = {}
+    for name, rows in shown.items():
+        table = pa.Table.from_pylist(
+            [dict(zip(SCHEMA.names, ("q", "d", *row), strict=True)) for row in rows], schema=SCHEMA
+        )
+        made[name] = make_artifact(tmp_path, name, {"canaries": table})
+    results = write((config, artifacts | made, stages, tmp_path / "run"))
+    told = [(row["annotator"], row["attack"], row["n"], row["fooled"]) for row in results["canaries"]]
+    first = [("llm", "orders", 1, 1.0), ("llm", "all", 1, 1.0), ("llm", "neutral", 1, 0.0)]
+    assert told == [*first, ("big", "orders", 0, None), ("big", "all", 0, None)]
+    text = re.sub(r"\s+", " ", (tmp_path / "run" / "report.html").read_text())
+    assert "<th>neutral</th>" in text
+    assert '<th>big: orders</th><td class="figure">– <small>n=0, 1 had 1 already</small></td>' in text
+
+
 @pytest.mark.parametrize(("annotator", "named"), [("llm", "the LLM"), ("gold", "the annotator (gold)")])
 def test_the_page_tells_who_labelled_and_what_labelling_everything_would_take(run, tmp_path, annotator, named):
     """Labels of the data that pass for the LLM's, and calls without what they saved, make a policy look better."""
     config, artifacts, stages, _ = run
     pair = {"query_id": "q", "doc_id": "d", "round": 1}
     held = [pair | {"label": 1.0, "source": annotator}, pair | {"doc_id": "e", "label": 0.0, "source": "retriever"}]
+    held.append(pair | {"doc_id": "f", "label": 0.0, "source": annotator, "round": 2})
     audit = {"num_drawn": 0, "num_answered": 0, "agreement": None, "steps": 0, "discarded": 0}
     first = {"round": 1, "annotator": annotator, "calls": 70, "spent": 70, "pairs": 500, "audit": audit}
+    first |= {"requests": 15, "tokens": 5000}
     first |= dict.fromkeys(("thresholds", "calibration", "ndcg_before", "ndcg", "stop"))
     first |= {
         "distribution": [
@@ -329,21 +352,35 @@ def test_the_page_tells_who_labelled_and_what_labelling_everything_would_take(ru
         ],
         "quality": [{"source": annotator, "label": 1.0, "num_pairs": 13, "precision": 0.875}],
     }
-    second = first | {"round": 2, "calls": 0, "pairs": 511, "ndcg_before": 0.75, "ndcg": 0.625, "stop": "no_gain"}
+    second = first | {
+        "round": 2,
+        "calls": 0,
+        "requests": 0,
+        "tokens": 0,
+        "pairs": 511,
+        "ndcg_before": 0.75,
+        "ndcg": 0.625,
+        "stop": "no_gain",
+    }
     made = Artifact(tmp_path, ArtifactSpec(stage="label", version=1, config={}, inputs={}))
     made.begin()
-    made.write_shard(0, {"labels": table_of("labels", held)}, Counts(rows_in=2, ok=2))
+    made.write_shard(0, {"labels": table_of("labels", held)}, Counts(rows_in=3, ok=3))
     made.commit(1, seconds=0, extra={"rounds": [first, second]})
     nothing = make_artifact(tmp_path, "score", {"llm_scores": table_of("llm_scores", [])})
     folder = tmp_path / "run"
     results = write((config, artifacts | {"labels": made, "llm_scores": nothing}, stages, folder))
     # The last round asked nothing: the labels of the first are judged.
     assert [row["annotator"] for row in results["annotators"]["quality"]] == [annotator]
+    first = results["annotators"]["first_round"]
+    assert [told["quality"][0]["n"] for told in (results["annotators"], first)] == [2, 1]
     text = re.sub(r"\s+", " ", (folder / "report.html").read_text())
     assert f"<th>Asked {named}<br>" in text
     assert f"<th>Labels of {named}<br>" in text
-    assert "<td>70<small>70 so far, of 500</small></td> <td>13 / 0 / 0 / 0</td><td>0 / 29</td>" in text
-    assert "<td>0<small>70 so far, of 511</small></td>" in text
+    assert "<td>70<small>70 so far, of 500</small></td><td>15<small>5,000</small></td>" in text
+    assert "<td>13 / 0 / 0 / 0</td><td>0 / 29</td>" in text
+    assert "<td>0<small>70 so far, of 511</small></td><td>0<small>0</small></td>" in text
+    assert "Pairs of all rounds." in text
+    assert "Pairs of the first round." in text
     assert "0.625<small>from 0.750</small><small>stopped: no_gain</small>" in text
     assert "0.875" in text
 

@@ -212,6 +212,13 @@ def test_several_annotators_label_the_same_pairs_and_their_consensus_counts(tmp_
         assert other.artifact.spec.inputs["candidates"] == one.artifact.spec.inputs["candidates"]
         assert other.artifact.spec.inputs["llm"] == "of other"
         assert stages[f"label{number}"].artifact.spec.inputs["llm_scores"] == both.artifact.id
+    qa = dataclasses.replace(config, **QA, **asking())
+    stages = {
+        stage.name: stage
+        for stage in StagePlan(qa, assets, "llm", annotators={"big": (assets["other"], "the other LLM")}).stages
+    }
+    assert [stages[name].inputs["client"] for name in ("canary", "canary_big")] == ["llm", "the other LLM"]
+    assert stages["canary_big"].artifact.spec.inputs["llm"] == "of other"
 
 
 QA = {
