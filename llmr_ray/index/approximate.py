@@ -26,8 +26,11 @@ MIN_ROWS = 4096
 """Shards of fewer documents are searched exactly: that takes no longer."""
 
 EXACT_SHARE = 0.1
-"""Where filters and ranges leave a smaller share of a shard's documents, they are searched exactly: the lists and walks
-would meet few of them."""
+"""Where filters and ranges leave a smaller share of a shard's documents, they are searched exactly: few of them would
+be among the best of all."""
+
+WIDER = 4
+"""Times the effort of a search that has to look deeper than the effort was chosen for, because of a filter."""
 
 TRAIN_ROWS_PER_LIST = 64
 CODEBOOK_ROWS = 16_384
@@ -158,22 +161,18 @@ class Proposals:
         self._index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_ivf else faiss.IO_FLAG_MMAP_IFC)
         self._is_ivf, self.effort, self.refine = is_ivf, effort, refine(settings)
 
-    def propose(self, query_MD: np.ndarray, num: int, allowed_N: np.ndarray | None) -> np.ndarray:
+    def propose(self, query_MD: np.ndarray, num: int, width: int = 1) -> np.ndarray:
         """Rows [M, num] of the shard that may be the best, MISSING where no more were met.
 
         Args:
             query_MD: float32 [M, D].
             num: rows of each.
-            allowed_N: bool, which may be proposed; None: all.
+            width: so many times the effort.
         """
-        options: dict[str, Any] = {}
-        if allowed_N is not None:
-            bits = np.packbits(allowed_N, bitorder="little")
-            options["sel"] = faiss.IDSelectorBitmap(bits)
         if self._is_ivf:
-            params = faiss.SearchParametersIVF(nprobe=min(self.effort, self._index.nlist), **options)
+            params: Any = faiss.SearchParametersIVF(nprobe=min(width * self.effort, self._index.nlist))
         else:
-            params = faiss.SearchParametersHNSW(efSearch=max(self.effort, num), **options)
+            params = faiss.SearchParametersHNSW(efSearch=max(width * self.effort, num))
         _, rows_MF = self._index.search(query_MD, num, params=params)
         found: np.ndarray = np.where(rows_MF < 0, MISSING, rows_MF)
         return found

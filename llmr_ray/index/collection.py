@@ -65,7 +65,8 @@ def create(root: Path | str, name: str, index_id: str, *, model: str, replace: b
         replace: where the collection is there, make this index alone its next snapshot.
 
     Raises:
-        DataError: the collection is there with other documents, the index is not finished, or a file changed.
+        DataError: the collection is there with other documents, the index is not finished or has an id twice, or a
+            file changed.
         LockedError: another process writes the collection.
     """
     collection = folder_of(root, name)
@@ -79,6 +80,13 @@ def create(root: Path | str, name: str, index_id: str, *, model: str, replace: b
                 f"collection {name} is there already, with {parent['num_documents']} documents in "
                 f"{len(parent['segments'])} segments. Add to it (llmr index add), or let this index take their place: "
                 "--replace. The snapshots until now stay, and `llmr index rollback` goes back."
+            )
+        doc_ids = _doc_ids(root, segment)
+        if len(again := _superseded(doc_ids)):
+            raise DataError(
+                f"{index_id} has {len(again)} documents whose id comes again, the first is '{doc_ids[int(again[0])]}'. "
+                "Deleting or replacing one would take the other along. Give each an id of its own, in all pools, and "
+                "run again."
             )
         base = {"model": model, **_facts(root, segment)}
         done = _write(Path(root), collection, parent, base, [segment], {})
@@ -96,7 +104,13 @@ def add_segment(root: Path | str, name: str, index_id: str, *, num_quarantined: 
     with locked(collection):
         parent = read_manifest(collection, current(collection))
         number = len(parent["segments"])
-        if segment in parent["segments"]:
+        doc_ids = _doc_ids(root, segment)
+        before, superseded = read_deleted(collection, parent), _superseded(doc_ids)
+        # Where something of it was deleted or replaced since, it is added once more.
+        if any(
+            segment == there and np.array_equal(before.get(at, []), superseded)
+            for at, there in enumerate(parent["segments"])
+        ):
             return Change(snapshot=parent["id"], num_documents=parent["num_documents"], num_quarantined=num_quarantined)
         facts = _facts(root, segment)
         for what in ("encoder", "dimension"):
@@ -106,10 +120,8 @@ def add_segment(root: Path | str, name: str, index_id: str, *, num_quarantined: 
                     "both would not compare; embed the documents with the collection's embedder (llmr index add)."
                 )
         segments = [*parent["segments"], segment]
-        doc_ids = pa.concat_arrays([table["doc_id"].combine_chunks() for _, table in _ids(root, segment)])
         older = rows_of(root, parent["segments"], doc_ids)
-        before = read_deleted(collection, parent)
-        deleted = {**_joined(before, older), number: _superseded(doc_ids)}
+        deleted = {**_joined(before, older), number: superseded}
         done = _write(Path(root), collection, parent, parent, segments, deleted)
         replaced = sum(len(np.setdiff1d(rows, before.get(at, []))) for at, rows in older.items())
         return Change(
@@ -199,14 +211,24 @@ def accept(root: Path | str, name: str) -> Change:
         return Change(snapshot=manifest["id"], num_documents=manifest["num_documents"])
 
 
-def snapshots(root: Path | str, name: str) -> list[dict[str, Any]]:
-    """The manifests of a collection's snapshots, oldest first, each with `is_current`."""
+def snapshots(root: Path | str, name: str, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The manifests of a collection's snapshots, oldest first, each with `is_current`.
+
+    Raises:
+        DataError: there is no such collection, or a file of it is damaged (a manifest: unless these are skipped).
+    """
     collection = folder_of(root, name)
     now = current(collection)
-    found = [
-        read_manifest(collection, path.parent.name) for path in sorted(collection.glob("snapshots/*/manifest.json"))
-    ]
-    return [{**manifest, "is_current": manifest["id"] == now} for manifest in found]
+    found = []
+    for path in sorted(collection.glob("snapshots/*/manifest.json")):
+        try:
+            manifest = read_manifest(collection, path.parent.name)
+        except DataError:
+            if not skip_damaged:
+                raise
+        else:
+            found.append({**manifest, "is_current": manifest["id"] == now})
+    return found
 
 
 def rows_of(root: Path | str, segments: Sequence[Mapping[str, Any]], doc_ids: pa.Array) -> dict[int, np.ndarray]:
@@ -215,18 +237,23 @@ def rows_of(root: Path | str, segments: Sequence[Mapping[str, Any]], doc_ids: pa
     for at, segment in enumerate(segments):
         rows = [
             np.asarray(table["row"].filter(pc.is_in(table["doc_id"], value_set=doc_ids)), np.int64)
-            for _, table in _ids(root, segment)
+            for table in _ids(root, segment)
         ]
         if any(map(len, rows)):
             found[at] = np.sort(np.concatenate(rows))
     return found
 
 
-def _ids(root: Path | str, segment: Mapping[str, Any]) -> Iterable[tuple[int, pa.Table]]:
+def _doc_ids(root: Path | str, segment: Mapping[str, Any]) -> pa.Array:
+    """The ids of a segment's documents, in the order of its rows."""
+    return pa.concat_arrays([table["doc_id"].combine_chunks() for table in _ids(root, segment)])
+
+
+def _ids(root: Path | str, segment: Mapping[str, Any]) -> Iterable[pa.Table]:
     """The table of row and doc_id of a segment, shard by shard, its bytes checked."""
     index = Artifact.found(root, segment["index"])
     for shard in range(segment["num_shards"]):
-        yield shard, pq.read_table(index.checked_part("ids", shard))
+        yield pq.read_table(index.checked_part("ids", shard))
 
 
 def _superseded(doc_ids: pa.Array) -> np.ndarray:
@@ -258,6 +285,17 @@ def _facts(root: Path | str, segment: Mapping[str, Any]) -> dict[str, Any]:
         "dimension": schema.field("embedding").type.list_size,
         "recall": extra.get("recall"),
     }
+
+
+def _queries(root: Path, manifests: Iterable[Mapping[str, Any]]) -> str | None:
+    """The artifact whose queries the first of some snapshots came with; None: all are without."""
+    for manifest in manifests:
+        if manifest.get("queries"):
+            return str(manifest["queries"])
+        prepare = Artifact.found(root, manifest["segments"][0]["prepare"])
+        if prepare.require()["rows"].get("queries"):
+            return prepare.id
+    return None
 
 
 def _write(
@@ -304,6 +342,8 @@ def _write(
             manifest = {
                 **{what: base[what] for what in ("model", "encoder", "kind", "dimension", "recall")},
                 "id": snapshot_id,
+                # Compacting drops the segment that they came with, and pruning the snapshots that had it.
+                "queries": _queries(root, [*([parent] if parent else []), {"segments": segments}]),
                 "parent": content["parent"],
                 "segments": list(segments),
                 "deleted": listed,

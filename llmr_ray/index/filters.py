@@ -14,12 +14,15 @@ the opposite of `eq` and `in`, so they hold where the field is missing.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any as JSON
 
 import numpy as np
 import pyarrow as pa
+
+from llmr_ray.artifacts import sha256_text
 
 COLUMNS = ("doc_id", "task", "pool", "position", "title")
 """Fields that are columns of the corpus; metadata under these names is not seen."""
@@ -29,12 +32,7 @@ MAX_CLAUSES = 64
 MAX_VALUES = 1024
 """Values of one `in`, `nin`, `any` or `except`."""
 
-_ORDERS: dict[str, Callable[[JSON, JSON], bool]] = {
-    "gt": lambda left, right: left > right,
-    "gte": lambda left, right: left >= right,
-    "lt": lambda left, right: left < right,
-    "lte": lambda left, right: left <= right,
-}
+_ORDERS = ("gt", "gte", "lt", "lte")
 _OPPOSITES = {"ne": "eq", "nin": "in"}
 
 
@@ -76,8 +74,8 @@ Filter = Comparison | All | Any | Not
 
 
 def key_of(chosen: Filter) -> str:
-    """What tells filters apart. (Python's own equality takes 1 for True.)"""
-    return repr(chosen)
+    """What tells filters apart, short however long a filter is. (Python's own equality takes 1 for True.)"""
+    return sha256_text(repr(chosen))
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------
@@ -251,6 +249,7 @@ class _Field:
     def __init__(self, values: Sequence[JSON], rows: np.ndarray, codes: np.ndarray, num_rows: int) -> None:
         self.rows, self.codes, self.num_rows = rows, codes, num_rows
         self.code_of = {(type(value) is bool, value): code for code, value in enumerate(values)}
+        self._ordered: dict[bool, tuple[list[JSON], np.ndarray]] = {}
 
     def mask(self, chosen: Comparison) -> np.ndarray:
         """The rows of which a value compares as asked: bool [N]."""
@@ -260,12 +259,28 @@ class _Field:
                 if (code := self.code_of.get((type(value) is bool, value))) is not None:
                     hit[code] = True
         else:
-            compare, text = _ORDERS[chosen.op], isinstance(chosen.value, str)
-            for (is_bool, value), code in self.code_of.items():
-                hit[code] = not is_bool and isinstance(value, str) == text and compare(value, chosen.value)
+            values, codes = self._in_order(isinstance(chosen.value, str))
+            # Equal values belong to gte and lte.
+            cut = (bisect_left if chosen.op in ("gte", "lt") else bisect_right)(values, chosen.value)
+            hit[codes[cut:] if chosen.op in ("gt", "gte") else codes[:cut]] = True
         result = np.zeros(self.num_rows, bool)
         result[self.rows[hit[self.codes]]] = True
         return result
+
+    def _in_order(self, is_text: bool) -> tuple[list[JSON], np.ndarray]:
+        """The strings or the numbers, ascending, and their codes; sorted once, so that a comparison need not see all.
+
+        In Python: NumPy would round integers beyond 2**53. NaN, which no comparison holds for, is left out.
+        """
+        if is_text not in self._ordered:
+            found = sorted(
+                (value, code)
+                for (is_bool, value), code in self.code_of.items()
+                if not is_bool and isinstance(value, str) == is_text and value == value
+            )
+            codes = np.asarray([code for _, code in found], np.int64)
+            self._ordered[is_text] = [value for value, _ in found], codes
+        return self._ordered[is_text]
 
 
 def _of_column(column: pa.ChunkedArray) -> _Field:

@@ -25,7 +25,7 @@ from llmr_ray.artifacts import Artifact, sha256_file
 from llmr_ray.durable import staged
 from llmr_ray.errors import DataError
 from llmr_ray.index import int8
-from llmr_ray.index.approximate import EXACT_SHARE, Proposals
+from llmr_ray.index.approximate import EXACT_SHARE, WIDER, Proposals
 from llmr_ray.index.int8 import Codes
 from llmr_ray.index.settings import IndexConfig
 from llmr_ray.index.topk import (
@@ -243,27 +243,38 @@ class Shard:
     def _search_proposed(
         self, proposals: Proposals, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`_search_range` among what is proposed; exactly where that is as fast, and where too little is proposed."""
-        if allowed_N is None and end - start < self.num_rows:
-            allowed_N = np.ones(self.num_rows, bool)
-        num_allowed = self.num_rows
-        if allowed_N is not None:
-            inside = np.zeros(self.num_rows, bool)
-            inside[start:end] = allowed_N[start:end]
-            num_allowed = int(np.count_nonzero(inside))
-            allowed_N = inside if num_allowed < self.num_rows else None
+        """`_search_range` among what is proposed; exactly where that is as fast, and where too little is proposed.
+
+        All documents are proposed from: asked for allowed ones alone, lists and walks give those that they meet,
+        wherever the best are. Where the k best of all are allowed, they are the result; else a wider search has to find
+        k allowed ones among the 2k best.
+        """
+        allowed_N = np.ones(self.num_rows, bool) if allowed_N is None else allowed_N.copy()
+        allowed_N[:start] = allowed_N[end:] = False
+        num_allowed = int(np.count_nonzero(allowed_N))
         num = max(k + SPARE, k * proposals.refine)
-        if num_allowed <= max(num, EXACT_SHARE * self.num_rows):
-            return self._search_exact(query_MD, start, end, k, allowed_N)
-        found_MF = proposals.propose(query_MD, num, allowed_N)
+        todo = np.arange(len(query_MD))
+        rows_MK, scores_MK = nothing(len(query_MD), k)
+        tries = [(k, 1), (2 * k, WIDER)] if num_allowed < self.num_rows else [(k, 1)]
+        for depth, width in tries if num_allowed > max(num, EXACT_SHARE * self.num_rows) else []:
+            best_MF, scores_MF = self._proposed(proposals, query_MD[todo], num, depth, width)
+            found_MF = np.where(allowed_N[best_MF], best_MF, MISSING)
+            rows_MK[todo], scores_MK[todo] = select_topk(found_MF, scores_MF, k)
+            todo = todo[rows_MK[todo, -1] == MISSING]
+            if not len(todo):
+                return rows_MK, scores_MK
+        rows_MK[todo], scores_MK[todo] = self._search_exact(query_MD[todo], start, end, k, allowed_N)
+        return rows_MK, scores_MK
+
+    def _proposed(
+        self, proposals: Proposals, query_MD: np.ndarray, num: int, depth: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best `depth` of `num` documents proposed to each query, and their exact scores."""
+        found_MF = proposals.propose(query_MD, num, width)
         exact_MF = np.stack(
             [pair_scores(query_D, self.vector_ND[found_F]) for query_D, found_F in zip(query_MD, found_MF, strict=True)]
         )
-        rows_MK, scores_MK = select_topk(found_MF, exact_MF, k)
-        short = rows_MK[:, -1] == MISSING
-        if short.any():
-            rows_MK[short], scores_MK[short] = self._search_exact(query_MD[short], start, end, k, allowed_N)
-        return rows_MK, scores_MK
+        return select_topk(found_MF, exact_MF, depth)
 
     def _search_exact(
         self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None

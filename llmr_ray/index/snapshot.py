@@ -36,10 +36,13 @@ from llmr_ray.index.rows import read_rows
 from llmr_ray.index.topk import merge_topk, nothing
 
 MASK_BYTES = 64 << 20
-"""What the masks of recent filters may take up in a process; the least recently used go first."""
+"""What the masks of recent filters may take up in a process, all open snapshots together; the least recently used go
+first."""
 
 TEXT_BYTES = 64 << 20
 """The same of decoded row groups of the corpus."""
+
+_ENTRY_BYTES = 1024
 
 _TEXTS = ("doc_id", "title", "meta", "text")
 
@@ -66,12 +69,18 @@ class Named:
 
 
 def named(collection: Path) -> Named:
-    """Which snapshots a collection names; DataError where there is no such collection."""
+    """Which snapshots a collection names; DataError where there is no such collection, or its file is damaged."""
     path = collection / "CURRENT"
     if not path.exists():
         raise DataError(f"there is no collection {collection.name} in {collection.parent}. Make it: llmr index create.")
-    state: dict[str, str | None] = json.loads(path.read_text())
-    return Named(current=str(state["current"]), previous=state["previous"], accepted=state.get("accepted"))
+    try:
+        state: dict[str, str | None] = json.loads(path.read_text())
+        return Named(current=str(state["current"]), previous=state["previous"], accepted=state.get("accepted"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged: {error!r}. Bring it back, or write what it should say, with the id of a folder in "
+            f'{collection / "snapshots"}: {{"current": ID, "previous": null}}.'
+        ) from error
 
 
 def current(collection: Path) -> str:
@@ -80,15 +89,22 @@ def current(collection: Path) -> str:
 
 
 def read_manifest(collection: Path, snapshot_id: str) -> dict[str, Any]:
-    """What a snapshot consists of; DataError where there is none of this id."""
+    """What a snapshot consists of; DataError where there is none of this id, or its file is damaged."""
     if not re.fullmatch(r"\d{6}-[0-9a-f]{12}", snapshot_id):
         raise DataError("a snapshot's id is a number of 6 digits, '-', and 12 hexadecimal digits.")
     path = collection / "snapshots" / snapshot_id / "manifest.json"
     if not path.exists():
         raise DataError(f"collection {collection.name} has no snapshot {snapshot_id}. Look: llmr index list.")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    if manifest["id"] != snapshot_id:
-        raise DataError(f"{path} is the manifest of {manifest['id']}. The folder was renamed by hand; move it back.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        written = manifest["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged: {error!r}. Bring it back. If that snapshot is the current one, llmr index rollback; "
+            f"if nobody needs it, delete {path.parent}."
+        ) from error
+    if written != snapshot_id:
+        raise DataError(f"{path} is the manifest of {written}. The folder was renamed by hand; move it back.")
     return manifest
 
 
@@ -168,7 +184,6 @@ class OpenSnapshot:
         self._first_rows = [0, *accumulate(segment["num_documents"] for segment in self.manifest["segments"])]
         self._how = faiss_shards.Opening(scan=scan, num_threads=num_threads)
         self._shards = self._open(range(self.num_shards) if shards is None else shards)
-        self._masks: _Cache = _Cache(MASK_BYTES)
         self._texts = [_Texts(self._artifact(segment["prepare"])) for segment in self.manifest["segments"]]
 
     def search(
@@ -198,8 +213,7 @@ class OpenSnapshot:
             query_MD = np.ascontiguousarray(query_QD[members], np.float32)
             scopes_M2 = np.tile([[0, self._first_rows[-1]]], (len(members), 1))
             found = [
-                opened.shard.search(query_MD, scopes_M2, k, self._mask(number, key, chosen))
-                for number, opened in enumerate(self._shards)
+                opened.shard.search(query_MD, scopes_M2, k, self._mask(opened, key, chosen)) for opened in self._shards
             ]
             if found:
                 rows_QK[members], scores_QK[members] = merge_topk(found, k)
@@ -260,17 +274,17 @@ class OpenSnapshot:
             opened.append(_OpenShard(shard, live_N, attributes))
         return opened
 
-    def _mask(self, number: int, key: str, chosen: Filter | None) -> np.ndarray | None:
+    def _mask(self, opened: _OpenShard, key: str, chosen: Filter | None) -> np.ndarray | None:
         """Which documents of a shard may be found by a filter."""
-        opened = self._shards[number]
         if chosen is None:
             return opened.live_N
-        mask: np.ndarray | None = self._masks.get((number, key))
+        place = (self._folder, self.id, opened.shard.first_row, key)
+        mask: np.ndarray | None = _masks.get(place)
         if mask is None:
             mask = opened.attributes.mask(chosen)
             if opened.live_N is not None:
                 mask &= opened.live_N
-            self._masks.put((number, key), mask, mask.nbytes)
+            _masks.put(place, mask, mask.nbytes)
         return mask
 
 
@@ -312,7 +326,7 @@ class _LazyAttributes:
 
 
 class _Cache:
-    """The values last used, up to a number of bytes."""
+    """The values last used, up to a number of bytes, _ENTRY_BYTES of which go to each value's key and place."""
 
     def __init__(self, num_bytes: int) -> None:
         self._room, self._lock = num_bytes, Lock()
@@ -330,10 +344,13 @@ class _Cache:
         """Keeps a value; the least recently used make room."""
         with self._lock:
             self._room += self._kept.pop(key, (None, 0))[1]
-            self._kept[key] = value, num_bytes
-            self._room -= num_bytes
+            self._kept[key] = value, num_bytes + _ENTRY_BYTES
+            self._room -= num_bytes + _ENTRY_BYTES
             while self._room < 0 and self._kept:
                 self._room += self._kept.popitem(last=False)[1][1]
+
+
+_masks, _groups = _Cache(MASK_BYTES), _Cache(TEXT_BYTES)
 
 
 class _Texts:
@@ -349,7 +366,6 @@ class _Texts:
         ]
         self._files: dict[int, tuple[pq.ParquetFile, list[int]]] = {}
         self._lock = Lock()
-        self._groups = _Cache(TEXT_BYTES)
 
     def document(self, row: int, with_text: bool) -> Document:
         """The document of a row of the segment."""
@@ -358,11 +374,12 @@ class _Texts:
         row -= self._starts[at]
         group = bisect_right(starts, row) - 1
         columns = _TEXTS if with_text else _TEXTS[:-1]
-        table: pa.Table | None = self._groups.get((at, group, with_text))
+        place = (self._prepare.path, at, group, with_text)
+        table: pa.Table | None = _groups.get(place)
         if table is None:
             with self._lock:  # a ParquetFile reads for one thread at a time
                 table = file.read_row_group(group, columns=list(columns)).combine_chunks()
-            self._groups.put((at, group, with_text), table, table.nbytes)
+            _groups.put(place, table, table.nbytes)
         found = {name: table[name][row - starts[group]].as_py() for name in columns}
         return Document(
             doc_id=found["doc_id"],

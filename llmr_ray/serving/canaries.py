@@ -18,8 +18,9 @@ def canary_queries(root: Path, collection: str, spec: EncoderSpec, number: int) 
         spec: the queries' instructions.
         number: how many at the most.
     """
-    for manifest in snapshots(root, collection):
-        parts = sorted((root / manifest["segments"][0]["prepare"] / "parts").glob("queries-*.parquet"))
+    for manifest in snapshots(root, collection, skip_damaged=True):
+        prepare = manifest.get("queries") or manifest["segments"][0]["prepare"]
+        parts = sorted((root / prepare / "parts").glob("queries-*.parquet"))
         found: list[tuple[float, Prompted]] = []
         for part in parts:
             for row in pq.read_table(part, columns=["query_id", "task", "query"]).to_pylist():

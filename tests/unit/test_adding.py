@@ -12,13 +12,16 @@ from llmr_ray import cluster
 from llmr_ray.artifacts import SHARD_ROWS
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
-from llmr_ray.index import adding, collection
+from llmr_ray.index import adding, collection, pruning
 from llmr_ray.index.filters import Comparison
 from llmr_ray.index.snapshot import OpenSnapshot, current, folder_of, read_manifest
 from llmr_ray.modeling.embedder import Embedder
+from llmr_ray.runtime_config import RuntimeConfig
+from llmr_ray.serving.canaries import canary_queries
 from llmr_ray.serving.models import TextEncoder, encoder_spec
 from llmr_ray.serving.settings import ServingSettings
 from tests.collections_world import base_of, rows_of, write
+from tests.serving_world import world
 from tests.tiny import tiny_bert
 
 
@@ -148,6 +151,23 @@ def test_compacting_changes_no_result(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scores, before[1])
     assert adding.compact(config.runtime, "c").snapshot == done.snapshot
     assert adding.add(config.runtime, "c", write(tmp_path / "c.jsonl", rows_of(5000, 3))).num_added == 3
+
+
+def test_the_queries_of_a_run_outlive_its_snapshots(tmp_path: Path) -> None:
+    """Servers compare an old and a new snapshot by them; without, a spoiled one takes over unnoticed."""
+    docs = world(tmp_path)
+    spec = encoder_spec(docs.root, read_manifest(docs.collection, docs.current))
+    before = canary_queries(docs.root, "docs", spec, 8)
+    assert len(before) == 8
+    oldest = docs.collection / "snapshots" / docs.current / "manifest.json"
+    collection.delete(docs.root, "docs", ["d0-3"])
+    adding.compact(RuntimeConfig(artifact_root=str(docs.root)), "docs")
+    collection.delete(docs.root, "docs", ["d0-4"])
+    oldest.write_text("")
+    assert canary_queries(docs.root, "docs", spec, 8) == before
+    oldest.unlink()
+    assert len(pruning.prune(docs.root, "docs", keep=1).snapshots) == 1
+    assert canary_queries(docs.root, "docs", spec, 8) == before
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def built(
     flat = indexed(root, docs, rows, **({} if similarity == "cosine" else {"similarity": similarity}))
     embeddings = Artifact.found(root, flat.spec.inputs["embeddings"])
     index = Artifact(root, index_spec(config, embeddings))
+    if index.id == flat.id:
+        return flat
     index.begin()
     run_index(config, index, embeddings)
     return index
@@ -136,6 +138,26 @@ def test_ranges_filters_and_fillers(tmp_path: Path, kind: str) -> None:
         allowed = np.arange(1, 30, 2)
         oracle = exact_topk(queries[number : number + 1], docs[allowed], np.asarray([[0, 15]]), 15)[0][0]
         np.testing.assert_array_equal(rows[number], [*allowed[oracle], *[MISSING] * 25])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_filter_by_meaning_costs_no_recall(tmp_path: Path, kind: str, share: float) -> None:
+    """A tenant or a language is a region of the space. Questions from outside it, whose nearest allowed documents are
+    far, would get those that a walk or a list happens to hold."""
+    rng = np.random.default_rng(0)
+    centres = unit(rng, 80, DIMENSION)
+    docs = np.repeat(centres, ROWS // 80, axis=0) + 0.1 * rng.standard_normal((ROWS, DIMENSION))
+    docs = (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
+    collection.create(tmp_path, "c", built(tmp_path, docs, num_shards=1, kind=kind).id, model="model")
+    snapshot = OpenSnapshot(tmp_path, "c", current(folder_of(tmp_path, "c")))
+    queries = docs[:: ROWS // 80]
+    num = int(share * ROWS)
+    _, scores = snapshot.search(queries, 10, allowed=[Comparison("n", "lt", num)] * 80)
+    oracle = exact_topk(queries, docs[:num], np.tile([[0, num]], (80, 1)), 10)[1]
+    found_share_Q = (scores >= oracle[:, -1:]).mean(axis=1)
+    assert found_share_Q.mean() >= 0.95
+    assert found_share_Q.min() >= 0.5
 
 
 @pytest.mark.parametrize("kind", ["flat", *KINDS])

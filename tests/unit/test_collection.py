@@ -1,6 +1,7 @@
 """Collections and snapshots against brute force: added, deleted, replaced, filtered, damaged, half written."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from llmr_ray import durable
 from llmr_ray.errors import DataError
 from llmr_ray.index import collection, index_cli
+from llmr_ray.index import snapshot as snapshots_module
 from llmr_ray.index.filters import Comparison, Not
 from llmr_ray.index.snapshot import Named, OpenSnapshot, current, folder_of, named
 from llmr_ray.index.topk import MISSING, exact_topk, select_topk
@@ -117,10 +119,11 @@ def test_shards_opened_apart_merge_to_the_whole(tmp_path: Path) -> None:
     """Serving spreads shards over processes; their results must add up to the same answer."""
     expected, queries = grown(tmp_path)
     parts = [opened(tmp_path, shards=numbers) for numbers in ([0, 3], [4], [1, 2])]
-    found = [part.search(queries, 15, allowed=[None] * len(queries)) for part in parts]
-    rows, scores = (np.concatenate([part[which] for part in found], axis=1) for which in (0, 1))
-    for mine, oracle in zip(select_topk(rows, scores, 15), expected.search(queries, 15), strict=True):
-        np.testing.assert_array_equal(mine, oracle)
+    for chosen, holds in ((None, lambda row: True), (Comparison("group", "eq", 3), lambda row: row[2]["group"] == 3)):
+        found = [part.search(queries, 15, allowed=[chosen] * len(queries)) for part in parts]
+        rows, scores = (np.concatenate([part[which] for part in found], axis=1) for which in (0, 1))
+        for mine, oracle in zip(select_topk(rows, scores, 15), expected.search(queries, 15, holds), strict=True):
+            np.testing.assert_array_equal(mine, oracle)
     with pytest.raises(DataError, match="shards 0 to 4"):
         opened(tmp_path, shards=[5])
     rows, _ = opened(tmp_path, shards=[]).search(queries, 3, allowed=[None] * len(queries))
@@ -200,6 +203,88 @@ def test_changed_bytes_are_noticed(tmp_path: Path, victim: str) -> None:
     if victim.startswith("parts/ids"):
         with pytest.raises(DataError, match="bytes changed"):
             collection.delete(tmp_path, "c", ["d5"])
+
+
+def added(root: Path, vectors, ids, name):
+    """Adds the same file as often as it is called: its index is made once."""
+    return collection.add_segment(root, "c", indexed(root, vectors, [document(i, 0) for i in ids], name=name).id)
+
+
+def test_what_is_added_again_is_there_again(tmp_path: Path) -> None:
+    """A file that is added once more must bring back what was deleted or replaced since; nobody says otherwise."""
+    rng, expected = np.random.default_rng(0), Expected()
+    base, first, second = unit(rng, 30, DIMENSION), unit(rng, 4, DIMENSION), unit(rng, 3, DIMENSION)
+    collection.create(tmp_path, "c", indexed(tmp_path, base).id, model="model")
+    expected.add([f"d{row}" for row in range(30)], base)
+    one, two = ["a", "b", "d3", "a"], ["b", "d3", "z"]
+    queries = np.concatenate([first, second, base[:5]])
+
+    def add(vectors, ids, name):
+        done = added(tmp_path, vectors, ids, name)
+        expected.add(ids, vectors)
+        check(tmp_path, expected, queries)
+        return done
+
+    add(first, one, "one")
+    again = added(tmp_path, first, one, "one")
+    assert (again.num_added, len(collection.snapshots(tmp_path, "c"))) == (0, 2)  # all of it is there
+    collection.delete(tmp_path, "c", ["b", "d5"])
+    expected.delete(["b", "d5"])
+    assert add(first, one, "one").num_replaced == 2
+    add(second, two, "two")
+    assert add(first, one, "one").num_added == 3
+    assert len(collection.snapshots(tmp_path, "c")) == 6
+    # What others added meanwhile has nothing to do with it.
+    add(unit(rng, 1, DIMENSION), ["w"], "three")
+    assert added(tmp_path, first, one, "one").num_added == 0
+    assert opened(tmp_path).num_documents == sum(row is not None for row in expected.rows) == 33
+
+
+def test_an_id_that_an_index_has_twice_is_refused(tmp_path: Path) -> None:
+    """Of two pools, deleting one of the documents would take the other along."""
+    rows = [document("a", 0), document("b", 1), document("a", 2, pool="other")]
+    with pytest.raises(DataError, match="comes again, the first is 'a'"):
+        collection.create(tmp_path, "c", indexed(tmp_path, unit(np.random.default_rng(0), 3, 8), rows).id, model="m")
+    assert not (folder_of(tmp_path, "c") / "CURRENT").exists()
+
+
+def test_damaged_names_and_manifests_say_so(tmp_path: Path) -> None:
+    """A traceback tells an operator neither which file it is nor what to do."""
+    grown(tmp_path)
+    folder = folder_of(tmp_path, "c")
+    first, *_, last = (entry["id"] for entry in collection.snapshots(tmp_path, "c"))
+    for text in ("", "[]", '{"previous": null}', "\xff"):
+        (folder / "snapshots" / first / "manifest.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=f"{first}/manifest.json is damaged.*delete"):
+            collection.snapshots(tmp_path, "c")
+    assert [entry["id"] for entry in collection.snapshots(tmp_path, "c", skip_damaged=True)][-1] == last
+    assert opened(tmp_path).id == last
+    for text in ("", "[]", '{"previous": null}', "\xff"):
+        (folder / "CURRENT").write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match="CURRENT is damaged"):
+            named(folder)
+    assert CliRunner().invoke(index_cli.app, ["list", "c", "--root", str(tmp_path)]).exit_code == 3
+
+
+def test_caches_keep_no_more_than_they_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long filters over few documents, and many segments: what a cache does not count can fill memory."""
+    monkeypatch.setattr(snapshots_module, "_masks", snapshots_module._Cache(20 << 10))
+    monkeypatch.setattr(snapshots_module, "_groups", snapshots_module._Cache(20 << 10))
+    _, queries = grown(tmp_path)
+    snapshots = [opened(tmp_path) for _ in range(2)]
+    tracemalloc.start()
+    for number in range(40):
+        chosen = Comparison("doc_id", "in", tuple(f"{number} {value} " + 1000 * "x" for value in range(20)))
+        for snapshot in snapshots:
+            snapshot.search(queries[:1], 3, allowed=[chosen])
+            rows, _ = snapshot.search(queries[number % 30 :][:1], 20, allowed=[None])
+            snapshot.documents(rows[0], with_text=True)
+    grew = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    for cache in (snapshots_module._masks, snapshots_module._groups):
+        assert cache._room >= 0
+        assert len(cache._kept) <= 20
+    assert grew < 500_000
 
 
 class Killed(BaseException):

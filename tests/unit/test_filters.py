@@ -123,6 +123,32 @@ def test_a_filter_lets_through_what_a_naive_reading_does(form) -> None:
     np.testing.assert_array_equal(Attributes(table_of("corpus", DOCUMENTS)).mask(chosen), expected)
 
 
+def test_a_comparison_does_not_look_at_every_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests with the most clauses that are allowed would hold up every search for seconds."""
+    rows = [document(f"d{row}", row, meta=json.dumps({"n": row, "nan": float("nan")})) for row in range(2000)]
+    attributes = Attributes(table_of("corpus", rows))
+    for key, value, num in (("doc_id", "d1500", 1440), ("n", 700, 1299), ("nan", 0, 0)):
+        attributes.mask(Comparison(key, "gt", value))  # sorted now
+        with monkeypatch.context() as patch:
+            patch.setattr(attributes._field(key), "code_of", SizedOnly(2000))
+            for op, expected in (("gt", num), ("gte", num + (num > 0))):
+                assert attributes.mask(Comparison(key, op, value)).sum() == expected
+
+
+class SizedOnly(dict):
+    """Distinct values that nobody may go through."""
+
+    def __init__(self, num):
+        super().__init__()
+        self.num = num
+
+    def __len__(self):
+        return self.num
+
+    def items(self):
+        raise AssertionError
+
+
 def test_a_column_is_not_what_metadata_calls_by_its_name() -> None:
     """Keys are bound to columns; a document that calls itself of another pool in its metadata must not be shown."""
     metas = [{"pool": "open", "year": 1}, {"pool": "p", "year": 1}]
@@ -145,6 +171,7 @@ def test_filters_are_told_apart_by_type() -> None:
     """Python takes 1 for True: a cache by equality would answer one with the other's documents."""
     assert Comparison("a", "eq", 1) == Comparison("a", "eq", True)
     assert key_of(Comparison("a", "eq", 1)) != key_of(Comparison("a", "eq", True))
+    assert len(key_of(Comparison("a", "eq", "x" * 10_000))) == 64  # caches keep it
 
 
 SECRET = "s3cret-value"
