@@ -56,7 +56,7 @@ def texts() -> dict[str, list[Any]]:
 
     def read(source: str, task: str, asset: str, name: str) -> tuple[list[Query], list[Document]]:
         config = DatasetConfig(task=task, source=source, path=asset, num_train=1)
-        records = list(reader(source)(Source(name=name, config=config, path=resolve(asset).path, tokenizer=None)))
+        records = list(reader(source)(Source(name=name, config=config, path=resolve(asset).path, tokenizer=Path())))
         return [r for r in records if isinstance(r, Query)], [r for r in records if isinstance(r, Document)]
 
     questions, passages = read("hotpotqa", "qa", "hotpotqa", "hotpotqa")
@@ -331,7 +331,8 @@ def useful_flops(pairs: list[Any], model: str) -> float:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         body = body_parameters(AutoModelForCausalLM.from_config(config).model)
-    begun, predicting = set(), set()
+    begun: set[tuple[int, ...]] = set()
+    predicting: set[tuple[int, ...]] = set()
     for prompt, target in pairs:
         sequence = (*prompt, *target[:-1])
         begun.update(sequence[:end] for end in range(1, len(sequence) + 1))

@@ -248,9 +248,8 @@ def approximate_kinds(options: argparse.Namespace) -> dict[str, Any]:
         for kind in options.kinds:
             settings, files = IndexConfig(kind=kind), (Path(folder) / f"{kind}.trained", Path(folder) / kind)
             with spent() as cost:
-                drawn = np.random.default_rng(3)
                 approximate.write_trained(
-                    lambda rows, rng=drawn: docs[rng.choice(len(docs), rows, replace=False)],
+                    lambda rows: docs[np.random.default_rng(3).choice(len(docs), rows, replace=False)],
                     len(docs),
                     options.dimension,
                     settings,
@@ -266,7 +265,7 @@ def approximate_kinds(options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(options.rounds):
                 products.append(gemm_gflops(*GEMM))
                 with spent() as theirs:
-                    proposals.propose(queries, num, None)
+                    proposals.propose(queries, num)
                 with spent() as mine:
                     scores = shard.search(queries, scopes, k)[1]
                 ratios.append(theirs["cpu"] / mine["cpu"])

@@ -96,7 +96,7 @@ def tiny_ranges(options: argparse.Namespace, rng: np.random.Generator, folder: P
 
     def selectors() -> None:
         for query, (start, end) in zip(queries, scopes.tolist(), strict=True):
-            chosen = faiss.SearchParameters(sel=faiss.IDSelectorRange(start, end))
+            chosen = faiss.SearchParameters(sel=faiss.IDSelectorRange(start, end))  # type: ignore[call-arg]
             flat.search(query[None], options.k, params=chosen)
 
     def slices() -> None:

@@ -67,7 +67,7 @@ def record_pairs(name: str, source: str, asset: str, folder: Path) -> list[tuple
     from llmr_ray.data.sources import reader
 
     config = DatasetConfig(task="qa", source=source, path=asset, num_train=1)
-    records = list(reader(source)(Source(name=name, config=config, path=folder, tokenizer=None)))
+    records = list(reader(source)(Source(name=name, config=config, path=folder, tokenizer=Path())))
     documents = {record.doc_id: record.text for record in records if isinstance(record, Document)}
     pairs = []
     for record in records:
@@ -157,7 +157,7 @@ def run(folder: Path, seed: int, paced: bool, steps: int) -> dict[str, Any]:
     def load(path: Path) -> Embedder:
         return Embedder(path, max_query_tokens=64, max_document_tokens=64, precision="float32", device="cpu")
 
-    def means(embedder: Embedder) -> dict[str, float]:
+    def means(embedder: Any) -> dict[str, float]:
         return measure(
             dev_sets(pairs),
             lambda texts, task, side: embedder.encode(texts, instruction="", max_tokens=64, batch_tokens=4096),

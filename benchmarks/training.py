@@ -106,7 +106,7 @@ def make_trainer(job: dict[str, Any], data: Path, root: Path) -> Any:
 
     # The peer multiplies its loss by the square of the temperature.
     is_distilled = job["loss"] == "distill"
-    weights = {"kl_weight": TEMPERATURE**2} if is_distilled else {"contrastive_weight": 1.0}
+    weights: dict[str, Any] = {"kl_weight": TEMPERATURE**2} if is_distilled else {"contrastive_weight": 1.0}
     root.mkdir(exist_ok=True)
     return Trainer(
         base=Path(job["model"]),
@@ -155,12 +155,12 @@ def two_workers(job: dict[str, Any]) -> dict[str, Any]:
     ``products_at_once`` is the speed of a matrix product in both at the same time, in billions of operations per
     second: virtual processors may share the units that multiply, and then two workers cannot be faster than one.
     """
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(job, folder / "data")
-        mp.spawn(_worker, args=(2, job, folder), nprocs=2)
+        spawn(_worker, args=(2, job, folder), nprocs=2)
         told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     total = {name: sum(one[name] for one in told) for name in ("cpu", "peak_mb", "products_at_once")}
     return total | {"wall": max(one["wall"] for one in told), "losses": told[0]["losses"]}

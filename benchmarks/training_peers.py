@@ -12,13 +12,13 @@ def variants_of(peer: str, loss: str, batch_size: int) -> dict[str, dict[str, An
     """A peer's documented ways to batch that leave the loss as it is, by a short name; none: it has not that loss."""
     if peer == "flag_embedding":
         # Its distillation adds the contrastive loss, which is another one.
-        sizes = {f"sub-batches of {size}": {"sub_batch_size": size} for size in (4, 16)}
-        return {} if loss == "distill" else {"whole batch": {}, **sizes}
+        parts = {f"sub-batches of {size}": {"sub_batch_size": size} for size in (4, 16)}
+        return {} if loss == "distill" else {"whole batch": {}, **parts}
     if loss == "distill":
         # Each query has its own softmax, so small batches that are accumulated have the same gradient and pad less.
         sizes = [size for size in (batch_size, 8, 4, 2, 1) if size <= batch_size]
         return {f"batch {size} x {batch_size // size}": {"size": size} for size in dict.fromkeys(sizes)}
-    cached = {f"cached, {size} texts": {"mini_batch_size": size} for size in (4, 16)}
+    cached: dict[str, dict[str, Any]] = {f"cached, {size} texts": {"mini_batch_size": size} for size in (4, 16)}
     cached["cached, 1024 tokens"] = {"mini_batch_num_tokens": 1024}
     return {"columns merged": {}, "columns apart": {"apart": True}, **cached}
 
@@ -92,7 +92,7 @@ def sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     class Recording(SentenceTransformerTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             with column_merging_disabled() if "apart" in variant else contextlib.nullcontext():
-                loss = super().compute_loss(*args, **kwargs)
+                loss: Any = super().compute_loss(*args, **kwargs)
             losses.append(loss.detach().clone())
             return loss
 

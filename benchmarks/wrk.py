@@ -26,18 +26,42 @@ function done()
 end
 """
 
+PACED = """
+local ffi = require("ffi")
+ffi.cdef[[ struct moment { long s, us; }; int gettimeofday(struct moment *, void *); ]]
+local moment, gap, due = ffi.new("struct moment"), %r, 0
+function delay()
+  ffi.C.gettimeofday(moment, nil)
+  local now = tonumber(moment.s) * 1e3 + tonumber(moment.us) / 1e3
+  due = math.max(due + gap, now)
+  return due - now
+end
+"""
+"""Requests are sent this many milliseconds apart at the least, over all connections; their latency begins then."""
+
 _MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
-def ask(url: str, body: dict[str, Any], connections: int, seconds: float, folder: Path) -> dict[str, Any]:
+def ask(
+    url: str, body: dict[str, Any], connections: int, seconds: float, folder: Path, rate: float = 0
+) -> dict[str, Any]:
     """Replies by status (200, 429 or 503, any other), broken connections, answers (200) a second, p50 and p99 in ms.
 
     An answer is waited for as long as a patient client would (30 s): wrk's own two seconds would count as broken what
     waits in the server's queue.
+
+    Args:
+        url: what is asked.
+        body: of every request.
+        connections: each has one request under way.
+        seconds: for how long, rounded.
+        folder: for wrk's script.
+        rate: requests a second at the most; 0: as many as are answered.
     """
+    seconds = max(1, round(seconds))  # wrk takes no fractions
     script = folder / "post.lua"
-    script.write_text(LUA % json.dumps(body))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", "--latency"]
+    script.write_text(LUA % json.dumps(body) + (PACED % (1e3 / rate) if rate else ""))
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "--latency"]
     said = subprocess.run([*command, "-s", str(script), url], capture_output=True, text=True, check=True).stdout
     times = re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", said)
     p50_ms, p99_ms = (float(x) * _MILLISECONDS[unit] for _, x, unit in times)

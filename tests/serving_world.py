@@ -1,6 +1,7 @@
 """A collection of a tiny real embedder: documents with metadata, queries, snapshots, without a cluster."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,18 @@ class World:
     def rollback(self) -> str:
         return collection.rollback(self.root, "docs").snapshot
 
-    def service(self, settings: ServingSettings | None = None, groups: int = 0) -> "Service":
-        """A service in this process; `groups` shard groups instead of one."""
+    def service(
+        self, settings: ServingSettings | None = None, groups: int = 0, shared: Sequence[engine.ShardGroup] = ()
+    ) -> "Service":
+        """A service in this process; `groups` shard groups instead of one, or those of another service."""
         settings = settings or self.settings()
         manifest = read_manifest(self.collection, self.current)
         spec = encoder_spec(self.root, manifest, settings.embedder)
         encoder = TextEncoder(spec, settings)
         ranker = PairScorer(settings.reranker, settings).score if settings.reranker else None
         local = engine.LocalShards(self.root, settings)
-        parts: list[Any] = [engine.LocalShards(self.root, settings, group, groups) for group in range(groups)]
-        store = engine.DocumentStore(self.root, settings) if groups else local
+        parts = list(shared) or [engine.LocalShards(self.root, settings, group, groups) for group in range(groups)]
+        store = engine.DocumentStore(self.root, settings) if parts else local
         composed = engine.Engine(
             settings, engine.LocalEncoder(encoder.encode, ranker, settings), parts or [local], store
         )

@@ -263,8 +263,19 @@ def _refusal(refused: Refused, call: Call) -> dict[str, Any]:
 
 
 def build_api(service: Service) -> FastAPI:
-    """The application of a service. FastAPI's own pages are off: they load scripts from elsewhere."""
-    api = FastAPI(title="llmr_ray", version=version("llmr_ray"), docs_url=None, redoc_url=None, openapi_url=None)
+    """The application of a service.
+
+    FastAPI's own pages are off: they load scripts from elsewhere. So are its redirects to a path without its last
+    slash: they repeat the Host and the query string of whoever asks, without a key.
+    """
+    api = FastAPI(
+        title="llmr_ray",
+        version=version("llmr_ray"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
     gate = service.gate
 
     def route(method: str, path: str, name: str, scope: str | None, work: Work, kind: Any = None) -> None:
@@ -304,12 +315,20 @@ def build_api(service: Service) -> FastAPI:
     @api.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         async def fail(call: Call, body: bytes) -> Any:
-            message = {404: "there is no such route.", 405: "this route has another method."}
-            raise RequestError(error.status_code, message.get(error.status_code, "refused."), code="not_found")
+            message, code = _UNKNOWN.get(error.status_code, ("refused.", "refused"))
+            raise RequestError(error.status_code, message, code=code)
 
-        return await gate.answer(request, "unknown", None, fail)
+        response = await gate.answer(request, "unknown", None, fail)
+        response.headers.update(error.headers or {})  # Allow, of 405
+        return response
 
     return api
+
+
+_UNKNOWN = {
+    404: ("there is no such route.", "not_found"),
+    405: ("this route has another method.", "method_not_allowed"),
+}
 
 
 def _extra(kind: Any, work: Callable[..., Any], scope: str | None, in_path: bool = False) -> dict[str, Any]:

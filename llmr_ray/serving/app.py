@@ -45,6 +45,9 @@ from llmr_ray.serving.switching import Switcher
 ATTEMPTS = 3
 """How often a deployment is asked. A replica that dies takes what it was asked with it; asking changes nothing."""
 
+KEEP_TIMEOUT_S = 10.0
+"""How long shard groups may take to close what is old. It is said again, and nothing new is looked for meanwhile."""
+
 log = logging.getLogger(__name__)
 
 
@@ -179,9 +182,9 @@ class _ShardGroup:
             # The ingress may be serving the snapshot before it; that is opened when it is asked for.
             log.error("the current snapshot cannot be opened: %s", error)
 
-    async def load(self, snapshot_id: str) -> dict[str, Any]:
+    async def load(self, snapshot_id: str, server: str) -> dict[str, Any]:
         """See engine.ShardGroup."""
-        return await self._shards.load(snapshot_id)
+        return await self._shards.load(snapshot_id, server)
 
     async def search(
         self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]
@@ -189,9 +192,9 @@ class _ShardGroup:
         """See engine.ShardGroup."""
         return await self._shards.search(snapshot_id, query_QD, k, filters)
 
-    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+    async def keep(self, snapshot_ids: Sequence[str], server: str) -> None:
         """See engine.ShardGroup."""
-        await self._shards.keep(snapshot_ids)
+        await self._shards.keep(snapshot_ids, server)
 
 
 class _Ingress:
@@ -285,10 +288,10 @@ class _RemoteShards:
     def __init__(self, handle: DeploymentHandle, settings: ServingSettings) -> None:
         self._handle, self._settings = handle, settings
 
-    async def load(self, snapshot_id: str) -> dict[str, Any]:
+    async def load(self, snapshot_id: str, server: str) -> dict[str, Any]:
         # One answer first: it waits for a replica where there is none yet.
-        one: dict[str, Any] = await _asked(self._handle, "load", snapshot_id)
-        every = await _by_all(self._handle, self._settings.load_timeout_s, "load", snapshot_id)
+        one: dict[str, Any] = await _asked(self._handle, "load", snapshot_id, server)
+        every = await _by_all(self._handle, self._settings.load_timeout_s, "load", snapshot_id, server)
         if any(what != one for what in every):
             raise DataError("replicas of a shard group read different snapshots under one id.")
         return one
@@ -299,8 +302,8 @@ class _RemoteShards:
         found: engine.Found = await _asked(self._handle, "search", snapshot_id, query_QD, k, list(filters))
         return found
 
-    async def keep(self, snapshot_ids: Sequence[str]) -> None:
-        await _by_all(self._handle, self._settings.load_timeout_s, "keep", list(snapshot_ids))
+    async def keep(self, snapshot_ids: Sequence[str], server: str) -> None:
+        await _by_all(self._handle, KEEP_TIMEOUT_S, "keep", list(snapshot_ids), server)
 
 
 async def _asked(handle: DeploymentHandle, method: str, *arguments: Any) -> Any:

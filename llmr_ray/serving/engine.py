@@ -8,6 +8,7 @@ Shape suffixes: Q queries of a request, D embedding, K results.
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,16 +46,19 @@ class Encoder(Protocol):
 
 
 class ShardGroup(Protocol):
-    """Holds some shards of several snapshots side by side."""
+    """Holds some shards of several snapshots side by side. Servers that share it may each serve another one."""
 
-    async def load(self, snapshot_id: str) -> dict[str, Any]:
-        """Opens a snapshot in every process of the group, and says what it is: encoder, dimension, num_documents."""
+    async def load(self, snapshot_id: str, server: str) -> dict[str, Any]:
+        """Opens a snapshot in every process of the group, and says what it is: encoder, dimension, num_documents.
+
+        It stays open at least until the server that asks says what it wants kept.
+        """
 
     async def search(self, snapshot_id: str, query_QD: np.ndarray, k: int, filters: Sequence[Filter | None]) -> Found:
         """The k best of the group's shards, opening the snapshot first where it is not."""
 
-    async def keep(self, snapshot_ids: Sequence[str]) -> None:
-        """Closes all other snapshots."""
+    async def keep(self, snapshot_ids: Sequence[str], server: str) -> None:
+        """Closes all snapshots but these and those that other servers want kept."""
 
 
 class LocalEncoder:
@@ -121,6 +125,8 @@ class DocumentStore:
     def __init__(self, root: Path, settings: ServingSettings) -> None:
         self._root, self._settings = root, settings
         self._open: dict[str, OpenSnapshot] = {}
+        self._kept: dict[str, tuple[float, set[str]]] = {}
+        """Of each server: until when it is heeded, as it may have died, and which snapshots it wants kept."""
         self._locks: dict[str, threading.Lock] = {}
         self._loader = ThreadPoolExecutor(1, "load")
 
@@ -134,8 +140,10 @@ class DocumentStore:
     def _opened(self, snapshot_id: str) -> OpenSnapshot:
         return OpenSnapshot(self._root, self._settings.collection, snapshot_id, shards=())
 
-    async def load(self, snapshot_id: str) -> dict[str, Any]:
+    async def load(self, snapshot_id: str, server: str) -> dict[str, Any]:
         """See ShardGroup. Searches go on meanwhile, in another thread."""
+        _, kept = self._kept.get(server, (0.0, set()))
+        self._keep(kept | {snapshot_id}, server)
         snapshot = await self.snapshot(snapshot_id)
         return {
             "encoder": snapshot.encoder,
@@ -150,10 +158,17 @@ class DocumentStore:
             return snapshot
         return await asyncio.get_running_loop().run_in_executor(self._loader, self.opened, snapshot_id)
 
-    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+    async def keep(self, snapshot_ids: Sequence[str], server: str) -> None:
         """See ShardGroup. Who reads or searches a snapshot holds it."""
-        for snapshot_id in set(self._open) - set(snapshot_ids):
+        self._keep(set(snapshot_ids), server)
+        now = time.monotonic()
+        self._kept = {name: (until, kept) for name, (until, kept) in self._kept.items() if until > now}
+        for snapshot_id in set(self._open).difference(*(kept for _, kept in self._kept.values())):
             del self._open[snapshot_id]
+
+    def _keep(self, snapshot_ids: set[str], server: str) -> None:
+        # A server that loads a snapshot says nothing meanwhile, and then compares it for as long at the most.
+        self._kept[server] = (time.monotonic() + 2 * self._settings.load_timeout_s, snapshot_ids)
 
 
 class LocalShards(DocumentStore):
@@ -197,10 +212,10 @@ class LocalShards(DocumentStore):
         snapshot = await self.snapshot(snapshot_id)
         return await asyncio.get_running_loop().run_in_executor(self._searcher, _found, snapshot, items)
 
-    async def keep(self, snapshot_ids: Sequence[str]) -> None:
+    async def keep(self, snapshot_ids: Sequence[str], server: str) -> None:
         """See ShardGroup."""
-        await super().keep(snapshot_ids)
-        for snapshot_id in set(self._batchers) - set(snapshot_ids):
+        await super().keep(snapshot_ids, server)
+        for snapshot_id in set(self._batchers) - set(self._open):
             del self._batchers[snapshot_id]
 
 
@@ -245,22 +260,25 @@ class Engine:
     ) -> None:
         self.settings, self.encoder, self.groups, self._documents = settings, encoder, list(groups), documents
         self._readers = ThreadPoolExecutor(2, "documents")
+        self._name = secrets.token_hex(8)
         self.groups_failed = 0
         """Of the latest search, also of one that failed for them."""
 
     async def load(self, snapshot_id: str) -> dict[str, Any]:
         """Opens a snapshot everywhere; the first error ends it. Says what the snapshot is, as all its parts agree."""
         parts = await asyncio.gather(
-            self._documents.load(snapshot_id), *(group.load(snapshot_id) for group in self.groups)
+            self._documents.load(snapshot_id, self._name),
+            *(group.load(snapshot_id, self._name) for group in self.groups),
         )
         if any(part != parts[0] for part in parts[1:]):
             raise DataError("the shard groups read different snapshots under one id; their storage is not shared.")
         return parts[0]
 
     async def keep(self, snapshot_ids: Sequence[str]) -> None:
-        """Closes all other snapshots everywhere."""
+        """Closes all other snapshots everywhere, but those that other servers want kept."""
         parts: list[DocumentStore | ShardGroup] = [self._documents, *self.groups]
-        for result in await asyncio.gather(*(part.keep(snapshot_ids) for part in parts), return_exceptions=True):
+        closed = (part.keep(snapshot_ids, self._name) for part in parts)
+        for result in await asyncio.gather(*closed, return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("a shard group could not close old snapshots: %r", result)
 

@@ -1,9 +1,11 @@
 """What `llmr serve` settles before anything starts: what is served, who may reach it, and whether its port is free."""
 
+import atexit
 import dataclasses
 import ipaddress
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -130,7 +132,8 @@ def free_port() -> int:
 def prepare(*, fast: bool) -> None:
     """Sets the environment of Serve, throughput-optimised or not; to be called before Ray starts.
 
-    HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine.
+    HAProxy's files and side ports are this server's own: by default they are the same for every Serve of a machine. The
+    folder of the files goes with this process.
     """
     for name, value in (_fast() if fast else PROXIES).items():
         os.environ.setdefault(name, value)
@@ -138,6 +141,7 @@ def prepare(*, fast: bool) -> None:
 
 def _fast() -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="llmr-serve-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return FAST | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",

@@ -28,6 +28,9 @@ from llmr_ray.serving.settings import ServingSettings
 CANARY_DEPTH = 10
 """Results of a canary query that are compared."""
 
+KEEP_SECONDS = 10.0
+"""How often is said again which snapshots are to stay open: a process that takes another's place does not know it."""
+
 FIRST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 300.0
 
@@ -85,6 +88,7 @@ class Switcher:
         self.served: Served | None = None
         self.refused: Refused | None = None
         self._before: str | None = None
+        self._kept_at = 0.0
         self._tried: Named | None = None
         self._overlaps: dict[tuple[str | None, str], float] = {}
         """Of the two snapshots last compared. They do not change, so what is tried again need not be opened again."""
@@ -118,6 +122,9 @@ class Switcher:
             await asyncio.sleep(self._settings.poll_seconds)
             try:
                 await self.look()
+                async with self._one_at_a_time:
+                    if time.monotonic() >= self._kept_at + KEEP_SECONDS:
+                        await self._keep()
             except Exception:
                 # Whatever is wrong with what is new, the old snapshot goes on being served.
                 log.exception("looking for a new snapshot failed")
@@ -164,8 +171,15 @@ class Switcher:
             self.served, self.refused, self._before = served, still_refused, old
             self._changed(self)
             log.warning("serving snapshot %s of %d documents (before: %s)", snapshot_id, served.num_documents, old)
-        # The one before stays open for the requests that began with it, and for a roll-back. What was refused does not.
+        await self._keep()
+
+    async def _keep(self) -> None:
+        """Keeps what is served, and the one before for the requests that began with it and for a roll-back.
+
+        What was refused is closed, unless another server that shares the shard groups serves it.
+        """
         await self._engine.keep([item for item in (self.served and self.served.snapshot_id, self._before) if item])
+        self._kept_at = time.monotonic()
 
     def _must_overlap(self, old: str, new: str, accepted: str | None) -> bool:
         """Whether canary queries have to find the same in a new snapshot as in an old one; ids are in order of age."""

@@ -49,11 +49,15 @@ class Runner:
     ) -> int:
         """Starts a run, calls `disturb` with its driver once `when` holds, and returns the driver's exit code.
 
+        The driver leads a process group, as what is started from a terminal does: Ctrl-C goes to all of it.
+
         What still runs of it a minute after its end is in `left`: a driver that was killed leaves its Ray behind, which
         ends by itself, and the next run must not meet it half dead.
         """
         with (self.folder / "disturbed.log").open("w") as log:
-            driver = subprocess.Popen(self.command(*extra), stdout=log, stderr=subprocess.STDOUT, env=environment())
+            driver = subprocess.Popen(
+                self.command(*extra), stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            )
         family = psutil.Process(driver.pid)
         try:
             deadline = time.monotonic() + 900

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -92,6 +92,43 @@ def test_driver_told_to_stop_while_training(prepared: Runner) -> None:
     done = prepared.run(*LONG_TRAINING)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"goes on from step {step}" in done.stderr
+    assert steps(prepared) == list(range(60))
+
+
+@pytest.fixture
+def from_a_terminal() -> Iterator[None]:
+    """What a shell has in the background ignores Ctrl-C, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("from_a_terminal")
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_ctrl_c_while_training(prepared: Runner, times: int) -> None:
+    """Ctrl-C goes to every process of the terminal: once, the step at hand is saved; twice, nothing is waited for. The
+    same command goes on from what is whole."""
+    at_signal: list[int] = []
+
+    def press(driver: psutil.Process) -> None:
+        at_signal.append(steps_done(prepared))
+        for _ in range(times):
+            os.killpg(driver.pid, signal.SIGINT)
+            time.sleep(0.05)
+
+    assert prepared.run_disturbed(some_steps_done, press, *LONG_TRAINING) == 130, prepared.log
+    assert not prepared.left
+    assert "stopped by SIGINT" in prepared.log
+    assert "go on with: llmr run" in prepared.log
+    assert "Traceback" not in prepared.log
+    saved = [int(path.name.removeprefix("ckpt-")) for path in prepared.folder.glob("artifacts/train/*/work/ckpt-*")]
+    if times == 1:
+        assert saved == [steps_done(prepared)]
+        assert saved[0] >= at_signal[0]
+    done = prepared.run(*LONG_TRAINING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"goes on from step {step}" in done.stderr for step in saved)
     assert steps(prepared) == list(range(60))
 
 

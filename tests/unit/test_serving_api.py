@@ -633,6 +633,19 @@ def test_logs_and_metrics_hold_no_text(server: Server, caplog: pytest.LogCapture
     assert 'llmr_retrieve_requests_total{code="422",route="retrieve"}' in metrics
 
 
+def test_wrong_paths_and_methods_are_told_in_our_words(server: Server) -> None:
+    """A redirect to the path without its slash would repeat the query string and whatever Host is given, without a
+    key; who took the wrong method wants to know the right one."""
+    for path in ("/v1/models/", f"/v1/models/?{SECRET}", f"/{SECRET}"):
+        answer = HTTP.get(f"{server.url}{path}", headers={"host": f"{SECRET}.example"})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+        assert SECRET not in f"{answer.headers}{answer.text}"
+    answer = HTTP.get(f"{server.url}/v1/retrieve")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
 def test_request_ids_cannot_carry_text(server: Server) -> None:
     """A header that is copied into logs and answers must not carry lines of its own."""
     for bad in ("x" * 65, "a b", 'a"b', "<script>"):

@@ -157,6 +157,20 @@ def test_what_a_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert {name: os.environ[name] for name in launch.FAST} == launch.FAST | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "7"}
 
 
+def test_a_server_that_ends_leaves_no_folder(tmp_path: Path) -> None:
+    """HAProxy's files are in a folder of each server's own: a machine that serves for a year has a thousand of them."""
+    seen = (
+        "import os; from llmr_ray.serving import launch; launch.prepare(fast=True); "
+        "print(os.listdir(os.environ['TMPDIR']))"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}
+    done = subprocess.run(
+        [sys.executable, "-c", seen], env=clean | {"TMPDIR": str(tmp_path)}, check=True, capture_output=True, text=True
+    )
+    assert "llmr-serve-" in done.stdout
+    assert not list(tmp_path.glob("llmr-serve-*"))
+
+
 def test_a_slow_server_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """`fast` is on by default; where Ray started without it nothing told why the server was ten times slower."""
     for name in launch.FAST:

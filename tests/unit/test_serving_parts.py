@@ -13,7 +13,7 @@ import pytest
 from llmr_ray.errors import DataError
 from llmr_ray.index import collection, filters, snapshot
 from llmr_ray.index.snapshot import OpenSnapshot
-from llmr_ray.serving import launch, switching
+from llmr_ray.serving import engine, launch, switching
 from llmr_ray.serving.batching import Batcher
 from llmr_ray.serving.engine import LocalEncoder
 from llmr_ray.serving.gate import Call
@@ -398,9 +398,9 @@ def test_what_was_refused_is_closed_and_not_opened_for_the_same_verdict(
     refused, loaded = [], []
     load = group.load
 
-    async def noting(snapshot_id: str) -> dict[str, Any]:
+    async def noting(snapshot_id: str, server: str) -> dict[str, Any]:
         loaded.append(snapshot_id)
-        return await load(snapshot_id)
+        return await load(snapshot_id, server)
 
     group.load = noting
     for seed in (5, 6):
@@ -451,6 +451,65 @@ def test_old_snapshots_are_closed(docs: World) -> None:
     assert service.switcher.refused is None
     assert set(service.engine.groups[0]._open) == {docs.current, OpenSnapshot(
         docs.root, "docs", docs.current, shards=()).manifest["parent"]}  # fmt: skip
+
+
+def test_servers_that_disagree_do_not_close_each_others_snapshots(docs: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several servers over the same shard groups one may refuse what another, started later, serves: each try of
+    the one had the other open its snapshot again within a request."""
+    first, old = docs.current, docs.service(groups=2)
+    groups = old.engine.groups
+    docs.replace(seed=5)
+    third = docs.add(20, seed=6)
+    look(old)
+    new = docs.service(shared=groups)
+    assert (old.switcher.served.snapshot_id, new.switcher.served.snapshot_id) == (first, third)
+    opened, open_one = [], engine.LocalShards._opened
+
+    def noting(group: engine.LocalShards, snapshot_id: str) -> OpenSnapshot:
+        opened.append(snapshot_id)
+        return open_one(group, snapshot_id)
+
+    monkeypatch.setattr(engine.LocalShards, "_opened", noting)
+    for server in (old, new):
+        asyncio.run(server.switcher.look(again=True))
+        assert asked(old)["index_snapshot"] == first
+        assert asked(new)["index_snapshot"] == third
+    assert opened == []
+
+
+def test_what_a_server_that_died_kept_is_closed(docs: World) -> None:
+    """A snapshot that stays open for a process that is gone takes its memory for ever."""
+    first, second = docs.current, docs.add(10)
+    group = engine.LocalShards(docs.root, docs.settings(load_timeout_s=0.2))
+
+    async def scenario() -> None:
+        await group.load(first, "one")
+        await group.load(second, "two")
+        await group.keep([second], "two")
+        assert set(group._open) == {first, second}
+        await asyncio.sleep(0.5)
+        await group.keep([second], "two")
+        assert set(group._open) == {second}
+
+    asyncio.run(scenario())
+
+
+def test_a_group_that_starts_anew_is_told_what_to_keep(docs: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of one that knew, and the next server to say what it serves would close all others'."""
+    monkeypatch.setattr(switching, "KEEP_SECONDS", 0.0)
+    service = docs.service(docs.settings(poll_seconds=0.01), groups=1)
+    group = service.engine.groups[0]
+    group._kept.clear()
+
+    async def scenario() -> None:
+        watching = asyncio.create_task(service.switcher.watch())
+        while not group._kept:
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        await group.keep([], "another")
+
+    asyncio.run(scenario())
+    assert set(group._open) == {docs.current}
 
 
 def test_metadata_is_read_before_a_snapshot_is_served_and_once_a_segment(
