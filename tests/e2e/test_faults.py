@@ -36,7 +36,7 @@ def scoring_began(runner: Runner) -> bool:
 
 
 def training_began(runner: Runner) -> bool:
-    return any((runner.folder / "artifacts" / "train").rglob("ckpt-*/MANIFEST.json"))
+    return any((runner.folder / "artifacts" / "train").rglob("ckpt-????????/MANIFEST.json"))
 
 
 LONG_TRAINING = (
