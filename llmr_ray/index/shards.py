@@ -253,10 +253,11 @@ class Shard:
         allowed_N[:start] = allowed_N[end:] = False
         num_allowed = int(np.count_nonzero(allowed_N))
         num = max(k + SPARE, k * proposals.refine)
+        if num_allowed <= max(num, EXACT_SHARE * self.num_rows):
+            return self._search_exact(query_MD, start, end, k, allowed_N)
         todo = np.arange(len(query_MD))
         rows_MK, scores_MK = nothing(len(query_MD), k)
-        tries = [(k, 1), (2 * k, WIDER)] if num_allowed < self.num_rows else [(k, 1)]
-        for depth, width in tries if num_allowed > max(num, EXACT_SHARE * self.num_rows) else []:
+        for depth, width in [(k, 1), (2 * k, WIDER)] if num_allowed < self.num_rows else [(k, 1)]:
             best_MF, scores_MF = self._proposed(proposals, query_MD[todo], num, depth, width)
             found_MF = np.where(allowed_N[best_MF], best_MF, MISSING)
             rows_MK[todo], scores_MK[todo] = select_topk(found_MF, scores_MF, k)
