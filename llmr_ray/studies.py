@@ -7,7 +7,8 @@ A study is a YAML file:
     figures: [average score]               # "data set measure", rows of results.json
     seeds: [42, 43, 44]                    # optional: each variant is trained with each
     reference: reward model                # optional: the variant that the others are compared with, query by query
-    against: asked                         # optional: a curve over pairs asked about, or tokens: of the LLM's feedback
+    against: asked                         # optional: a curve over pairs asked about, requests (of several pairs
+                                           # each), or tokens: of the LLM's feedback
     stability: true                        # optional: how steadily the loss of each task fell
     settings: [rounds=1]                   # optional: of all variants
     reproduces:                            # optional: published tables of ablations, variant by variant
@@ -24,6 +25,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ from llmr_ray.loading import read_yaml
 _KEYS = {"title", "config", "figures", "variants"}
 _OPTIONAL = {"reference", "against", "seeds", "stability", "settings", "reproduces"}
 
-AGAINST = {"asked": "pairs asked", "tokens": "LLM tokens of feedback"}
-"""`against`: the pairs that annotators were asked about until the embedder of a round was trained, or the tokens of the
-LLM that the configuration's feedback takes at the most."""
+AGAINST = {"asked": "pairs asked", "requests": "requests to label them", "tokens": "LLM tokens of feedback"}
+"""`against`: the pairs that annotators were asked about until the embedder of a round was trained, the requests that
+these took, or the tokens of the LLM that the configuration's feedback takes at the most."""
 
 _TRACE_LINES = 20
 
@@ -129,7 +131,7 @@ class Outcome:
     rows: of each cell: variant, seed, dataset, task, measure, method, mean, ci95, n, delta_vs_base, lower_is_better;
         delta_vs_reference (a trained embedder minus what the reference's training with the same seed led to, over the
         queries of both; None where there is no reference, or the row is its own); asked (pairs that annotators were
-        asked about until then, or None); tokens (of the LLM's feedback).
+        asked about until then, or None); requests (that these took, or None); tokens (of the LLM's feedback).
     stability: of each cell and task, see evaluation/stability.py.
     warnings: of the stages of each cell: variant, seed, stage, warning.
     failures: of each cell that failed: variant, seed, error, trace.
@@ -295,11 +297,12 @@ _COLUMNS = ("dataset", "task", "measure", "method", "mean", "ci95", "n", "delta_
 def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None) -> list[dict[str, Any]]:
     """The rows of one cell; `reference` is the cell that it is compared with, where that is done."""
     variant, seed = at
-    asked = _asked(finished.results)
+    spent = _spent(finished.results)
     rows = [
         {"variant": variant, "seed": seed}
         | {key: row[key] for key in _COLUMNS}
-        | {"asked": asked.get(row["method"]), "tokens": finished.tokens}
+        | {what: taken.get(row["method"]) for what, taken in spent.items()}
+        | {"tokens": finished.tokens}
         for row in finished.results["rows"]
         if (row["dataset"], row["measure"]) in study.figures
     ]
@@ -318,10 +321,13 @@ def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None)
     return rows
 
 
-def _asked(results: Mapping[str, Any]) -> dict[str, int]:
-    """Trained method -> pairs that annotators were asked about until then, where labels are made in rounds."""
-    spent = [told["spent"] for told in results.get("labeling", [])]
-    return {("trained" if number == len(spent) else f"round_{number}"): count for number, count in enumerate(spent, 1)}
+def _spent(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """What labels took until a method was trained, where they are made in rounds: pairs asked about, and requests."""
+    rounds = results.get("labeling", [])
+    methods = [f"round_{number}" for number in range(1, len(rounds))] + ["trained"]
+    asked = [told["spent"] for told in rounds]
+    requests = accumulate(told["requests"] for told in rounds)
+    return {"asked": dict(zip(methods, asked, strict=False)), "requests": dict(zip(methods, requests, strict=False))}
 
 
 def _stability(study: Study, at: _At, finished: Finished) -> list[dict[str, Any]]:

@@ -39,10 +39,11 @@ def _over_seeds(members: Sequence[_Row]) -> dict[str, Any]:
     first |= {"num_seeds": len(members), "p_over_queries": []}
     if len(members) == 1 or not is_trained(first["method"]):
         return first
-    asked = [row["asked"] for row in members if row["asked"] is not None]
     spread = over_seeds([row["mean"] for row in members]).record()
     first |= {"mean": spread["mean"], "ci95": spread["ci95"], "sd": spread["sd"]}
-    first["asked"] = round(sum(asked) / len(asked)) if asked else None
+    for what in AGAINST:
+        taken = [row[what] for row in members if row[what] is not None]
+        first[what] = round(sum(taken) / len(taken)) if taken else None
     for which in ("delta_vs_base", "delta_vs_reference"):
         known = [row[which] for row in members if row[which]]
         first[which] = over_seeds([delta["mean"] for delta in known]).record() if known else None

@@ -296,10 +296,10 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         if cell.settings[0] == "rounds=2":
             rows = [result(method, 0.5, "qa", "nDCG@10") for method in ("base", "round_1", "trained")]
             values = [("round_1", "a", 0.25), ("round_1", "b", 0.25), ("trained", "a", 0.5), ("trained", "c", 0.25)]
-            return finished(rows, values, labeling=[{"spent": 100}, {"spent": 180}])
+            return finished(rows, values, labeling=[{"spent": 100, "requests": 20}, {"spent": 180, "requests": 40}])
         rows = [result(method, 0.5, "qa", "nDCG@10") for method in ("base", "trained")]
         values = [("trained", query, 0.75) for query in "abc"]
-        return finished(rows, values, labeling=[{"spent": 400}])
+        return finished(rows, values, labeling=[{"spent": 400, "requests": 80}])
 
     labels = read_study(tmp_path / "labels.yaml")
     rows = run_study(labels, [], run, lambda known: write(labels, known, tmp_path / "out")).rows
@@ -311,6 +311,8 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
         ("all", "base"): None,
         ("all", "trained"): 400,
     }
+    trained = {key: row["requests"] for key, row in told.items() if row["method"] != "base"}
+    assert trained == {("some", "round_1"): 20, ("some", "trained"): 60, ("all", "trained"): 80}
     differences = {key: row["delta_vs_reference"] for key, row in told.items() if row["delta_vs_reference"]}
     assert {key: (row["mean"], row["n"]) for key, row in differences.items()} == {
         ("some", "round_1"): (-0.5, 2),
