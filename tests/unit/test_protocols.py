@@ -12,9 +12,8 @@ import pytest
 
 from llmr_ray.config import ComparedEmbedder
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.evaluation import examples, knowledge, memory, questions, reading
+from llmr_ray.evaluation import examples, knowledge, memory, questions
 from llmr_ray.evaluation.baselines import random_topk, recency_topk
-from llmr_ray.evaluation.protocols import Ask
 from llmr_ray.evaluation.results import result_rows
 from llmr_ray.feedback.requests import LLMResult
 from llmr_ray.schemas import table_of
@@ -156,17 +155,6 @@ def test_subjects_of_mmlu_count_alike():
         "mmlu Social": (0.5, 2),
         "mmlu Human": (1.0, 1),
     }
-
-
-def test_no_vote_on_letters():
-    """Answers are voted by their words, and of options there are none."""
-    config = world.make_config()
-    config = replace(config, evaluate=replace(config.evaluate, reading="vote"))
-    row = query("qa", options=["a", "b"], gold_option=0)
-    asked = knowledge.request("r", row, [document("best")], passage_tokens=9, max_new_tokens=9)
-    ask = Ask(method="base", query=row, documents=(document("best"),), scores=(1.0,), requests=(asked,))
-    with pytest.raises(ConfigError, match="options"):
-        reading.arranged(config, world.FakeClient(), [ask])
 
 
 def test_chat_prompt_is_mscs_template_and_turns_keep_their_order():
