@@ -83,3 +83,30 @@ def test_a_served_model_scores_and_answers_like_the_model_itself(endpoint: str) 
     label = replace(greedy, max_new_tokens=80, stop=(), output_schema=answer_schema(1, 20))
     [said] = parse_answer(served.sample([label])[0].texts[0], 1).values()
     assert isinstance(said, Said)
+
+
+@pytest.mark.timeout(600)
+def test_a_chat_answers_like_the_model_in_its_template(endpoint: str) -> None:
+    """The route sends text and the server puts its template around it: what comes back must be the model's turn."""
+    chat, reference = open_one("openai_chat", endpoint=endpoint, endpoint_model=NAME), open_one("transformers")
+    text = "What is the capital of France?"
+    turn = [{"role": "user", "content": text}]
+    templated = reference.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    asked, expected = (
+        Sampling(
+            prompt_ids=tuple(reference.tokenizer(prompt)["input_ids"]),
+            num_samples=1,
+            max_new_tokens=8,
+            temperature=0.0,
+            seed=0,
+        )
+        for prompt in (text, templated)
+    )
+    [said] = chat.sample([asked])
+    assert said.texts == reference.sample([expected])[0].texts
+    assert said.num_computed_tokens == len(expected.prompt_ids) + 8, "the endpoint's own count, its template with it"
+    drawn = replace(asked, num_samples=4, temperature=1.0, seed=2**40)
+    assert len(set(chat.sample([drawn])[0].texts)) > 1
+    label = replace(asked, max_new_tokens=80, output_schema=answer_schema(1, 20))
+    [parsed] = parse_answer(chat.sample([label])[0].texts[0], 1).values()
+    assert isinstance(parsed, Said)
