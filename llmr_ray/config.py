@@ -109,6 +109,9 @@ class ComparedEmbedder(EmbedderConfig):
     """Task -> what is put before a document."""
 
 
+LLM = "llm"
+"""The annotator that every run with feedback has; those beside it have names of their own."""
+
 ENDPOINTS = ("openai", "openai_chat")
 """Values of `engine` that name a service."""
 
@@ -353,6 +356,11 @@ class Config:
     """What the report shows; never part of an artifact's id."""
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How `llmr serve` serves the run; never part of an artifact's id."""
+
+    @property
+    def all_annotators(self) -> dict[str, LLMConfig]:
+        """Every LLM that labels, by its name: `llm` and those beside it."""
+        return {LLM: self.llm, **self.annotators}
 
 
 def later_identity(value: Any) -> dict[str, Any]:

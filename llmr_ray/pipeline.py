@@ -20,11 +20,12 @@ from rich.table import Table
 from llmr_ray import assets as asset_catalogue
 from llmr_ray import cluster, loading, stopping
 from llmr_ray.artifacts import Artifact
-from llmr_ray.config import Config
+from llmr_ray.config import LLM, Config
 from llmr_ray.console import terminal
 from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.evaluation import audit_page, endpoint, report
+from llmr_ray.evaluation.annotators import stage_of
 from llmr_ray.evaluation.published import check_names
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
@@ -33,7 +34,7 @@ from llmr_ray.feedback.planning import TaskCost
 from llmr_ray.feedback.pool import RayClient
 from llmr_ray.locks import locked
 from llmr_ray.memory import metered_memory
-from llmr_ray.stages import LLM, MAKES, Stage, StagePlan, in_round, scoring_stage
+from llmr_ray.stages import MAKES, Stage, StagePlan, in_round
 
 
 class Pipeline:
@@ -83,7 +84,7 @@ class Pipeline:
             return result
         for number in range(1, self.config.rounds + 1):
             for name, client in self.scorers.items():
-                if self._of_round(scoring_stage(name), number).is_done:
+                if self._of_round(stage_of("score", name), number).is_done:
                     continue
                 if (work := self._work(number)) is not None:
                     result += _named(planning.costs(work, client), name, number, self.config)
@@ -349,7 +350,7 @@ def plan_config(path: str, overrides: list[str], *, probe: bool, tokens_per_seco
         if probe:
             raise
         console.print(f"From the configuration alone, for something it names is not here: {missing}")
-        scorers = [LLM, *config.annotators]
+        scorers = list(config.all_annotators)
         rounds = range(1, config.rounds + 1)
         costs = planning.question_costs(config)
         costs += [cost for number in rounds for name in scorers for cost in _upper_costs(name, number, config)]

@@ -3,7 +3,7 @@
 Ids depend only on the configuration and on the ids of inputs, so all stages are known before any has run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,10 +16,11 @@ import numpy as np
 from llmr_ray import cluster
 from llmr_ray.artifacts import Artifact, ArtifactSpec
 from llmr_ray.assets import Asset
-from llmr_ray.config import ComparedEmbedder, Config, as_trained, question_tasks
+from llmr_ray.config import LLM, ComparedEmbedder, Config, as_trained, question_tasks
 from llmr_ray.data import stage as data
 from llmr_ray.evaluation import agreement, leakage_stage, look
 from llmr_ray.evaluation import stage as evaluation
+from llmr_ray.evaluation.annotators import stage_of
 from llmr_ray.feedback import stage as feedback
 from llmr_ray.feedback.requests import LLMClient
 from llmr_ray.index import stage as index
@@ -63,20 +64,6 @@ class Stage:
             for item in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(item, Artifact):
                     item.require()
-
-
-LLM = "llm"
-"""The annotator that every run with feedback has; those beside it have names of their own."""
-
-
-def scoring_stage(annotator: str) -> str:
-    """The stage in which an annotator scores."""
-    return "score" if annotator == LLM else f"score_{annotator}"
-
-
-def canary_stage(annotator: str) -> str:
-    """The stage that tells how far an annotator can be talked into a high score."""
-    return "canary" if annotator == LLM else f"canary_{annotator}"
 
 
 def in_round(name: str, number: int, rounds: int) -> str:
@@ -159,10 +146,14 @@ class StagePlan:
 
     def _canaries(self) -> None:
         """What tries to talk each LLM that labels into a high score."""
-        for name, (llm, client) in {LLM: (self.llm, self.client), **self.annotators}.items():
-            own = self.config if name == LLM else replace(self.config, llm=self.config.annotators[name])
+        for name, own, llm, client in self._annotating():
             spec = canaries.canary_spec(own, llm, self.prepare)
-            self._add(canary_stage(name), spec, canaries.run_canary, own, client=client, prepare=self.prepare)
+            self._add(stage_of("canary", name), spec, canaries.run_canary, own, client=client, prepare=self.prepare)
+
+    def _annotating(self) -> Iterator[tuple[str, Config, Asset, LLMClient]]:
+        """Every LLM that labels: its name, the configuration with it as `llm`, the model, and what asks it."""
+        for name, asked in {LLM: (self.llm, self.client), **self.annotators}.items():
+            yield name, replace(self.config, llm=self.config.all_annotators[name]), *asked
 
     def _embed_and_index(self, which: str, embedder: Asset, config: Config | None = None) -> _Retriever:
         """The texts' vectors by an embedder, as a configuration says (without one, as the run's does)."""
@@ -207,12 +198,10 @@ class StagePlan:
 
     def _scored(self, score: Callable[..., None], of: dict[str, Any]) -> Artifact:
         """The LLM's scores; where several LLMs label, what enough of them say."""
-        spec = feedback.score_spec(self.config, self.llm, **of)
-        said = {LLM: self._add(scoring_stage(LLM), spec, score, client=self.client, **of)}
-        for name, (llm, client) in self.annotators.items():
-            own = replace(self.config, llm=self.config.annotators[name])
+        said = {}
+        for name, own, llm, client in self._annotating():
             spec = feedback.score_spec(own, llm, **of)
-            said[name] = self._add(scoring_stage(name), spec, score, own, client=client, **of)
+            said[name] = self._add(stage_of("score", name), spec, score, own, client=client, **of)
         if len(said) == 1:
             return said[LLM]
         spec = consensus.consensus_spec(self.config, said)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmr_ray.config import LLM
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.significance import Estimate, estimate
 
@@ -24,6 +25,12 @@ Pair = tuple[str, str]
 """query_id and doc_id."""
 
 _GOLD = "labels of the data"
+
+
+def stage_of(stage: str, annotator: str) -> str:
+    """What a stage that asks one annotator is called: that of `llm`, often the only one, has the plain name."""
+    return stage if annotator == LLM else f"{stage}_{annotator}"
+
 
 CONTROL = "neutral"
 """What stands for an attack where the words before a passage ask for nothing."""

@@ -14,11 +14,11 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from llmr_ray.artifacts import Artifact
-from llmr_ray.config import Config
+from llmr_ray.config import LLM, Config
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
-from llmr_ray.evaluation.annotators import compared, fooled_rates
+from llmr_ray.evaluation.annotators import compared, fooled_rates, stage_of
 from llmr_ray.evaluation.audit_page import write_audit
 from llmr_ray.evaluation.label_separation import separation_rows
 from llmr_ray.evaluation.leakage import KINDS, leakage_figures
@@ -97,7 +97,7 @@ def write_report(
             labels, samples=config.evaluate.bootstrap_samples, seed=config.seed
         )
     of: dict[str, Any] = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
-    shown_to = {"llm": "canaries"} | {name: f"canary_{name}" for name in config.annotators}
+    shown_to = {LLM: "canaries"} | {name: stage_of("canary", name) for name in config.annotators}
     if found := {name: artifacts[made] for name, made in shown_to.items() if made in artifacts}:
         rates = {name: fooled_rates(made.read("canaries"), **of) for name, made in found.items()}
         results["canaries"] = [{"annotator": name} | row for name, rows in rates.items() for row in rows]

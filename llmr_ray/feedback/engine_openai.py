@@ -93,13 +93,9 @@ class OpenAIEngine:
     def _draw(self, job: Sampling) -> Sampled:
         answer = self._ask(
             [job.prompt_ids],
-            n=job.num_samples,
             max_tokens=job.max_new_tokens,
-            temperature=job.temperature,
-            # Endpoints take 32 bits at the least; the job's seed has more.
-            seed=job.seed % 2**31,
             stop=list(job.stop) or None,
-            extra_body=_json_only(job.output_schema) if job.output_schema else None,
+            **_drawing(job),
         )
         texts = self._outputs(answer, job, lambda choice: choice.text)
         self._check_usage(answer, len(job.prompt_ids))
@@ -160,18 +156,14 @@ class OpenAIChatEngine(OpenAIEngine):
 
     def _draw(self, job: Sampling) -> Sampled:
         text = self.tokenizer.decode(list(job.prompt_ids), skip_special_tokens=True)
-        given: dict[str, Any] = {"stop": list(job.stop)} if job.stop else {}
-        if job.output_schema:
-            given |= _json_only(job.output_schema)
+        stop: dict[str, Any] = {"stop": list(job.stop)} if job.stop else {}
         answer = self._answered(
             lambda: self.client.chat.completions.create(
                 model=self.model,
                 messages=[{"role": "user", "content": text}],
-                n=job.num_samples,
                 max_completion_tokens=job.max_new_tokens,
-                temperature=job.temperature,
-                seed=job.seed % 2**31,
-                **given,
+                **stop,
+                **_drawing(job),
             )
         )
         # A turn that is withheld has no content; who reads outputs expects what is not as asked.
@@ -181,6 +173,17 @@ class OpenAIChatEngine(OpenAIEngine):
         else:
             drawn, read = int(answer.usage.completion_tokens), int(answer.usage.prompt_tokens)
         return Sampled(texts=texts, num_output_tokens=drawn, num_computed_tokens=read + drawn)
+
+
+def _drawing(job: Sampling) -> dict[str, Any]:
+    """How outputs are drawn, as both routes call it."""
+    return {
+        "n": job.num_samples,
+        "temperature": job.temperature,
+        # Endpoints take 32 bits at the least; the job's seed has more.
+        "seed": job.seed % 2**31,
+        "extra_body": _json_only(job.output_schema) if job.output_schema else None,
+    }
 
 
 def _json_only(schema: str) -> dict[str, Any]:

@@ -134,15 +134,15 @@ def _trim(tokenizer: Any, segments: Sequence[Segment], limit: int) -> _Trimmed:
         (row for row, segment in enumerate(segments) if segment.trim_order > 0),
         key=lambda row: (segments[row].trim_order, row),
     )
-    while (count := len(_encode(tokenizer, _joined(segments, texts))[0])) > limit:
+    while (count := len(_encode(tokenizer, text := _joined(segments, texts))[0])) > limit:
         row = next((row for row in order if texts[row]), None)
         if row is None:
             break
         starts = _encode(tokenizer, texts[row])[1]
         keep = sum(start >= 0 for start in starts) - (count - limit)
         texts[row] = _cut(tokenizer, texts[row], max(0, keep), segments[row].trim_side)
-    truncated = any(text != segment.text for text, segment in zip(texts, segments, strict=True))
-    return _Trimmed(_joined(segments, texts), count, truncated)
+    truncated = any(left != segment.text for left, segment in zip(texts, segments, strict=True))
+    return _Trimmed(text, count, truncated)
 
 
 def _joined(segments: Sequence[Segment], texts: Sequence[str]) -> str:

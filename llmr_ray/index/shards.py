@@ -249,17 +249,21 @@ class Shard:
         wherever the best are. Where the k best of all are allowed, they are the result; else a wider search has to find
         k allowed ones among the 2k best.
         """
-        allowed_N = np.ones(self.num_rows, bool) if allowed_N is None else allowed_N.copy()
-        allowed_N[:start] = allowed_N[end:] = False
-        num_allowed = int(np.count_nonzero(allowed_N))
+        num_allowed = self.num_rows
+        if allowed_N is not None or end - start < self.num_rows:
+            allowed_N = np.ones(self.num_rows, bool) if allowed_N is None else allowed_N.copy()
+            allowed_N[:start] = allowed_N[end:] = False
+            num_allowed = int(np.count_nonzero(allowed_N))
+            # A filter that lets all pass is none.
+            allowed_N = allowed_N if num_allowed < self.num_rows else None
         num = max(k + SPARE, k * proposals.refine)
         if num_allowed <= max(num, EXACT_SHARE * self.num_rows):
             return self._search_exact(query_MD, start, end, k, allowed_N)
         todo = np.arange(len(query_MD))
         rows_MK, scores_MK = nothing(len(query_MD), k)
-        for depth, width in [(k, 1), (2 * k, WIDER)] if num_allowed < self.num_rows else [(k, 1)]:
+        for depth, width in [(k, 1)] if allowed_N is None else [(k, 1), (2 * k, WIDER)]:
             best_MF, scores_MF = self._proposed(proposals, query_MD[todo], num, depth, width)
-            found_MF = np.where(allowed_N[best_MF], best_MF, MISSING)
+            found_MF = best_MF if allowed_N is None else np.where(allowed_N[best_MF], best_MF, MISSING)
             rows_MK[todo], scores_MK[todo] = select_topk(found_MF, scores_MF, k)
             todo = todo[rows_MK[todo, -1] == MISSING]
             if not len(todo):

@@ -2,7 +2,7 @@
 
 import re
 
-from llmr_ray.config import Config, TaskQuestions, TaskScore
+from llmr_ray.config import LLM, Config, TaskQuestions, TaskScore
 from llmr_ray.errors import ConfigError
 from llmr_ray.labeling.settings import AdaptiveConfig
 
@@ -71,7 +71,7 @@ def check_labeling(config: Config) -> None:
             f"{what}, but the feedback of the tasks is {sorted(feedback)}. Set "
             "tasks.*.score.feedback to label, or to none where a task trains on labels of the data."
         )
-    if odd := [name for name in config.annotators if not re.fullmatch("[a-z0-9_]+", name) or name == "llm"]:
+    if odd := [name for name in config.annotators if not re.fullmatch("[a-z0-9_]+", name) or name == LLM]:
         raise ConfigError(
             f"annotators have names of lower-case letters, digits and _ that become stages (score_NAME), and 'llm' is "
             f"the first of them. Rename {odd}."

@@ -380,7 +380,8 @@ def run_label(
     if llm_scores.spec.stage == "consensus":
         tables["annotations"] = _annotations(llm_scores, labels, selected.spec.config["round"])
     # A consensus asked nobody itself, and tells what its annotators took.
-    took = llm_scores.require()["counts"] | llm_scores.require()["extra"]
+    manifest = llm_scores.require()
+    took = manifest["counts"] | manifest["extra"]
     gold = gold_labels(prepare)
     quality = label_quality(after, gold).to_pylist() if gold.num_rows else []
     spent = told["spent"] + decisions.filter(pc.equal(decisions["decision"], ASK)).num_rows

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from llmr_ray.config import Config, LLMConfig, question_tasks
+from llmr_ray.evaluation.annotators import stage_of
 from llmr_ray.evaluation.protocols import applies
 from llmr_ray.evaluation.tables import is_embedder
 from llmr_ray.feedback.jobs import SHARD_QUERIES
@@ -13,7 +14,6 @@ from llmr_ray.planning import counts
 from llmr_ray.planning.hardware import Assumptions
 from llmr_ray.planning.models import Size, size_of
 from llmr_ray.planning.work import Work
-from llmr_ray.stages import LLM, canary_stage, scoring_stage
 
 _OPTIONS = 3
 """Options of a question that the reader compares, on average over tasks with and without them."""
@@ -48,21 +48,23 @@ def canary(config: Config) -> list[Work]:
     units = 3 * config.labeling.num_canaries * len(tasks)
     return [
         _asked(
-            Work(stage=canary_stage(name), unit="passages", units=units),
+            Work(stage=stage_of("canary", name), unit="passages", units=units),
             config,
             llm,
             tokens=float(units * llm.max_model_tokens),
         )
-        for name, llm in {LLM: config.llm, **config.annotators}.items()
+        for name, llm in config.all_annotators.items()
     ]
 
 
 def scored(config: Config, *, again: bool) -> list[Work]:
     """The feedback of each annotator, and what enough of them say."""
     if not config.labeling.asks_llm:
-        return [Work(stage=scoring_stage(LLM), unit="pairs", units=0)]
-    annotators = {LLM: config.llm, **config.annotators}
-    found = [_scores(scoring_stage(name), replace(config, llm=llm), again=again) for name, llm in annotators.items()]
+        return [Work(stage="score", unit="pairs", units=0)]
+    found = [
+        _scores(stage_of("score", name), replace(config, llm=llm), again=again)
+        for name, llm in config.all_annotators.items()
+    ]
     if len(found) > 1:
         pairs = found[0].units
         found.append(Work(stage="consensus", unit="pairs", units=pairs, storage_bytes=pairs * counts.ROW_BYTES))

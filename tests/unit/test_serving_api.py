@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from llmr_ray.serving.protocol import RequestError
 from tests.live_server import HTTP, Server
 from tests.serving_world import CONFIG, World, documents, queries, world
 from tests.tiny import tiny_bert
+from tests.waiting import until
 
 SECRET = "zanzibar"
 
@@ -369,21 +370,15 @@ def test_who_left_the_queue_is_not_worked_for(docs: World, monkeypatch: pytest.M
         body = {"query": text, "task": "qa"}
         return HTTP.post(f"{running.url}/v1/retrieve", json=body, timeout=timeout).status_code
 
-    def until(happened: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 10
-        while not happened():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
     monkeypatch.setattr(running.service.engine.encoder, "encode", slow)
     try:
         with ThreadPoolExecutor(2) as clients:
             first = clients.submit(ask, "stays", 30)
-            until(lambda: begun)
+            until(lambda: begun, 10)
             with pytest.raises(httpx.ReadTimeout):
                 ask("leaves", 0.3)
             last = clients.submit(ask, "comes later", 30)
-            until(lambda: running.service.gate.admission.waiting == 2)
+            until(lambda: running.service.gate.admission.waiting == 2, 10)
             release.set()
             assert (first.result(), last.result()) == (500, 500)
     finally:
