@@ -270,8 +270,11 @@ class EvaluateConfig:
     """Of these, of kmeans (examples), and of the names in `embedders`."""
     embedders: dict[str, ComparedEmbedder] = field(default_factory=dict, metadata={"later": True})
     """Other embedders to compare with, by the name that the tables give them."""
+    split: str = later("test")
+    """Whose queries are evaluated: test, or dev for what must not be chosen on test queries (how many rounds, which
+    learning rate); data sets without num_dev are left out then."""
     num_llm_queries: dict[str, int] = field(default_factory=dict)
-    """Test queries per data set that the LLM answers; the lowest by a hash of the id. Absent: 0."""
+    """Queries per data set that the LLM answers; the lowest by a hash of the id. Absent: 0."""
     qa_passages: int = 3
     qa_passage_tokens: int = 96
     """A passage is cut to this many LLM tokens in the reader's prompt. 0, as published: only where that is too long."""

@@ -245,6 +245,7 @@ def _check_run(config: Config) -> None:
     if config.labeling.enabled or config.annotators:
         check_labeling(config)
     _check_windows(config)
+    _check_split(config)
     _check_reading(config)
     _check_embedder(config)
     if config.reward_model.precision == "int8":
@@ -307,6 +308,24 @@ def _check_chat_route(config: Config) -> None:
         raise ConfigError(
             f"llm.engine=openai_chat gives outputs alone, but score.feedback of {', '.join(scored)} is likelihood. "
             "Take label or rank, or an endpoint with completions that echo log-probabilities (llm.engine=openai)."
+        )
+
+
+def _check_split(config: Config) -> None:
+    split = config.evaluate.split
+    if split not in ("test", "dev"):
+        raise ConfigError(f"evaluate.split is '{split}', but must be test or dev: no other queries are held out.")
+    if split == "test":
+        return
+    if not any(dataset.num_dev for dataset in config.datasets.values()):
+        raise ConfigError(
+            "evaluate.split is 'dev', but no data set has development queries: there is nothing to evaluate. Set "
+            "num_dev of those to compare on."
+        )
+    if asked := sorted(name for name, protocol in config.evaluate.qa_protocols.items() if protocol == "nq"):
+        raise ConfigError(
+            f"evaluate.split is 'dev', but evaluate.qa_protocols asks {asked} after demonstrations of the development "
+            "split, with their answers. Take the protocol ours while choosing."
         )
 
 

@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Iterable
 
 SPLITS = ("train", "dev", "test")
+SPLITS_TOLD = {"train": "training", "dev": "development", "test": "test"}
+"""What pages and tables call them."""
 
 
 def unit_hash(*parts: str) -> float:

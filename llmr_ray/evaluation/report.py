@@ -15,6 +15,7 @@ from rich.text import Text
 
 from llmr_ray.artifacts import Artifact
 from llmr_ray.config import LLM, Config
+from llmr_ray.data.splits import SPLITS_TOLD
 from llmr_ray.durable import staged, write_atomic
 from llmr_ray.evaluation import plots, reading
 from llmr_ray.evaluation.agreement import REWARD_MODEL, agreement_rows
@@ -82,6 +83,7 @@ def write_report(
         "command": command,
         "commit": commit,
         "seed": config.seed,
+        "split": config.evaluate.split,
         "rows": rows,
         "stages": stages,
         "shown": shown_figures(prepare, evaluate),
@@ -112,7 +114,8 @@ def write_report(
         results["labeling"] = artifacts["labels"].require()["extra"]["rounds"]
     if "generate" in artifacts:
         results["questions"] = questions_told(artifacts["generate"].read("generated"))
-    if config.report.reproduces:
+    # Papers report test splits.
+    if config.report.reproduces and config.evaluate.split == "test":
         results["published"] = beside_published(config, rows)
     if "leakage" in artifacts:
         results["leakage"] = _leakage(artifacts, stages)
@@ -177,7 +180,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     methods = in_order({method for table in arranged for method in table.methods})
     result = result_of(methods)
     compared = f"difference: {_short(result)} minus {_short('base')}".lower()
-    view = TerminalTable(title=f"{results['name']}: test figures ({compared}, 95% interval)")
+    view = TerminalTable(
+        title=f"{results['name']}: {SPLITS_TOLD[results.get('split', 'test')]} figures ({compared}, 95% interval)"
+    )
     for heading in ("data set", "measure", "n"):
         view.add_column(heading, no_wrap=True)
     for method in methods:
@@ -320,6 +325,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
     return render(
         "report.html.j2",
         **{key: results[key] for key in ("name", "command", "commit", "seed", "stages")},
+        split=SPLITS_TOLD[config.evaluate.split],
         embedder=config.embedder.model,
         llm=config.llm.model,
         # The difference to the base embedder alone stands in the first table.

@@ -16,10 +16,11 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, ArtifactSpec, Counts
 from llmr_ray.assets import Asset
-from llmr_ray.config import Config, identity
+from llmr_ray.config import Config, EvaluateConfig, identity
 from llmr_ray.data.example_tasks import owners, pool_of
 from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest
@@ -144,7 +145,7 @@ def run_evaluate(
     embeddings: dict[str, Artifact],
     indexes: dict[str, Artifact],
 ) -> None:
-    """Evaluates the test queries and commits the artifact in one shard (LLM answers are kept by the client's store).
+    """Evaluates a split's queries and commits the artifact in one shard (the client's store keeps the LLM's answers).
 
     Raises:
         DataError: too many LLM rows failed (the client's limit), or inputs do not fit together.
@@ -152,7 +153,7 @@ def run_evaluate(
     started = time.monotonic()
     if artifact.pending(1):
         qrels = _qrels(prepare)
-        queries, llm_ids = _select(prepare, qrels, config.evaluate.num_llm_queries)
+        queries, llm_ids = _select(prepare, qrels, config.evaluate)
         places = prepare.read("corpus", columns=["doc_id", "pool", "position", "meta"])
         rankings = _found(config, queries, prepare, places, embeddings, indexes)
         run, values = measured_rankings(queries.to_pylist(), qrels, rankings)
@@ -187,20 +188,17 @@ def _qrels(prepare: Artifact) -> dict[str, dict[str, int]]:
     return dict(labels)
 
 
-def _select(
-    prepare: Artifact, qrels: Mapping[str, object], num_llm_queries: Mapping[str, int]
-) -> tuple[pa.Table, set[str]]:
-    """The test queries that have labels or that the LLM answers, and the ids of the latter."""
+def _select(prepare: Artifact, qrels: Mapping[str, object], settings: EvaluateConfig) -> tuple[pa.Table, set[str]]:
+    """The split's queries that have labels or that the LLM answers, and the ids of the latter."""
     queries = prepare.read("queries")
-    test = [row["split"] == "test" for row in queries.select(["split"]).to_pylist()]
-    queries = queries.filter(pa.array(test, pa.bool_()))
+    queries = queries.filter(pc.equal(queries["split"], settings.split))
     by_dataset: dict[str, list[str]] = defaultdict(list)
     for row in queries.select(["query_id", "dataset"]).to_pylist():
         by_dataset[row["dataset"]].append(row["query_id"])
     llm_ids = {
         query_id
         for dataset, ids in by_dataset.items()
-        for query_id in lowest(dataset, ids, num_llm_queries.get(dataset, 0))
+        for query_id in lowest(dataset, ids, settings.num_llm_queries.get(dataset, 0))
     }
     wanted = [query_id in llm_ids or query_id in qrels for query_id in queries["query_id"].to_pylist()]
     return queries.filter(pa.array(wanted, pa.bool_())), llm_ids

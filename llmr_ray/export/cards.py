@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from llmr_ray.config import Config, training_seed
+from llmr_ray.data.splits import SPLITS_TOLD
 
 _COLUMNS = {
     "flag_embedding": "`query`, `pos`, `neg`; `pos_scores` and `neg_scores` are the rewards where the task has them. "
@@ -100,7 +101,9 @@ def model_card(
     if base_model:
         front["base_model"] = base_model
     if trained := {dataset: methods["trained"] for dataset, methods in figures.items() if "trained" in methods}:
-        front["model-index"] = [{"name": config.name, "results": [_result(*item) for item in sorted(trained.items())]}]
+        front["model-index"] = [
+            {"name": config.name, "results": [_result(config, *item) for item in sorted(trained.items())]}
+        ]
     shown = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
     rows = [
         [dataset, method, *(f"{values[name]:.4f}" for name in shown)]
@@ -136,7 +139,7 @@ def model_card(
         "## Figures",
         *(
             [
-                "Means over the test queries of the run's data sets with labels.",
+                f"Means over the {SPLITS_TOLD[config.evaluate.split]} queries of the run's data sets with labels.",
                 _table(["data set", "method", *shown], rows),
             ]
             if rows
@@ -160,10 +163,10 @@ def _with_license(name: str) -> dict[str, Any]:
     return {"license": name} if name else {}
 
 
-def _result(dataset: str, values: Mapping[str, float]) -> dict[str, Any]:
+def _result(config: Config, dataset: str, values: Mapping[str, float]) -> dict[str, Any]:
     return {
         "task": {"type": "information-retrieval", "name": "Information Retrieval"},
-        "dataset": {"name": dataset, "type": dataset, "split": "test"},
+        "dataset": {"name": dataset, "type": dataset, "split": config.evaluate.split},
         "metrics": [{"type": name, "name": name, "value": round(value, 6)} for name, value in sorted(values.items())],
     }
 

@@ -157,7 +157,7 @@ def _mteb(finished: Finished, wanted: Wanted) -> Exported:
             dataset,
             methods[wanted.method],
             revision=prepare.id.rpartition("/")[2],
-            split="test",
+            split=finished.config.evaluate.split,
             languages=[wanted.language],
             seconds=evaluated.require()["seconds"],
         )

@@ -102,7 +102,7 @@ def evaluate(config: Config, assumed: Assumptions, number: int) -> Work:
     if "trained" in methods:
         methods += [f"round_{before}" for before in range(1, number)]
     searching = [others.get(method, config.embedder) for method in methods if is_embedder(method)]
-    tested = [(data, data.num_test) for data in config.datasets.values()]
+    tested = [(data, counts.num_evaluated(config, data)) for data in config.datasets.values()]
     compared = counts.num_compared(config, assumed, tested)
     flops = sum(2.0 * size_of(embedder.model).dimension * compared for embedder in searching)
     opened = [
@@ -110,7 +110,7 @@ def evaluate(config: Config, assumed: Assumptions, number: int) -> Work:
         for embedder in searching
     ]
     prompts, tokens, decoded = _prompts(config, assumed, methods if number == 1 else ["trained"])
-    queries = sum(data.num_test for data in config.datasets.values())
+    queries = sum(number for _, number in tested)
     work = Work(
         stage="evaluate",
         unit="prompts",
@@ -133,7 +133,9 @@ def _prompts(config: Config, assumed: Assumptions, methods: list[str]) -> tuple[
         if name not in config.datasets:
             continue
         task = config.datasets[name].task
-        asked = count * sum(method in evaluate.methods and applies(method, task) for method in methods)
+        asked = min(count, counts.num_evaluated(config, config.datasets[name])) * sum(
+            method in evaluate.methods and applies(method, task) for method in methods
+        )
         length = read
         if task == "qa":
             length += evaluate.qa_passages * (evaluate.qa_passage_tokens or read)

@@ -93,6 +93,11 @@ def num_shards(rows: float, each: int = SHARD_ROWS) -> int:
     return max(1, -(-int(rows) // each))
 
 
+def num_evaluated(config: Config, data: DatasetConfig) -> int:
+    """A data set's queries of the split that is evaluated."""
+    return data.num_test if config.evaluate.split == "test" else data.num_dev
+
+
 def _documents(data: DatasetConfig, config: Config, assumed: Assumptions) -> int:
     if data.num_documents:
         return data.num_documents

@@ -54,7 +54,8 @@ def make_artifact(root: Path, stage: str, tables: dict[str, pa.Table], files: di
     return artifact
 
 
-def make_prepare(root: Path) -> Artifact:
+def make_prepare(root: Path, *, rest: str = "train") -> Artifact:
+    """Eight test queries of each data set; the other four are of the split `rest`."""
     queries, corpus, qrels = [], [], []
     for dataset, task in TASKS.items():
         pool = "icl" if task == "icl" else dataset
@@ -78,7 +79,7 @@ def make_prepare(root: Path) -> Artifact:
                     "query_id": query_id,
                     "task": task,
                     "dataset": dataset,
-                    "split": "test" if number < 8 else "train",
+                    "split": "test" if number < 8 else rest,
                     "query": f"<b>what</b> about {dataset} text {number}?",
                     "targets": [f"answer {number}"],
                     "options": ["no", f"answer {number}"] if dataset == "piqa" else None,

@@ -168,7 +168,7 @@ def test_later_rounds_mine_as_they_are_told_and_read_what_is_new():
     # BM25 alone mines first: nothing is compared with the index but by BM25.
     assert works["mine"].cpu_seconds > works["mine_1"].cpu_seconds
     # The store has the answers of eight methods; the second embedder's are new.
-    tested = sum(config.evaluate.num_llm_queries[name] for name in config.evaluate.num_llm_queries)
+    tested = sum(min(limit, config.datasets[name].num_test) for name, limit in config.evaluate.num_llm_queries.items())
     assert (works["evaluate_1"].units, works["evaluate"].units) == (9 * tested, tested)
     assert works["evaluate"].cpu_seconds > works["evaluate_1"].cpu_seconds
 
