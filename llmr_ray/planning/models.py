@@ -18,6 +18,8 @@ class Size:
 _KNOWN = {
     "minilm-l6": Size(22.7e6, 10.6e6, 384),
     "all-minilm-l6-v2": Size(22.7e6, 10.6e6, 384),
+    "minilm-l3": Size(17.2e6, 5.3e6, 384),
+    "paraphrase-minilm-l3-v2": Size(17.2e6, 5.3e6, 384),
     "e5-small-v2": Size(33.4e6, 21.3e6, 384),
     "bge-small-en": Size(33.4e6, 21.3e6, 384),
     "bge-base-en": Size(109.5e6, 85.6e6, 768),

@@ -1,5 +1,6 @@
 """Fetching: nothing unchecked, nothing half, nothing twice. pip is real; its index is a folder of the test."""
 
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -132,6 +133,48 @@ def test_wrong_gguf_is_refused(index: Path, tmp_path: Path, monkeypatch: pytest.
     cached_gguf(tmp_path, monkeypatch, sha256="cd" * 32)
     with pytest.raises(ResourceError, match="cd" * 32):
         resolve("toy-data")
+
+
+def test_onnx_model_is_converted_like_another_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package without a tokenizer needs the other one to be converted, and is another model with another one."""
+    monkeypatch.setenv("LLMR_CACHE", str(tmp_path))
+    source, like = tmp_path / "bare-1.0" / "bare" / "model" / "m.onnx", tmp_path / "toy-1.0" / "toy"
+    for folder in (source.parent, like):
+        folder.mkdir(parents=True)
+    source.write_text("weights")
+
+    def catalogue(sha256: str) -> dict[str, Entry]:
+        bare = Entry("model", Package("bare", "1.0", "ab", 1), "bare/model/m.onnx", sha256_file(source), like="toy-l6")
+        return {"toy-l3": bare, "toy-l6": Entry("model", Package("toy", "1.0", sha256, 1), "toy")}
+
+    asked = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command[-3:-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(assets, "CATALOGUE", catalogue("cd"))
+    first = resolve("toy-l3")
+    assert first.path == tmp_path / "toy-l3-float32"
+    assert first.fingerprint not in ("ab", "cd")
+    shutil.rmtree(like)
+    assert resolve("toy-l3") == first
+    assert asked == [[str(source), str(like)]]
+    monkeypatch.setattr(assets, "CATALOGUE", catalogue("ef"))
+    assert resolve("toy-l3").fingerprint != first.fingerprint
+
+
+def test_wrong_model_file_names_the_folder_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting less than the package's folder leaves one that is taken for complete."""
+    monkeypatch.setenv("LLMR_CACHE", str(tmp_path))
+    source = tmp_path / "bare-1.0" / "bare" / "model" / "m.onnx"
+    source.parent.mkdir(parents=True)
+    source.write_text("weights")
+    bare = Entry("model", Package("bare", "1.0", "ab", 1), "bare/model/m.onnx", "cd" * 32)
+    monkeypatch.setattr(assets, "CATALOGUE", {"toy": bare})
+    with pytest.raises(ResourceError, match=rf"Delete {tmp_path / 'bare-1.0'};"):
+        resolve("toy")
 
 
 def test_local_fingerprint_is_the_content(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def uses(path: Path, library: str) -> bool:
         ("torch.distributed", r"training/(gather|step)\.py"),
         ("bm25s", r"mining/bm25\.py"),
         ("peft", r"training/adapters\.py"),
+        ("onnx", r"conversion\.py"),
         ("mteb", r"evaluation/mteb_search\.py"),
         ("httpx", r"clients/http\.py"),
         ("langchain_core", r"clients/langchain\.py"),
