@@ -11,11 +11,16 @@ from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.models_protocols import SearchProtocol
+from sentence_transformers import SentenceTransformer
 
-from llmr_ray.config import EmbedderConfig, RuntimeConfig, TaskConfig
+from llmr_ray.artifacts import Artifact
+from llmr_ray.assets import resolve
+from llmr_ray.config import Config, DatasetConfig, EmbedderConfig, RuntimeConfig, TaskConfig
+from llmr_ray.data.stage import prepare_spec, run_prepare
 from llmr_ray.data.text import document_text
 from llmr_ray.errors import DataError
 from llmr_ray.evaluation.mteb_search import RaySearch
+from llmr_ray.evaluation.mteb_task import retrieval_task
 from llmr_ray.modeling.embedder import Embedder
 from tests.tiny import tiny_bert
 
@@ -110,6 +115,35 @@ def test_mteb_runs_a_task_and_ranks_as_brute_force_does(search: RaySearch, cosin
         best = ranks[row, :20]
         assert list(found[f"q{row}"]) == [f"d{at}" for at in best]
         np.testing.assert_allclose(list(found[f"q{row}"].values()), cosines[row, best], atol=1e-5)
+
+
+def test_a_task_of_the_sample_data_is_measured_as_by_sentence_transformers(
+    local_ray: RuntimeConfig, tmp_path: Path
+) -> None:
+    """Real questions, passages and weights: MTEB measures the sharded index as its own route over the same model."""
+    config = Config(
+        datasets={
+            "hotpotqa": DatasetConfig(task="qa", source="hotpotqa", path="hotpotqa", num_test=25, num_documents=300)
+        },
+        runtime=RuntimeConfig(artifact_root=str(tmp_path), mine_actors=1, index_shards=3, encode_actors=1),
+    )
+    assets = {name: resolve(name) for name in ("hotpotqa", "minilm-l6", config.llm.model)}
+    prepare = Artifact(tmp_path, prepare_spec(config, assets))
+    prepare.make(lambda: run_prepare(config, prepare, assets))
+    embedder = EmbedderConfig(
+        model="minilm-l6", pooling="mean", max_query_tokens=64, max_document_tokens=64, precision="float32"
+    )
+    theirs = SentenceTransformer(str(assets["minilm-l6"].path), device="cpu", local_files_only=True)
+    theirs.max_seq_length = 64
+    told = []
+    for model in (RaySearch(embedder, runtime=config.runtime), theirs):
+        result = mteb.evaluate(
+            model, retrieval_task(prepare, "hotpotqa"), cache=None, co2_tracker=False, show_progress_bar=False
+        )
+        [figures] = result.task_results[0].scores["test"]
+        told.append([figures[name] for name in ("ndcg_at_10", "recall_at_10", "map_at_100")])
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
+    assert 0.5 < told[0][0] < 1
 
 
 def how(**more: Any) -> dict[str, Any]:

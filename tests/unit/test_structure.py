@@ -36,7 +36,7 @@ def uses(path: Path, library: str) -> bool:
         ("bm25s", r"mining/bm25\.py"),
         ("peft", r"training/adapters\.py"),
         ("onnx", r"conversion\.py"),
-        ("mteb", r"evaluation/mteb_search\.py"),
+        ("mteb", r"evaluation/mteb_(search|task)\.py"),
         ("httpx", r"clients/http\.py"),
         ("langchain_core", r"clients/langchain\.py"),
         ("llama_index", r"clients/llama_index\.py"),
