@@ -360,6 +360,12 @@ class Config:
     serving: ServingSettings = field(default_factory=ServingSettings)
     """How `llmr serve` serves the run; never part of an artifact's id."""
 
+    def max_tokens(self, task: str, side: str) -> int:
+        """To how many tokens a "query" or "document" of a task is cut before it is embedded."""
+        of_all: int = getattr(self.embedder, f"max_{side}_tokens")
+        # An embedder that is only compared may read less.
+        return min(getattr(self.tasks[task].embed, f"max_{side}_tokens") or of_all, of_all)
+
     @property
     def all_annotators(self) -> dict[str, LLMConfig]:
         """Every LLM that labels, by its name: `llm` and those beside it."""

@@ -293,6 +293,12 @@ def _check_embedder(config: Config) -> None:
             "embedder.pooling is 'decoder', but what is trained is saved for sentence-transformers, which has no class "
             "that runs a decoder. Name such an embedder under evaluate.embedders, and train with cls, mean or last."
         )
+    for name, task in config.tasks.items():
+        for limit in ("max_query_tokens", "max_document_tokens"):
+            if (own := getattr(task.embed, limit)) > (most := getattr(config.embedder, limit)):
+                raise ConfigError(
+                    f"tasks.{name}.embed.{limit} is {own}, above embedder.{limit} {most}. Raise the latter."
+                )
     cosines = {"labeling.enabled": config.labeling.enabled, "questions.num_documents": bool(question_tasks(config))}
     if config.embedder.similarity == "dot" and (found := [setting for setting, is_set in cosines.items() if is_set]):
         raise ConfigError(

@@ -185,6 +185,17 @@ class TaskTrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskEmbed:
+    """Where texts of one task are embedded shorter than others: LLM-Embedder evaluates passages of 128 tokens with an
+    embedder trained on 256 (methods.md A.2). Training cuts all tasks at the embedder's limits."""
+
+    max_query_tokens: int = 0
+    """0: embedder.max_query_tokens, which is the most."""
+    max_document_tokens: int = 0
+    """0: embedder.max_document_tokens, which is the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """One task: instructions of both sides, and what each stage does with it."""
 
@@ -192,6 +203,7 @@ class TaskConfig:
     """Put before a query (methods.md A.2.1)."""
     document_instruction: str = ""
     """Put before a document."""
+    embed: TaskEmbed = field(default_factory=TaskEmbed, metadata={"later": True})
     questions: TaskQuestions = field(default_factory=TaskQuestions)
     mine: TaskMine = field(default_factory=TaskMine)
     mine_again: TaskMine | None = None

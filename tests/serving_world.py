@@ -71,7 +71,9 @@ def queries(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def index_of(root: Path, model: Path, rows: list[dict[str, Any]], num_shards: int = 3) -> Artifact:
+def index_of(
+    root: Path, model: Path, rows: list[dict[str, Any]], num_shards: int = 3, config: Config = CONFIG
+) -> Artifact:
     """Embeds and indexes documents as the stages do."""
     prepare = Artifact(root, ArtifactSpec(stage="prepare", version=1, config={"of": rows[0]["doc_id"]}, inputs={}))
     prepare.begin()
@@ -79,13 +81,13 @@ def index_of(root: Path, model: Path, rows: list[dict[str, Any]], num_shards: in
     prepare.write_shard(0, tables, Counts(rows_in=len(rows), ok=len(rows)))
     prepare.commit(1, seconds=0)
     asset = resolve(str(model))
-    embeddings = Artifact(root, embed_spec(CONFIG, asset, prepare))
+    embeddings = Artifact(root, embed_spec(config, asset, prepare))
     embeddings.begin()
-    worker = EmbedWorker(embeddings, prepare, str(asset.path), CONFIG.tasks, 4096, 1)
+    worker = EmbedWorker(embeddings, prepare, str(asset.path), config.tasks, 4096, 1)
     for shard in (0, 1):
         worker.run(shard)
     embeddings.commit(2, seconds=0, extra={"encoder": encoder_of(embeddings)})
-    index = Artifact(root, index_spec(CONFIG, embeddings))
+    index = Artifact(root, index_spec(config, embeddings))
     index.begin()
     cuts = [len(rows) * shard // num_shards for shard in range(num_shards + 1)]
     builder = IndexWorker(index, embeddings, cuts)

@@ -8,6 +8,7 @@ import yaml
 
 from llmr_ray.config import Config, training_seed
 from llmr_ray.data.splits import SPLITS_TOLD
+from llmr_ray.index.vectors import own_limits
 
 _COLUMNS = {
     "flag_embedding": "`query`, `pos`, `neg`; `pos_scores` and `neg_scores` are the rewards where the task has them. "
@@ -136,6 +137,10 @@ def model_card(
         *instructions,
         f"Queries are cut to {config.embedder.max_query_tokens} tokens, documents to "
         f"{config.embedder.max_document_tokens}.",
+        *(
+            f"Those of `{task}` were embedded up to {own[0]} and {own[1]}."
+            for task, own in own_limits(config, _tasks(config)).get("limits", {}).items()
+        ),
         "## Figures",
         *(
             [

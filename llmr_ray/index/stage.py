@@ -24,7 +24,15 @@ from llmr_ray.errors import DataError
 from llmr_ray.index import approximate, recall, shards
 from llmr_ray.index.approximate import is_approximate
 from llmr_ray.index.rows import read_rows
-from llmr_ray.index.vectors import encoder_of, how_pooled, is_unit_norm, to_matrix, to_table
+from llmr_ray.index.vectors import (
+    encoder_of,
+    how_pooled,
+    is_unit_norm,
+    max_tokens,
+    own_limits,
+    to_matrix,
+    to_table,
+)
 from llmr_ray.precision import resolve_precision
 
 EMBED_VERSION = 3
@@ -53,6 +61,7 @@ def embed_spec(config: Config, embedder: Asset, prepare: Artifact) -> ArtifactSp
                 task: [config.tasks[task].query_instruction, config.tasks[task].document_instruction] for task in tasks
             },
             "shard_rows": SHARD_ROWS,
+            **own_limits(config, tasks),
             **later_identity(config.embedder),
         },
         inputs={"embedder": embedder.fingerprint, "prepare": prepare.id},
@@ -109,15 +118,12 @@ class EmbedWorker:
 
         self.artifact, self.prepare, self.tasks = artifact, prepare, tasks
         self.batch_tokens, self.num_document_shards = batch_tokens, num_document_shards
-        self.max_tokens = {
-            "document": int(artifact.spec.config["max_document_tokens"]),
-            "query": int(artifact.spec.config["max_query_tokens"]),
-        }
+        settings = artifact.spec.config
         self.embedder = Embedder(
             embedder_path,
-            max_query_tokens=self.max_tokens["query"],
-            max_document_tokens=self.max_tokens["document"],
-            **how_pooled(artifact.spec.config),
+            max_query_tokens=max_tokens(settings, None, "query"),
+            max_document_tokens=max_tokens(settings, None, "document"),
+            **how_pooled(settings),
         )
 
     def run(self, shard: int) -> dict[str, Any]:
@@ -138,16 +144,15 @@ class EmbedWorker:
         )
 
     def _encode(self, texts: list[str], tasks: list[str], side: str) -> np.ndarray:
-        """Encodes texts of several tasks, each under its own task's instruction: float32 [N, D]."""
+        """Encodes texts of several tasks, each under its own task's instruction and limit: float32 [N, D]."""
         parts, order = [], []
         for task in sorted(set(tasks)):
             members = [row for row, name in enumerate(tasks) if name == task]
-            settings = self.tasks[task]
             parts.append(
                 self.embedder.encode(
                     [texts[row] for row in members],
-                    instruction=settings.instruction(side),
-                    max_tokens=self.max_tokens[side],
+                    instruction=self.tasks[task].instruction(side),
+                    max_tokens=max_tokens(self.artifact.spec.config, task, side),
                     batch_tokens=self.batch_tokens,
                 )
             )

@@ -1,6 +1,6 @@
 """Embeddings as Arrow tables (plain fixed_size_list<float32>, so that any tool reads them), and who made them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmr_ray.artifacts import Artifact, canonical_json
+from llmr_ray.config import Config
 from llmr_ray.errors import DataError
+
+SIDES = ("query", "document")
 
 _PAIRS = 65_536
 """Pairs whose vectors are side by side in memory at a time."""
@@ -48,6 +51,21 @@ def how_pooled(settings: Mapping[str, Any]) -> dict[str, Any]:
     not there was at its default."""
     names = ("pooling", "precision", "similarity", "pool_instruction")
     return {name: settings[name] for name in names if name in settings}
+
+
+def own_limits(config: Config, tasks: Iterable[str]) -> dict[str, dict[str, list[int]]]:
+    """Of the settings of an `embed` artifact, the tokens that queries and documents of a task are cut to, where a task
+    has limits of its own; nothing where none has."""
+    whole = [getattr(config.embedder, f"max_{side}_tokens") for side in SIDES]
+    limits = {task: [config.max_tokens(task, side) for side in SIDES] for task in tasks}
+    own = {task: both for task, both in limits.items() if both != whole}
+    return {"limits": own} if own else {}
+
+
+def max_tokens(settings: Mapping[str, Any], task: str | None, side: str) -> int:
+    """To how many tokens a task's texts are cut, by the settings of an `embed` artifact; None: a text of no task."""
+    own = settings.get("limits", {}).get(task)
+    return int(own[SIDES.index(side)] if own else settings[f"max_{side}_tokens"])
 
 
 def is_unit_norm(settings: Mapping[str, Any]) -> bool:

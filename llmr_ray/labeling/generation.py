@@ -23,6 +23,7 @@ from llmr_ray.data.text import document_text
 from llmr_ray.feedback.engine import asked_identity
 from llmr_ray.feedback.prompts import candidate_text
 from llmr_ray.feedback.requests import LLMClient, LLMRequest, LLMResult
+from llmr_ray.index.vectors import own_limits
 from llmr_ray.labeling.patterns import choose_demonstrations, cluster, draw_demonstrations, mask
 from llmr_ray.labeling.questions import (
     ANSWER_TOKENS,
@@ -77,7 +78,9 @@ def generate_spec(config: Config, *, llm: Asset, base: Asset, prepare: Artifact)
             "instructions": {
                 task: [config.tasks[task].query_instruction, config.tasks[task].document_instruction] for task in tasks
             },
-            "embedder": embedder | {"precision": resolve_precision(config.embedder.precision)},
+            "embedder": embedder
+            | own_limits(config, tasks)
+            | {"precision": resolve_precision(config.embedder.precision)},
             "questions_version": QUESTIONS_VERSION,
             "seed": config.seed,
         },

@@ -17,14 +17,13 @@ def text_encoder(model: str, config: Config) -> Encode:
     from llmr_ray.modeling.embedder import Embedder
 
     torch.set_num_threads(config.runtime.encode_threads)
-    limits = {"query": config.embedder.max_query_tokens, "document": config.embedder.max_document_tokens}
     embedder = Embedder(
         model,
         pooling=config.embedder.pooling,
         similarity=config.embedder.similarity,
         pool_instruction=config.embedder.pool_instruction,
-        max_query_tokens=limits["query"],
-        max_document_tokens=limits["document"],
+        max_query_tokens=config.embedder.max_query_tokens,
+        max_document_tokens=config.embedder.max_document_tokens,
         precision=config.embedder.precision,
     )
 
@@ -32,7 +31,7 @@ def text_encoder(model: str, config: Config) -> Encode:
         return embedder.encode(
             texts,
             instruction=config.tasks[task].instruction(side),
-            max_tokens=limits[side],
+            max_tokens=config.max_tokens(task, side),
             batch_tokens=config.runtime.encode_batch_tokens,
         )
 

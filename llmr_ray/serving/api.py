@@ -34,7 +34,7 @@ class Service:
         gate: through which every request goes.
         engine: searches.
         switcher: says which snapshot is served.
-        spec: the tasks and their instructions.
+        spec: the tasks and their prompts.
         scrape: the metrics of all processes; None: of this one.
     """
 
@@ -167,7 +167,7 @@ class Service:
             "model": self.name,
             "collection": settings.collection,
             "encoder": self.spec.encoder,
-            "tasks": sorted(self.spec.instructions),
+            "tasks": sorted(self.spec.prompts),
             "default_task": self._default_task,
             "reranker": self._reranker if settings.reranker else None,
             "version": version("llmr_ray"),
@@ -220,20 +220,20 @@ class Service:
 
     @property
     def _default_task(self) -> str | None:
-        only = list(self.spec.instructions)
+        only = list(self.spec.prompts)
         return self.settings.default_task or (only[0] if len(only) == 1 else None)
 
     def _task(self, task: str | None) -> str:
         chosen = task if task is not None else self._default_task
-        if chosen is None or chosen not in self.spec.instructions:
-            known = ", ".join(sorted(self.spec.instructions))
+        if chosen is None or chosen not in self.spec.prompts:
+            known = ", ".join(sorted(self.spec.prompts))
             raise RequestError(422, f"`task` must be one of: {known}.", code="unknown_task", param="task")
         return chosen
 
     def _models(self) -> dict[str, tuple[str | None, str]]:
         """Names of the embedder: plain, and with a task's instruction for queries or documents."""
         names: dict[str, tuple[str | None, str]] = {self.name: (None, "query")}
-        for task in sorted(self.spec.instructions):
+        for task in sorted(self.spec.prompts):
             names |= {f"{self.name}/{task}-{side}": (task, side) for side in ("query", "document")}
         return names
 

@@ -15,7 +15,7 @@ def canary_queries(root: Path, collection: str, spec: EncoderSpec, number: int) 
     Args:
         root: the artifact root.
         collection: its name.
-        spec: the queries' instructions.
+        spec: the queries' prompts.
         number: how many at the most.
     """
     for manifest in snapshots(root, collection, skip_damaged=True):
@@ -24,7 +24,7 @@ def canary_queries(root: Path, collection: str, spec: EncoderSpec, number: int) 
         found: list[tuple[float, Prompted]] = []
         for part in parts:
             for row in pq.read_table(part, columns=["query_id", "task", "query"]).to_pylist():
-                if row["task"] in spec.instructions:
+                if row["task"] in spec.prompts:
                     instruction, max_tokens = spec.prompt(row["task"], "query")
                     drawn = unit_hash("canary of a snapshot", row["query_id"])
                     found.append((drawn, (row["query"], instruction, max_tokens)))

@@ -12,16 +12,12 @@ from llmr_ray.artifacts import sha256_file
 from llmr_ray.assets import resolve
 from llmr_ray.config import Config
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.index.vectors import how_pooled
+from llmr_ray.index.vectors import SIDES, how_pooled, max_tokens
 from llmr_ray.modeling.embedder import fingerprint_of
 from llmr_ray.serving.settings import ServingSettings
 
 Prompted = tuple[str, str, int]
 """A text, the instruction before it, and the tokens it is cut to, instruction included."""
-
-SIDES = ("query", "document")
-
-_LIMITS = ("max_query_tokens", "max_document_tokens")
 
 MODEL_FILES = "files/embedder"
 """Where a checkpoint has its embedder."""
@@ -31,19 +27,19 @@ MODEL_FILES = "files/embedder"
 class EncoderSpec:
     """How the vectors of a collection were made, and so how its queries must be.
 
-    encoder: names it, as vectors.encoder_of does. path: the model's folder. pooled: vectors.how_pooled. instructions:
-    task -> side -> instruction.
+    encoder: names it, as vectors.encoder_of does. path: the model's folder. pooled: vectors.how_pooled. max_tokens:
+    side -> limit of texts of no task, the most of all. prompts: task -> side -> instruction and limit.
     """
 
     encoder: str
     path: str
     pooled: dict[str, Any]
     max_tokens: dict[str, int]
-    instructions: dict[str, dict[str, str]]
+    prompts: dict[str, dict[str, tuple[str, int]]]
 
     def prompt(self, task: str | None, side: str) -> tuple[str, int]:
         """Instruction and limit of a task's texts; without a task there is no instruction."""
-        return (self.instructions[task][side] if task is not None else "", self.max_tokens[side])
+        return self.prompts[task][side] if task is not None else ("", self.max_tokens[side])
 
 
 def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
@@ -58,20 +54,27 @@ def vector_settings(root: Path, manifest: dict[str, Any]) -> EncoderSpec:
     """
     specs = [_identity(root, segment) for segment in manifest["segments"]]
     config = specs[0]["config"]
-    instructions: dict[str, dict[str, str]] = {}
+    limits = {side: max_tokens(config, None, side) for side in SIDES}
+    prompts: dict[str, dict[str, tuple[str, int]]] = {}
     for spec in specs:
-        same = how_pooled(spec["config"]) == how_pooled(config)
-        same &= all(spec["config"][name] == config[name] for name in _LIMITS)
-        found = {task: dict(zip(SIDES, both, strict=True)) for task, both in spec["config"]["instructions"].items()}
-        if not same or any(instructions.get(task, both) != both for task, both in found.items()):
+        own = spec["config"]
+        same = how_pooled(own) == how_pooled(config)
+        same &= all(max_tokens(own, None, side) == limits[side] for side in SIDES)
+        found = {
+            task: {
+                side: (instruction, max_tokens(own, task, side)) for side, instruction in zip(SIDES, both, strict=True)
+            }
+            for task, both in own["instructions"].items()
+        }
+        if not same or any(prompts.get(task, both) != both for task, both in found.items()):
             raise DataError("the segments of a snapshot were embedded in different ways; no query fits them all.")
-        instructions |= found
+        prompts |= found
     return EncoderSpec(
         encoder=manifest["encoder"],
         path="",
         pooled=how_pooled(config),
-        max_tokens={side: config[f"max_{side}_tokens"] for side in SIDES},
-        instructions=instructions,
+        max_tokens=limits,
+        prompts=prompts,
     )
 
 
@@ -147,11 +150,11 @@ class TextEncoder:
         """Embeds n texts: float32 [n, D] in their order."""
         tokens: list[list[int]] = [[]] * len(prompted)
         groups: dict[tuple[str, int], list[int]] = {}
-        for row, (_, instruction, max_tokens) in enumerate(prompted):
-            groups.setdefault((instruction, max_tokens), []).append(row)
-        for (instruction, max_tokens), rows in groups.items():
+        for row, (_, instruction, most) in enumerate(prompted):
+            groups.setdefault((instruction, most), []).append(row)
+        for (instruction, most), rows in groups.items():
             texts = [prompted[row][0] for row in rows]
-            found = self._embedder.tokenize(texts, instruction=instruction, max_tokens=max_tokens)
+            found = self._embedder.tokenize(texts, instruction=instruction, max_tokens=most)
             for row, ids in zip(rows, found, strict=True):
                 tokens[row] = ids
         return self._embedder.infer(tokens, self._batch_tokens, np.empty((len(prompted), self.dimension), np.float32))

@@ -195,8 +195,8 @@ class Switcher:
         if manifest["encoder"] != self._spec.encoder:
             raise DataError("it was embedded by another model than the server's. Start a server for it.")
         spec = vector_settings(self._root, manifest)
-        own = self._spec.instructions
-        other = any(own.get(task, it) != it for task, it in spec.instructions.items())
+        own = self._spec.prompts
+        other = any(own.get(task, it) != it for task, it in spec.prompts.items())
         if other or spec.max_tokens != self._spec.max_tokens:
             raise DataError("its texts were cut or instructed otherwise than the server's. Start a server for it.")
         what = await self._engine.load(snapshot_id)
