@@ -187,10 +187,11 @@ def _packaged(name: str, cache: Path) -> Asset:
         )
     if not entry.file_sha256:
         return Asset(name, entry.kind, path, entry.package.sha256)
-    made_of = [entry.package.sha256, _CONVERTED_TO[path.suffix]]
+    precision = _CONVERTED_TO[path.suffix]
+    made_of = [entry.package.sha256, precision]
     if entry.like:
         made_of.append(CATALOGUE[entry.like].package.sha256)
-    converted = cache / f"{name}-{_CONVERTED_TO[path.suffix]}"
+    converted = cache / f"{name}-{precision}"
     if not converted.exists():
         like = [_packaged(entry.like, cache).path] if entry.like else []
         _make_once(converted, partial(_convert_in_subprocess, entry, folder, like))

@@ -26,6 +26,7 @@ from llmr_ray.durable import write_atomic
 from llmr_ray.errors import ConfigError, DataError, ResourceError
 from llmr_ray.evaluation import audit_page, endpoint, report
 from llmr_ray.evaluation.annotators import stage_of
+from llmr_ray.evaluation.metrics import relevance_by_query
 from llmr_ray.evaluation.published import check_names
 from llmr_ray.feedback import planning
 from llmr_ray.feedback import stage as feedback
@@ -310,13 +311,10 @@ def evaluate_endpoint(path: str, overrides: list[str], url: str, key: str, metho
     config = loading.load(path, overrides)
     pipeline = Pipeline(config, terminal(quiet=True))
     evaluated = pipeline.by_name["evaluate"].artifact
-    qrels: dict[str, dict[str, int]] = {}
-    for row in pipeline.prepared.read("qrels").to_pylist():
-        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
     with Client(url, key) as client:
         found = endpoint.compare(
             pipeline.prepared.read("queries").to_pylist(),
-            qrels,
+            relevance_by_query(pipeline.prepared.read("qrels")),
             evaluated.read("run"),
             method,
             client,

@@ -25,7 +25,7 @@ from llmr_ray.data.scope import scopes
 from llmr_ray.data.splits import lowest, unit_hash
 from llmr_ray.data.text import document_texts
 from llmr_ray.durable import write_atomic
-from llmr_ray.evaluation.metrics import retrieval_values
+from llmr_ray.evaluation.metrics import relevance_by_query, retrieval_values
 from llmr_ray.modeling.encoding import Encode, text_encoder
 from llmr_ray.ticking import ticking
 from llmr_ray.training import checkpoint
@@ -75,9 +75,7 @@ def look_sets(prepare: Artifact, num_queries: int) -> list[LookSet]:
     """
     queries, qrels = prepare.read("queries"), prepare.read("qrels")
     places = prepare.read("corpus", columns=["doc_id", "pool", "position"])
-    relevant: dict[str, dict[str, int]] = {}
-    for row in qrels.filter(pc.greater(qrels["relevance"], 0)).to_pylist():
-        relevant.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
+    relevant = relevance_by_query(qrels.filter(pc.greater(qrels["relevance"], 0)))
     dev = queries.filter(pc.equal(queries["split"], "dev"))
     dev = dev.filter(pc.is_in(dev["query_id"], value_set=pa.array(list(relevant), pa.string())))
     made = []

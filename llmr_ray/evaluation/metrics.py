@@ -4,6 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import ir_measures
 import numpy as np
+import pyarrow as pa
+
+
+def relevance_by_query(qrels: pa.Table) -> dict[str, dict[str, int]]:
+    """The `qrels` table as query id -> document id -> relevance."""
+    found: dict[str, dict[str, int]] = {}
+    for row in qrels.to_pylist():
+        found.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
+    return found
 
 
 def trec_scores(scores: Sequence[float]) -> np.ndarray:

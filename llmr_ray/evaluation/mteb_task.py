@@ -15,6 +15,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from llmr_ray.artifacts import Artifact
 from llmr_ray.data.text import document_texts
 from llmr_ray.errors import DataError
+from llmr_ray.evaluation.metrics import relevance_by_query
 
 
 class RunRetrieval(AbsTaskRetrieval):
@@ -22,22 +23,21 @@ class RunRetrieval(AbsTaskRetrieval):
 
     data_loaded: bool
 
-    def __init__(self, prepare: Artifact, dataset: str) -> None:
-        self._prepare, self._of = prepare, dataset
+    def __init__(self, prepare: Artifact, queries: pa.Table, relevant: dict[str, dict[str, int]]) -> None:
+        self._prepare, self._queries, self._relevant = prepare, queries, relevant
         super().__init__()
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Reads corpus, queries and labels into memory, as MTEB wants them."""
+        """Reads the corpus into memory, as MTEB wants it."""
         if self.data_loaded:
             return
         [split] = self.metadata.eval_splits
-        queries, relevant = _labelled(self._prepare, self._of, split)
+        queries = self._queries
         corpus = self._prepare.read("corpus", columns=["doc_id", "pool", "title", "text"])
         corpus = corpus.filter(pc.equal(corpus["pool"], queries["pool"][0]))
-        texts = document_texts(corpus.select(["title", "text"]))
-        documents = Dataset.from_dict({"id": corpus["doc_id"].to_pylist(), "text": list(texts)})
+        documents = Dataset.from_dict({"id": corpus["doc_id"].to_pylist(), "text": document_texts(corpus)})
         asked = Dataset.from_dict({"id": queries["query_id"].to_pylist(), "text": queries["query"].to_pylist()})
-        part = {"corpus": documents, "queries": asked, "relevant_docs": relevant, "top_ranked": None}
+        part = {"corpus": documents, "queries": asked, "relevant_docs": self._relevant, "top_ranked": None}
         self.dataset = {"default": {split: part}}
         self.data_loaded = True
 
@@ -55,7 +55,7 @@ def retrieval_task(prepare: Artifact, dataset: str, *, split: str = "test", lang
         DataError: the data set has no labelled query of the split, or its queries are searched in documents of their
             own (a dialogue's turns), which a task of MTEB cannot say.
     """
-    _labelled(prepare, dataset, split)
+    queries, relevant = _labelled(prepare, dataset, split)
     metadata = TaskMetadata(
         name=dataset,
         description=f"Queries of '{dataset}' over the documents that an llmr_ray run prepared.",
@@ -67,17 +67,17 @@ def retrieval_task(prepare: Artifact, dataset: str, *, split: str = "test", lang
         main_score="ndcg_at_10",
     )
     kind: type[RunRetrieval] = type(dataset, (RunRetrieval,), {"metadata": metadata})
-    return kind(prepare, dataset)
+    return kind(prepare, queries, relevant)
 
 
 def _labelled(prepare: Artifact, dataset: str, split: str) -> tuple[pa.Table, dict[str, dict[str, int]]]:
     """The labelled queries of a data set's split, and the relevance of documents by query."""
-    queries = prepare.read("queries")
-    queries = queries.filter(pc.and_(pc.equal(queries["dataset"], dataset), pc.equal(queries["split"], split)))
-    qrels = prepare.read("qrels")
-    queries = queries.filter(pc.is_in(queries["query_id"], value_set=pc.unique(qrels["query_id"])))
+    known_queries, relevant = prepare.read("queries"), relevance_by_query(prepare.read("qrels"))
+    is_of_split = pc.and_(pc.equal(known_queries["dataset"], dataset), pc.equal(known_queries["split"], split))
+    queries = known_queries.filter(is_of_split)
+    queries = queries.filter(pc.is_in(queries["query_id"], value_set=pa.array(list(relevant), pa.string())))
     if not queries.num_rows:
-        known = pc.unique(prepare.read("queries")["dataset"]).to_pylist()
+        known = pc.unique(known_queries["dataset"]).to_pylist()
         raise DataError(
             f"{prepare.id} has no labelled queries of '{dataset}' in the split {split}, so nothing can be measured. "
             f"It has queries of {', '.join(sorted(known))}; labels come with tools, passages and labelled turns alone."
@@ -87,8 +87,4 @@ def _labelled(prepare: Artifact, dataset: str, split: str) -> tuple[pa.Table, di
             f"queries of '{dataset}' are searched in documents of their own, a dialogue's or a text's past, but a task "
             "of MTEB searches all documents for every query. Take its figures from the run's report."
         )
-    relevant: dict[str, dict[str, int]] = {query_id: {} for query_id in queries["query_id"].to_pylist()}
-    for row in qrels.to_pylist():
-        if row["query_id"] in relevant:
-            relevant[row["query_id"]][row["doc_id"]] = row["relevance"]
-    return queries, relevant
+    return queries, {query_id: relevant[query_id] for query_id in queries["query_id"].to_pylist()}

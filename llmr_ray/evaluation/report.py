@@ -180,9 +180,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     methods = in_order({method for table in arranged for method in table.methods})
     result = result_of(methods)
     compared = f"difference: {_short(result)} minus {_short('base')}".lower()
-    view = TerminalTable(
-        title=f"{results['name']}: {SPLITS_TOLD[results.get('split', 'test')]} figures ({compared}, 95% interval)"
-    )
+    view = TerminalTable(title=f"{results['name']}: {SPLITS_TOLD[results['split']]} figures ({compared}, 95% interval)")
     for heading in ("data set", "measure", "n"):
         view.add_column(heading, no_wrap=True)
     for method in methods:
@@ -325,7 +323,7 @@ def _html(config: Config, artifacts: dict[str, Artifact], results: dict[str, Any
     return render(
         "report.html.j2",
         **{key: results[key] for key in ("name", "command", "commit", "seed", "stages")},
-        split=SPLITS_TOLD[config.evaluate.split],
+        split=SPLITS_TOLD[results["split"]],
         embedder=config.embedder.model,
         llm=config.llm.model,
         # The difference to the base embedder alone stands in the first table.

@@ -28,6 +28,7 @@ from llmr_ray.data.text import document_texts
 from llmr_ray.errors import ConfigError
 from llmr_ray.evaluation import examples, knowledge, memory, questions, reading
 from llmr_ray.evaluation.baselines import eligible, kmeans_topk, random_topk, recency_topk
+from llmr_ray.evaluation.metrics import relevance_by_query
 from llmr_ray.evaluation.protocols import (
     SCENARIOS,
     Ask,
@@ -152,7 +153,7 @@ def run_evaluate(
     """
     started = time.monotonic()
     if artifact.pending(1):
-        qrels = _qrels(prepare)
+        qrels = relevance_by_query(prepare.read("qrels"))
         queries, llm_ids = _select(prepare, qrels, config.evaluate)
         places = prepare.read("corpus", columns=["doc_id", "pool", "position", "meta"])
         rankings = _found(config, queries, prepare, places, embeddings, indexes)
@@ -179,13 +180,6 @@ def run_evaluate(
 
 
 # --- what is evaluated -----------------------------------------------------------------------------------------------
-
-
-def _qrels(prepare: Artifact) -> dict[str, dict[str, int]]:
-    labels: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in prepare.read("qrels").to_pylist():
-        labels[row["query_id"]][row["doc_id"]] = row["relevance"]
-    return dict(labels)
 
 
 def _select(prepare: Artifact, qrels: Mapping[str, object], settings: EvaluateConfig) -> tuple[pa.Table, set[str]]:

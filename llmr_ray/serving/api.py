@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from llmr_ray.index.filters import All, Filter, FilterError, parse_filter
+from llmr_ray.index.vectors import SIDES
 from llmr_ray.serving import protocol
 from llmr_ray.serving.engine import Engine, Retrieved
 from llmr_ray.serving.gate import Call, Gate, Work
@@ -234,7 +235,7 @@ class Service:
         """Names of the embedder: plain, and with a task's instruction for queries or documents."""
         names: dict[str, tuple[str | None, str]] = {self.name: (None, "query")}
         for task in sorted(self.spec.prompts):
-            names |= {f"{self.name}/{task}-{side}": (task, side) for side in ("query", "document")}
+            names |= {f"{self.name}/{task}-{side}": (task, side) for side in SIDES}
         return names
 
     @property

@@ -18,6 +18,7 @@ from llmr_ray.conversion import convert_onnx
 from llmr_ray.errors import ResourceError
 from llmr_ray.modeling.cross_encoder import CrossEncoder
 from llmr_ray.modeling.embedder import Embedder, fingerprint_of
+from tests.sentences import TEXTS
 from tests.tiny import tiny_bert
 
 TOKENS = [[2, 5, 9, 13, 7, 3], [2, 30, 3], [2, 8, 8, 21, 3]]
@@ -180,14 +181,7 @@ def test_settings_of_another_family_are_refused(exported, tmp_path, setting, val
 
 
 # By onnxruntime 1.32.0 from the package's own file: mean-pooled, of unit norm, the first six numbers of each text and
-# the last one's products with all.
-TEXTS = [
-    "Paris is the capital of France.",
-    "capital of France",
-    "A recipe for sourdough bread needs flour, water, salt and time.",
-    "the",
-    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 3,
-]
+# the last one's products with all (tests/sentences.py).
 FIRST = [
     [0.0075248, 0.0739647, -0.1342271, 0.0052891, -0.011937, 0.0263731],
     [0.0201816, 0.0514853, -0.1131218, 0.0013764, 0.0369362, -0.0122515],

@@ -10,15 +10,9 @@ from llmr_ray.modeling import int8
 from llmr_ray.modeling.embedder import Embedder
 from llmr_ray.modeling.int8_kernels import round_rows
 from llmr_ray.precision import training_precision
+from tests.sentences import TEXTS
 
 LIMITS = {"max_query_tokens": 32, "max_document_tokens": 64}
-TEXTS = [
-    "Paris is the capital of France.",
-    "capital of France",
-    "A recipe for sourdough bread needs flour, water, salt and time.",
-    "the",
-    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 3,
-]
 
 needs_8_bits = pytest.mark.skipif(not int8.cpu_has(*int8.FAST), reason="this processor lacks fast 8-bit products")
 

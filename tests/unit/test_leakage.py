@@ -268,7 +268,7 @@ def test_the_terminal_tells_what_training_holds(tmp_path):
     found = compared(tmp_path, prepare).read("leakage")
     console = Console(file=io.StringIO(), width=200)
     leakage = leakage_figures(found, prepare.read("queries"), {})
-    print_table({"name": "x", "rows": [], "stages": [], "leakage": leakage}, console)
+    print_table({"name": "x", "split": "test", "rows": [], "stages": [], "leakage": leakage}, console)
     told = console.file.getvalue()
     assert "nq: of 4 test queries among training queries: 1 same text, 1 near copy, 1 near but for numbers" in told
     assert "piqa: of 1 test queries among examples that may be retrieved: 1 same text" in told
