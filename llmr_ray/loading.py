@@ -220,7 +220,7 @@ def _check_run(config: Config) -> None:
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
-        check_labels(name, task.score)
+        check_labels(name, task)
         check_questions(name, task.questions)
         unasked = task.score.same_task or task.score.same_label or task.score.num_first
         if unasked and not config.reward_model.model:

@@ -103,9 +103,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("flags", _strings(), nullable=True),
         ]
     ),
-    # Where a rule put a document below all that have a reward, it has none, and reward_source is the rule.
+    # Where a rule put a document below all that have a reward, it has none, and reward_source is the rule. evidence:
+    # what the LLM quoted for its label.
     "rewards": pa.schema(
-        [_field("query_id", _S), _field("doc_id", _S), _field("reward", _F, nullable=True), _field("reward_source", _S)]
+        [
+            _field("query_id", _S),
+            _field("doc_id", _S),
+            _field("reward", _F, nullable=True),
+            _field("reward_source", _S),
+            _field("evidence", _S, nullable=True),
+        ]
     ),
     # The full candidate pool of a query; what a training step uses is sampled at batch time. roles: "gold",
     # "candidate" or "same_label" (groups.py). rewards is null for tasks trained on labels alone, and holds null for a
@@ -124,7 +131,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     # Graded labels of relevance, 0, 0.5 or 1 (ARL2). Null: the LLM was asked and gave none. confidence: of a
-    # retriever's pseudo-label, the probability that it is right.
+    # retriever's pseudo-label, the probability that it is right. evidence: what the LLM quoted for its label.
     "labels": pa.schema(
         [
             _field("query_id", _S),
@@ -133,6 +140,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("source", _S),
             _field("round", _I),
             _field("confidence", pa.float64(), nullable=True),
+            _field("evidence", _S, nullable=True),
         ]
     ),
     # What became of each pair in a round of labelling (labeling/selection.py).
@@ -168,7 +176,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-LATER: dict[str, list[str]] = {"llm_scores": ["label", "evidence", "flags"], "metrics": ["stratum"]}
+LATER: dict[str, list[str]] = {
+    "llm_scores": ["label", "evidence", "flags"],
+    "rewards": ["evidence"],
+    "labels": ["evidence"],
+    "metrics": ["stratum"],
+}
 """Nullable columns that came after artifacts had been written: where they are missing, all is null."""
 
 KEYS: dict[str, list[str]] = {

@@ -101,6 +101,9 @@ class TaskGroup:
     pseudo_weight: float = later(1.0)
     """What a label that the retriever gave itself weighs in the losses of graded labels, beside one of the LLM at 1
     (methods.md C.3). 0: it is a document of the group whose label nothing is learned from."""
+    evidence_weight: float = later(0.0)
+    """label only: what the LLM quotes from a document that it labels 1 is a positive of its own, which weighs this in
+    the losses of graded labels (methods.md C.2 (i): 0.5). 0: quotes only check labels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ def answers_to(decisions, label_of):
             "query_id": pa.array([row["query_id"] for row in asked], pa.string()),
             "doc_id": pa.array([row["doc_id"] for row in asked], pa.string()),
             "label": pa.array([label_of(row) for row in asked], pa.float32()),
+            "evidence": pa.array([f"quote of {row['doc_id']}" for row in asked], pa.string()),
         }
     )
 

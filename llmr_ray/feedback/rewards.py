@@ -106,6 +106,7 @@ def reward_rows(
                     "doc_id": row["doc_id"],
                     "reward": row["label" if is_label else "llm_score"],
                     "reward_source": row["error"] or ("label" if is_label else "llm"),
+                    "evidence": row["evidence"] if is_label else None,
                 }
             )
     return _comparable(rewarded.values(), counts)
@@ -123,7 +124,7 @@ def given_rewards(given: pa.Table, source: str) -> tuple[pa.Table, Counts]:
     counts = Counts(rows_in=len(pairs), ok=len(rewards))
     if len(rewards) < len(pairs):
         counts.skipped[_TOO_FEW] = len(pairs) - len(rewards)
-    return rewards.to_arrow().cast(SCHEMAS["rewards"]), counts
+    return rewards.with_columns(evidence=pl.lit(None, pl.String)).to_arrow().cast(SCHEMAS["rewards"]), counts
 
 
 def _comparable(rewarded: Iterable[list[dict[str, object]]], counts: Counts) -> tuple[list[dict[str, object]], Counts]:

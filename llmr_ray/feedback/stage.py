@@ -95,6 +95,7 @@ def reward_spec(config: Config, prepare: Artifact, llm_scores: Artifact) -> Arti
         config={
             "kinds": {task: settings.feedback for task, settings in feedback_tasks(config).items()},
             **({"given": given} if (given := given_tasks(config)) else {}),
+            **({"evidence": True} if any(task.group.evidence_weight for task in config.tasks.values()) else {}),
         },
         inputs={"prepare": prepare.id, "llm_scores": llm_scores.id},
     )

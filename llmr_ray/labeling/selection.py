@@ -277,7 +277,8 @@ def settle(
 
     Args:
         decisions: of `decide`.
-        answers: of the LLM; columns query_id, doc_id, label (0, 0.5 or 1), and no other pairs than were asked about.
+        answers: of the LLM; columns query_id, doc_id, label (0, 0.5 or 1), evidence (null: none was quoted), and no
+            other pairs than were asked about.
         thresholds: that `decide` was given.
         settings: of the rounds.
         annotator: the source of the answers.
@@ -286,7 +287,7 @@ def settle(
         DataError: an answer to what was not asked.
     """
     frame = frame_of(decisions, decisions.column_names)
-    said = frame_of(answers, [*PAIR, "label"]).filter(pl.col("label").is_not_null())
+    said = frame_of(answers, [*PAIR, "label", "evidence"]).filter(pl.col("label").is_not_null())
     strays = said.join(frame.filter(pl.col("decision") == ASK), on=PAIR, how="anti")
     if len(strays):
         raise DataError(f"the LLM labelled {strays.select(PAIR).row(0)}, which this round did not ask about.")
@@ -314,7 +315,7 @@ def settle(
     what = pl.when(taken_back | in_vain).then(pl.lit(LEAVE)).otherwise("decision")
     frame = frame.with_columns(decision=what, reason=why)
     return Settled(
-        decisions=conform(frame.drop("label", "was_asked").to_arrow(), "decisions"),
+        decisions=conform(frame.drop("label", "evidence", "was_asked").to_arrow(), "decisions"),
         new_labels=_new_labels(frame, annotator),
         thresholds=tightened,
         audit=Audit(
@@ -349,6 +350,7 @@ def _new_labels(settled: pl.DataFrame, annotator: str) -> pa.Table:
         source=pl.when(is_pseudo).then(pl.lit(RETRIEVER)).otherwise(pl.lit(annotator)),
         round="round",
         confidence=pl.when(is_pseudo).then(pl.when(is_one).then(p).otherwise(1 - p)),
+        evidence="evidence",
     )
     return conform(rows.to_arrow(), "labels")
 

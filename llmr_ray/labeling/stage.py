@@ -46,7 +46,7 @@ from llmr_ray.labeling.simulation import annotate, gold_labels, label_quality
 from llmr_ray.schemas import PSEUDO, conform, table_of
 
 SELECT_VERSION = 3
-LABEL_VERSION = 3
+LABEL_VERSION = 4
 GOLD_VERSION = 2
 
 EARLIER = "earlier"
@@ -367,7 +367,7 @@ def run_label(
     settings, told = config.labeling, selected.require()["extra"]
     decisions = selected.read("decisions")
     scores = llm_scores.read("llm_scores")
-    answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label"])
+    answers = scores.filter(pc.equal(scores["kind"], "label")).select([*PAIR, "label", "evidence"])
     settled = settle(decisions, answers, _thresholds(told["thresholds"]), settings, annotator=settings.annotator)
     before = table_of("labels", []) if labels is None else labels.read("labels")
     after = before if told.get("stop") else next_labels(before, settled.new_labels)
@@ -430,6 +430,7 @@ def _rewards(labels: pa.Table, calibration_fraction: float) -> pa.Table:
             **{name: row[name] for name in PAIR},
             "reward": row["label"],
             "reward_source": PSEUDO if row["source"] == RETRIEVER else "label",
+            "evidence": row["evidence"],
         }
         for row in labels.to_pylist()
         if row["label"] is not None and not is_calibration(row["query_id"], calibration_fraction)

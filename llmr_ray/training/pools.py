@@ -90,6 +90,16 @@ def pool_of(docs: list[str], roles: list[str], rewards: list[float | None] | Non
     )
 
 
+Quotes = Mapping[tuple[str, str], str]
+"""What the LLM quoted for its label 1, by query and document."""
+
+
+def quotes(rewards: pa.Table) -> Quotes:
+    """Of a table of rewards. A label stays 1 only where its evidence was found in the document (feedback/labels.py)."""
+    fully = rewards.filter(pc.and_(pc.equal(rewards["reward"], 1), pc.greater(pc.utf8_length(rewards["evidence"]), 0)))
+    return {(query_id, doc_id): text for query_id, doc_id, text in frame_of(fully, [*PAIR, "evidence"]).iter_rows()}
+
+
 def group_row(
     query: dict[str, Any],
     task: TaskConfig | None,
@@ -97,6 +107,7 @@ def group_row(
     corpus: pa.Table,
     *,
     is_classification: bool = False,
+    quoted: Quotes | None = None,
 ) -> tuple[dict[str, Any] | str, int]:
     """A row of the groups table, or the reason why a query cannot train; and how many documents lacked a reward.
 
@@ -106,6 +117,7 @@ def group_row(
         found: the query's entry of `join_pools`; None where there is none.
         corpus: what `join_pools` was given; of a classification with `meta`.
         is_classification: whether documents of the query's label are to be told apart, where the task wants that.
+        quoted: what is a positive beside the documents that it stands in, where the task gives it a weight.
     """
     if task is None:
         return "task_does_not_train", 0
@@ -137,20 +149,23 @@ def group_row(
     )
     if reason is not None:
         return reason, without
+    doc_ids = [found["doc_id"][n] for n in places]
+    weights = [task.group.pseudo_weight if found["source"][n] == PSEUDO else 1.0 for n in places]
     row: dict[str, Any] = {name: query[name] for name in ("query_id", "task", "dataset", "query")}
-    row |= {"doc_ids": [found["doc_id"][n] for n in places], "docs": docs, "roles": roles, "rewards": rewards}
-    row["weights"] = _weights([found["source"][n] for n in places], task.group.pseudo_weight) if needs_rewards else None
+    row |= {"doc_ids": doc_ids, "docs": docs, "roles": roles, "rewards": rewards}
+    if quoted and rewards is not None and task.group.evidence_weight:
+        for doc_id in [name for name in doc_ids if (query["query_id"], name) in quoted]:
+            doc_ids.append(f"{doc_id}#evidence")
+            docs.append(quoted[query["query_id"], doc_id])
+            roles.append(GOLD)
+            rewards.append(1.0)
+            weights.append(task.group.evidence_weight)
+    row["weights"] = weights if needs_rewards and set(weights) != {1.0} else None
     return row, without
 
 
 def _has_its_label(document: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
     return is_own_example(document, query) and not has_other_label(document, query)
-
-
-def _weights(sources: list[str | None], pseudo_weight: float) -> list[float] | None:
-    """What each reward weighs, or None where all weigh 1."""
-    weights = [pseudo_weight if source == PSEUDO else 1.0 for source in sources]
-    return None if set(weights) <= {1.0} else weights
 
 
 def write_groups(

@@ -21,7 +21,7 @@ from llmr_ray.precision import training_precision
 from llmr_ray.training import running
 from llmr_ray.training.bi_encoder import EmbedderRecipe, instructions_of
 from llmr_ray.training.groups import SAME_LABEL
-from llmr_ray.training.pools import group_row, join_pools, named_documents, write_groups
+from llmr_ray.training.pools import group_row, join_pools, named_documents, quotes, write_groups
 
 GROUP_VERSION = 4
 TRAIN_VERSION = 5
@@ -89,7 +89,9 @@ def run_group(config: Config, artifact: Artifact, prepare: Artifact, candidates:
     queries = queries.filter(pc.equal(queries["split"], "train"))
     qrels, mined = prepare.read("qrels"), candidates.read("candidates")
     documents = named_documents(prepare, qrels, mined, ["title", "text", "meta"])
-    pools = join_pools(qrels, mined, rewards.read("rewards"), documents)
+    rewarded = rewards.read("rewards")
+    pools = join_pools(qrels, mined, rewarded, documents)
+    quoted = quotes(rewarded) if any(task.group.evidence_weight for task in tasks.values()) else {}
     labelled = classifications(queries)
     seen = Counter[str]()
 
@@ -100,6 +102,7 @@ def run_group(config: Config, artifact: Artifact, prepare: Artifact, candidates:
             pools.get(query["query_id"]),
             documents,
             is_classification=query["dataset"] in labelled,
+            quoted=quoted,
         )
         seen["documents_without_reward"] += without
         if not isinstance(row, str):

@@ -1,5 +1,7 @@
 """Runs of the real command in processes of its own."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from llmr_ray.cluster import lives
@@ -19,18 +23,19 @@ TINY = Path(__file__).with_name("tiny.yaml")
 
 @dataclass
 class Runner:
-    """`llmr run tests/e2e/tiny.yaml` with artifacts and runs in `folder`."""
+    """`llmr run` of a configuration that is named as its file is, with artifacts and runs in `folder`."""
 
     folder: Path
+    config: Path = TINY
     left: list[psutil.Process] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / "tiny"
+        return self.folder / "runs" / self.config.stem
 
     def command(self, *extra: str) -> list[str]:
         places = [f"runtime.artifact_root={self.folder / 'artifacts'}", f"runtime.run_root={self.folder / 'runs'}"]
-        return [sys.executable, "-m", "llmr_ray", "run", str(TINY), *places, *extra]
+        return [sys.executable, "-m", "llmr_ray", "run", str(self.config), *places, *extra]
 
     def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*extra), capture_output=True, text=True, timeout=900, env=environment())
@@ -75,6 +80,70 @@ class Runner:
             time.sleep(0.5)
         self.left = left
         return code
+
+    def finished(self) -> dict[str, int]:
+        """When the manifest of each finished artifact was written, by the artifact's id."""
+        paths = (self.folder / "artifacts").glob("*/*/manifest.json")
+        return {f"{path.parts[-3]}/{path.parts[-2]}": path.stat().st_mtime_ns for path in paths}
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The checksums of all artifacts: equal files mean an equal run to the last bit."""
+        return {
+            name: json.loads((self.folder / "artifacts" / name / "manifest.json").read_text())["files"]
+            for name in self.finished()
+        }
+
+    def answers(self, since: int = 0) -> list[bytes]:
+        """The keys of what the LLM answered after a time."""
+        paths = self.folder.glob("artifacts/llm_store/**/*.parquet")
+        new = [path for path in paths if path.stat().st_mtime_ns > since]
+        return [key for path in new for key in pq.read_table(path, columns=["key"])["key"].to_pylist()]
+
+    def at_work(self, stage: str, number: int) -> list[Path]:
+        """The artifact of a stage in its `number`-th round, while it is unfinished."""
+        folders = list((self.folder / "artifacts" / stage).glob("*"))
+        return [path for path in folders if not (path / "manifest.json").exists()] if len(folders) == number else []
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return dict(json.loads((self.run_dir / "results.json").read_text()))
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Each stage's artifact and accounting."""
+        return {stage["stage"]: stage for stage in self.results["stages"]}
+
+    def rows(self, stage: str, table: str) -> list[dict[str, Any]]:
+        folder = self.folder / "artifacts" / self.stages[stage]["artifact"]
+        parts = sorted(folder.glob(f"parts/{table}-*.parquet"))
+        return [row for path in parts for row in pq.read_table(path).to_pylist()]
+
+    def pairs(self, stage: str, table: str, value: str) -> dict[tuple[str, str], Any]:
+        rows = self.rows(stage, table)
+        found = {(row["query_id"], row["doc_id"]): row[value] for row in rows}
+        assert len(found) == len(rows) > 0
+        return found
+
+
+def kill_all(driver: psutil.Process) -> None:
+    """SIGKILL to the driver and to everything that it started, Ray included."""
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
+            process.kill()
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def named(title: str) -> Callable[[psutil.Process], psutil.Process]:
+    def find(driver: psutil.Process) -> psutil.Process:
+        return next(child for child in driver.children(recursive=True) if title in title_of(child))
+
+    return find
 
 
 def environment() -> dict[str, str]:

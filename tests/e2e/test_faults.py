@@ -2,7 +2,6 @@
 twice."""
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -18,21 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmr_ray.cluster import lives
-from tests.e2e.conftest import Runner
+from tests.e2e.conftest import Runner, named, title_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def store_rows(runner: Runner) -> list[str]:
-    return [
-        key
-        for path in (runner.folder / "artifacts" / "llm_store").rglob("*.parquet")
-        for key in pq.read_table(path, columns=["key"])["key"].to_pylist()
-    ]
-
-
 def scoring_began(runner: Runner) -> bool:
-    return len(store_rows(runner)) > 20
+    return len(runner.answers()) > 20
 
 
 def training_began(runner: Runner) -> bool:
@@ -147,40 +138,19 @@ def test_train_worker_told_to_stop(prepared: Runner) -> None:
     assert steps(prepared) == list(range(60))
 
 
-def named(title: str) -> Callable[[psutil.Process], psutil.Process]:
-    def find(driver: psutil.Process) -> psutil.Process:
-        return next(child for child in driver.children(recursive=True) if title in _title(child))
-
-    return find
-
-
-def results(runner: Runner) -> list[dict]:
-    rows = json.loads((runner.run_dir / "results.json").read_text())["rows"]
-    assert isinstance(rows, list)
-    return rows
-
-
-def files(runner: Runner) -> dict[str, dict]:
-    """The checksums of all artifacts: equal files mean an equal run to the last bit."""
-    return {
-        str(path.parent.relative_to(runner.folder / "artifacts")): json.loads(path.read_text())["files"]
-        for path in (runner.folder / "artifacts").glob("*/*/manifest.json")
-    }
-
-
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("when", [scoring_began, training_began], ids=["scoring", "training"])
 def test_killed_driver(runner: Runner, finished: Runner, when: Callable[[Runner], bool]) -> None:
     """The machine of the driver dies: the same command goes on where the last commit was."""
     assert runner.run_and_kill(when, lambda driver: driver) != 0
-    paid = store_rows(runner)
+    paid = runner.answers()
     done = runner.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = store_rows(runner)
+    rows = runner.answers()
     assert set(paid) <= set(rows)
     assert len(rows) == len(set(rows)), "a committed LLM score was paid for again"
-    assert files(runner) == files(finished)
-    assert results(runner) == results(finished)
+    assert runner.files() == finished.files()
+    assert runner.results["rows"] == finished.results["rows"]
 
 
 @pytest.mark.timeout(1800)
@@ -197,9 +167,9 @@ def test_killed_worker(
 ) -> None:
     """A worker dies: the run replaces it and ends by itself with the artifacts of an undisturbed run."""
     assert runner.run_and_kill(when, victim) == 0, runner.log
-    rows = store_rows(runner)
+    rows = runner.answers()
     assert len(rows) == len(set(rows)), "a committed LLM score was paid for again"
-    assert files(runner) == files(finished)
+    assert runner.files() == finished.files()
 
 
 @pytest.mark.timeout(1800)
@@ -219,7 +189,7 @@ def test_lost_ray(runner: Runner, finished: Runner, daemon: str) -> None:
     assert "run the same command again: llmr run" in runner.log
     done = runner.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert files(runner) == files(finished)
+    assert runner.files() == finished.files()
 
 
 @pytest.mark.timeout(1800)
@@ -231,7 +201,7 @@ def test_random_kills(runner: Runner, finished: Runner) -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end and lives(driver):
             with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
-                titles = {child: _title(child) for child in driver.children(recursive=True)}
+                titles = {child: title_of(child) for child in driver.children(recursive=True)}
                 # Ray itself does not outlive its agents.
                 workers = [child for child, title in titles.items() if "ray::" in title and "Agent" not in title]
                 if workers:
@@ -239,16 +209,9 @@ def test_random_kills(runner: Runner, finished: Runner) -> None:
             time.sleep(rng.uniform(3, 8))
 
     assert runner.run_disturbed(scoring_began, disturb) == 0, runner.log
-    rows = store_rows(runner)
+    rows = runner.answers()
     assert len(rows) == len(set(rows)), "a committed LLM score was paid for again"
-    assert files(runner) == files(finished)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
+    assert runner.files() == finished.files()
 
 
 @pytest.mark.timeout(1800)
@@ -273,7 +236,7 @@ def test_full_disk(runner: Runner, finished: Runner, folder: str, kilobytes: int
         _mount("-o", "remount,size=4g", str(disk))
         done = runner.run()
         assert done.returncode == 0, done.stdout + done.stderr
-        assert files(runner) == files(finished)
+        assert runner.files() == finished.files()
         assert not [path for path in _all(disk) if ".tmp-" in path.name], "what could not be written was left behind"
     finally:
         subprocess.run(["umount", str(disk)], check=True)

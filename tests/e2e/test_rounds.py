@@ -1,21 +1,15 @@
 """Two rounds of LLM-R, all parts real, killed twice in the second round: nothing is lost, done again or paid twice."""
 
-import contextlib
-import json
 import math
 import re
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import psutil
-import pyarrow.parquet as pq
 import pytest
 from scipy.stats import kendalltau
 
-from tests.e2e.conftest import TINY, Runner
+from tests.e2e.conftest import TINY, Runner, kill_all
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -37,52 +31,9 @@ class LLMR(Runner):
     said: str = ""
     """What the last start printed."""
 
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "runs" / "llm_r"
-
-    def command(self, *extra: str) -> list[str]:
-        return [str(TINY.with_name("llm_r.yaml")) if word == str(TINY) else word for word in super().command(*extra)]
-
-    def finished(self) -> dict[str, int]:
-        """When the manifest of each finished artifact was written, by the artifact's id."""
-        paths = (self.folder / "artifacts").glob("*/*/manifest.json")
-        return {f"{path.parts[-3]}/{path.parts[-2]}": path.stat().st_mtime_ns for path in paths}
-
-    def at_work_again(self, stage: str) -> list[Path]:
-        """The artifact of a stage in the second round, while it is unfinished."""
-        folders = list((self.folder / "artifacts" / stage).glob("*"))
-        return [path for path in folders if not (path / "manifest.json").exists()] if len(folders) == 2 else []
-
-    def answers(self, since: int = 0) -> list[bytes]:
-        """The keys of what the LLM answered after a time."""
-        paths = self.folder.glob("artifacts/llm_store/**/*.parquet")
-        new = [path for path in paths if path.stat().st_mtime_ns > since]
-        return [key for path in new for key in pq.read_table(path, columns=["key"])["key"].to_pylist()]
-
     def answers_again(self) -> list[bytes]:
         """Those since the second round's candidates were mined: until it is evaluated, what was scored in it."""
         return self.answers(max(time for name, time in self.finished().items() if name.startswith("mine/")))
-
-    @property
-    def results(self) -> dict[str, Any]:
-        return dict(json.loads((self.run_dir / "results.json").read_text()))
-
-    @property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """Each stage's artifact and accounting."""
-        return {stage["stage"]: stage for stage in self.results["stages"]}
-
-    def rows(self, stage: str, table: str) -> list[dict[str, Any]]:
-        folder = self.folder / "artifacts" / self.stages[stage]["artifact"]
-        parts = sorted(folder.glob(f"parts/{table}-*.parquet"))
-        return [row for path in parts for row in pq.read_table(path).to_pylist()]
-
-    def pairs(self, stage: str, table: str, value: str) -> dict[tuple[str, str], Any]:
-        rows = self.rows(stage, table)
-        found = {(row["query_id"], row["doc_id"]): row[value] for row in rows}
-        assert len(found) == len(rows) > 0
-        return found
 
     def verdicts(self, of_round: str) -> dict[tuple[str, str], str | None]:
         """Of each candidate the rule that puts it last, read off its id and its last line; None: the LLM decides."""
@@ -101,22 +52,15 @@ class LLMR(Runner):
         return {pair for pair, rule in self.verdicts(of_round).items() if rule is None}
 
 
-def kill_all(driver: psutil.Process) -> None:
-    """SIGKILL to the driver and to everything that it started, Ray included."""
-    for process in [driver, *driver.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> LLMR:
-    run = LLMR(tmp_path_factory.mktemp("llm_r"))
+    run = LLMR(tmp_path_factory.mktemp("llm_r"), TINY.with_name("llm_r.yaml"))
 
     def asks_again(_: Runner) -> bool:
-        return bool(run.at_work_again("score") and run.answers_again())
+        return bool(run.at_work("score", 2) and run.answers_again())
 
     def learns_again(_: Runner) -> bool:
-        return any([*path.glob("work/ckpt-????????/MANIFEST.json")] for path in run.at_work_again("reward_model"))
+        return any([*path.glob("work/ckpt-????????/MANIFEST.json")] for path in run.at_work("reward_model", 2))
 
     assert run.run_disturbed(asks_again, kill_all) == -signal.SIGKILL, run.log
     assert not run.left

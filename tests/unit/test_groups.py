@@ -14,7 +14,7 @@ from llmr_ray.config import Config, DatasetConfig, TaskConfig, TaskGroup, TaskSc
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.schemas import table_of
 from llmr_ray.training.groups import Pool, in_batch_negatives, pool_rewards, reject_reason, sample
-from llmr_ray.training.pools import group_row, join_pools
+from llmr_ray.training.pools import group_row, join_pools, quotes
 from llmr_ray.training.stage import group_spec, run_group, training_tasks
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -394,6 +394,25 @@ def test_labels_of_the_retriever_weigh_what_the_task_says():
     assert dict(zip(row["doc_ids"], row["weights"], strict=True)) == {"d2": 1.0, "d3": 0.5}
     row, _ = group_row(query, task("label"), found, corpus)
     assert row["weights"] is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "extra"), [(0.0, {}), (0.5, {"d3#evidence": ("from three", "gold", 1.0, 0.5)})], ids=["off", "on"]
+)
+def test_a_quote_is_a_positive_beside_the_document_it_stands_in(weight, extra):
+    """Prevents quotes of half-right documents and of other questions from training, and weights at other documents."""
+    qrels, candidates, rewards, corpus = tables()
+    evidence = {"d0": "from zero", "d2": "from two", "d3": "from three"}
+    said = pa.array([evidence[name] for name in rewards["doc_id"].to_pylist()])
+    rewards = rewards.set_column(rewards.column_names.index("evidence"), "evidence", said)
+    found = join_pools(qrels, candidates, rewards, corpus)["a"]
+    query = {"query_id": "a", "task": "qa", "dataset": "x", "query": "?", "split": "train"}
+    row, _ = group_row(query, task("label", evidence_weight=weight), found, corpus, quoted=quotes(rewards))
+    weights = row["weights"] or [1.0] * len(row["docs"])
+    columns = zip(row["docs"], row["roles"], row["rewards"], weights, strict=True)
+    expected = {"d2": ("two", "candidate", 0.5, 1.0), "d3": ("three", "gold", 1.0, 1.0)} | extra
+    assert dict(zip(row["doc_ids"], columns, strict=True)) == expected
+    table_of("groups", [row])
 
 
 def test_groups_are_joined_on_ids_with_gold_from_labels_and_candidates():

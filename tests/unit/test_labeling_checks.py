@@ -30,6 +30,21 @@ def test_numbers_out_of_their_range_are_refused(override, message):
         loading.load("conf/arl2.yaml", [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tasks.qa.score.check_evidence=false"], "once it was found in the passage"),
+        (["labeling.enabled=false", "tasks.qa.score.feedback=likelihood"], "once it was found in the passage"),
+        (["labeling.annotator=gold"], "quotes nothing"),
+        (["tasks.qa.group.evidence_weight=-1"], "may not be negative"),
+    ],
+)
+def test_quotes_that_nobody_gave_or_looked_up_train_nothing(overrides, message):
+    """A weight without quotes would change nothing, and an unchecked quote is whatever a small LLM repeats."""
+    with pytest.raises(ConfigError, match=message):
+        loading.load("conf/arl2.yaml", ["tasks.qa.group.evidence_weight=0.5", *overrides])
+
+
 def test_the_ends_of_the_ranges_are_settings():
     """Audits can be left out, and every pseudo-label audited."""
     for override in ("labeling.audit_share=0", "labeling.audit_share=1", "labeling.fallback_hi=1"):

@@ -174,7 +174,9 @@ def run_rounds(settings, *, rounds=4, spoil=None, seed=0, checked=None):
         found = decided(pairs, labels, settings, thresholds, calls, number, seed, trained)
         assert_sound(found, pairs, labels, settings, thresholds, calls, trained)
         asked = found.filter(pa.compute.equal(found["decision"], "ask"))
-        settled = settle(found, annotate(asked, gold.to_arrow(), RATES, seed=seed), thresholds, settings)
+        said = annotate(asked, gold.to_arrow(), RATES, seed=seed)
+        said = said.append_column("evidence", pa.nulls(said.num_rows, pa.string()))
+        settled = settle(found, said, thresholds, settings)
         accounting(settled.decisions).check("settled")
         labels = next_labels(labels, settled.new_labels)
         spent, tightening = spent + asked.num_rows, settled.thresholds.tightening

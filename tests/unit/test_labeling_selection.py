@@ -179,6 +179,8 @@ def test_answers_become_labels_and_refusals_are_not_asked_again():
     assert outcomes(done.decisions)[1] == ("leave", "no_answer")
     new = {row["doc_id"]: (row["label"], row["source"], row["round"]) for row in done.new_labels.to_pylist()}
     assert new == {"d0": (0.5, "llm", 1), "d1": (None, "llm", 1), "d2": (0.5, "llm", 1), "d3": (0.5, "llm", 1)}
+    evidence = {row["doc_id"]: row["evidence"] for row in done.new_labels.to_pylist()}
+    assert evidence == {"d0": "quote of d0", "d1": None, "d2": "quote of d2", "d3": "quote of d3"}
     labels = pa.concat_tables([many_labels(9), done.new_labels])
     second = decided(pairs, labels, number=2)
     assert Counter(outcomes(second)) == {("labelled", "llm"): 3, ("leave", "no_answer"): 1}
@@ -197,7 +199,7 @@ def test_pseudo_labels_carry_the_probability_that_they_are_right():
     found = decided(pairs_of([0.9, 0.9, 0.1, 0.1]), many_labels(9))
     done = settle(found, answers_to(found, lambda row: float(row["probability"] > 0.5)), BETWEEN, NO_CALIBRATION)
     pseudo = [row for row in done.new_labels.to_pylist() if row["source"] == "retriever"]
-    assert [(row["label"], row["confidence"]) for row in pseudo] == [(1, 0.9), (0, 0.9)]
+    assert [(row["label"], row["confidence"], row["evidence"]) for row in pseudo] == [(1, 0.9, None), (0, 0.9, None)]
     assert done.audit.agreement == 1
     assert done.thresholds == BETWEEN
 
@@ -261,6 +263,6 @@ def test_several_steps_end_where_the_audit_agrees_or_has_nothing_left():
 def test_answers_to_what_was_not_asked_are_refused():
     """Prevents answers of another round from being settled with this one."""
     found = decided(pairs_of([0.5, 0.95]), many_labels(9), calls=1)
-    stray = pa.table({"query_id": ["x"], "doc_id": ["y"], "label": [1.0]})
+    stray = pa.table({"query_id": ["x"], "doc_id": ["y"], "label": [1.0], "evidence": ["z"]})
     with pytest.raises(DataError, match="did not ask"):
         settle(found, stray, BETWEEN, NO_CALIBRATION)

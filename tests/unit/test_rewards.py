@@ -75,15 +75,21 @@ def test_reward_rows_account_for_every_score():
 def test_a_label_is_the_reward():
     """A label that was quarantined is no reward of 0: nobody said that the passage does not help."""
 
-    def row(doc_id, label, error=None):
-        return {"query_id": "q", "doc_id": doc_id, "kind": "label", "llm_score": None, "label": label, "error": error}
+    def row(doc_id, label, evidence=None, error=None):
+        said = {"label": label, "evidence": evidence, "error": error}
+        return {"query_id": "q", "doc_id": doc_id, "kind": "label", "llm_score": None, **said}
 
-    scores = [row("d1", 1.0), row("d2", 0.0), row("d3", None, "cut short"), row("d4", None, OTHER_TASK)]
+    scores = [
+        row("d1", 1.0, "a quote"),
+        row("d2", 0.0, ""),
+        row("d3", None, error="cut short"),
+        row("d4", None, error=OTHER_TASK),
+    ]
     rows, counts = reward_rows(scores, {"q": "label"})
-    assert [(r["doc_id"], r["reward"], r["reward_source"]) for r in rows] == [
-        ("d1", 1.0, "label"),
-        ("d2", 0.0, "label"),
-        ("d4", None, OTHER_TASK),
+    assert [(r["doc_id"], r["reward"], r["reward_source"], r["evidence"]) for r in rows] == [
+        ("d1", 1.0, "label", "a quote"),
+        ("d2", 0.0, "label", ""),
+        ("d4", None, OTHER_TASK, None),
     ]
     assert dict(counts.skipped) == {"the LLM request failed": 1}
     counts.check("rewards")
