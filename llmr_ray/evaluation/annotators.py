@@ -165,7 +165,9 @@ def compared(said: pa.Table, gold: Set[Pair], *, samples: int, seed: int) -> dic
     Returns:
         pairs: of every two annotators `one`, `other`, `n`, the share of `equal` labels and `kappa` (Cohen's, linear
         weights; None where chance alone explains everything); alpha (Krippendorff's, ordinal; None likewise, and for a
-        single annotator); quality: of each annotator precision and recall of labels from 0.5 on, with their intervals.
+        single annotator); quality: of each annotator, over the `n` pairs that it labelled, precision and recall of
+        labels from 0.5 on with their intervals, the share that is `relevant`, which is the precision of chance, and
+        `kappa` (Cohen's, of the two with the data; None likewise).
     """
     annotations: dict[Pair, dict[str, float]] = defaultdict(dict)
     for row in said.drop_null().to_pylist():
@@ -181,13 +183,17 @@ def compared(said: pa.Table, gold: Set[Pair], *, samples: int, seed: int) -> dic
             kappa = cohen_kappa(both_N2[:, 0], both_N2[:, 1], weights="linear")
             pairs.append({"one": one, "other": other, "n": len(both_N2), "equal": equal, "kappa": _finite(kappa)})
     by_gold = {pair: of_pair | {_GOLD: float(pair in gold)} for pair, of_pair in annotations.items()}
+    gold_N = label_matrix(by_gold, [_GOLD])[:, 0]
     quality = []
-    for place, name in enumerate(names):
-        if gold and not np.isnan(labels_NA[:, place]).all():
+    for name, labels_N in zip(names, labels_NA.T, strict=True):
+        labelled_N = ~np.isnan(labels_N)
+        if gold and labelled_N.any():
             told = relevance_quality(by_gold, name, _GOLD, threshold=0.5, samples=samples, seed=seed)
             figures = {"precision": told.precision, "recall": told.recall}
             shown = {what: {"mean": one.mean, "ci95": [one.low, one.high]} for what, one in figures.items()}
-            quality.append({"annotator": name, "n": int((~np.isnan(labels_NA[:, place])).sum()), **shown})
+            kappa = cohen_kappa(np.where(labelled_N, labels_N >= 0.5, np.nan), gold_N)
+            beside = {"relevant": float(gold_N[labelled_N].mean()), "kappa": _finite(kappa)}
+            quality.append({"annotator": name, "n": int(labelled_N.sum()), **shown, **beside})
     alpha = _finite(krippendorff_alpha(labels_NA)) if pairs else None
     return {"pairs": pairs, "alpha": alpha, "quality": quality}
 

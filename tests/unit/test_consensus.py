@@ -97,6 +97,9 @@ def test_the_report_tells_of_agreement_and_of_quality():
     assert 0 < told["alpha"] < 1
     quality = {row["annotator"]: (row["n"], row["precision"]["mean"], row["recall"]["mean"]) for row in told["quality"]}
     assert quality == {"a": (5, pytest.approx(2 / 3), 1.0), "b": (4, 1.0, 0.5)}
+    # From 0.5 on "a" finds three, two of them relevant: right in 4 of 5, by chance in 3/5 * 2/5 + 2/5 * 3/5 = 0.48.
+    beyond_chance = {row["annotator"]: (row["relevant"], row["kappa"]) for row in told["quality"]}
+    assert beyond_chance == {"a": (0.4, pytest.approx(0.32 / 0.52)), "b": (0.5, pytest.approx(0.5))}
     alone = compared(table.slice(0, 5), set(), samples=50, seed=0)
     assert alone == {"pairs": [], "alpha": None, "quality": []}
 
