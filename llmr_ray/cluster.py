@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -49,19 +49,41 @@ def start(runtime: RuntimeConfig) -> None:
         # Ray gives up a node that was too busy to answer for 15 seconds, and the driver with it. There is one here, and
         # `or_lost` sees when its processes are gone.
         os.environ.setdefault("RAY_health_check_failure_threshold", "100")
-        ray.init(
-            num_cpus=runtime.logical_cpus,
-            include_dashboard=False,
-            object_store_memory=runtime.object_store_mb * 2**20,
-            log_to_driver=runtime.log_workers,
-            logging_level=logging.WARNING,
-        )
+        _start_local(runtime)
     if callable(handler):
         signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in its place
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _start_local(runtime: RuntimeConfig) -> None:
+    """Starts a Ray on this machine; once more where it was too busy to answer within the 30 seconds that Ray waits."""
+    for _ in range(2):
+        others = psutil.Process().children()
+        try:
+            ray.init(
+                num_cpus=runtime.logical_cpus,
+                include_dashboard=False,
+                object_store_memory=runtime.object_store_mb * 2**20,
+                log_to_driver=runtime.log_workers,
+                logging_level=logging.WARNING,
+            )
+        except Exception as error:
+            if "timed out during startup" not in str(error):  # Ray has no type for it
+                raise
+            # What it had started would go on beside the next, and be taken for it by `or_lost`.
+            for child in psutil.Process().children():
+                if child not in others:
+                    with suppress(psutil.NoSuchProcess):  # ended by itself
+                        child.kill()
+        else:
+            return
+    raise ResourceError(
+        f"Ray did not start on this machine in twice 30 seconds: the load average is {os.getloadavg()[0]:.0f} on "
+        f"{os.cpu_count()} cores. Run the same command again when less runs beside it; what was committed is kept."
+    )
 
 
 def stop() -> None:
