@@ -79,11 +79,12 @@ def build(settings: ServingSettings) -> serve.Application:
             settings.batch_queries,
             **_replicas(settings.encoder_replicas, settings.max_encoder_replicas),
         ).bind(settings, spec)
+    searching = {"num_cpus": 1, "memory": settings.shard_memory_mb * 2**20}
     groups = [
         _deployment(
             _ShardGroup,
             f"shards-{group}",
-            {"num_cpus": 1},
+            searching,
             settings.batch_queries,
             num_replicas=settings.shard_replicas,
         ).bind(settings, group)
@@ -92,7 +93,8 @@ def build(settings: ServingSettings) -> serve.Application:
     # Beyond what the admission lets in, requests still have to be told so.
     room = 2 * (settings.max_concurrent + settings.max_queued) + 64
     ingress = serve.ingress()(_Ingress)
-    return _deployment(ingress, "ingress", {"num_cpus": 1}, room, num_replicas=settings.ingress_replicas).bind(
+    needs = {"num_cpus": 1} if groups else searching
+    return _deployment(ingress, "ingress", needs, room, num_replicas=settings.ingress_replicas).bind(
         settings, spec, models, groups
     )
 

@@ -48,6 +48,9 @@ class ServingSettings:
     """Groups that an index's shards are dealt to, each a deployment. 0: each ingress searches all, without a hop."""
     shard_replicas: int = 1
     """Processes of each group."""
+    shard_memory_mb: int = 0
+    """MiB that a process reserves which searches shards (of a group, or an ingress), so that Ray puts it on a node with
+    as much left; while a snapshot follows another it has both open. 0: Ray places by CPUs alone."""
     encode_threads: int = 1
     search_threads: int = 1
     encode_batch_tokens: int = 8192

@@ -60,7 +60,12 @@ def served(local_ray: RuntimeConfig, tmp_path_factory: pytest.TempPathFactory) -
     docs = world(tmp_path_factory.mktemp("served"))
     port = free_port()
     settings = docs.settings(
-        encoder_replicas=1, shard_groups=2, ingress_replicas=2, canary_min_overlap=0.05, max_queued=100_000
+        encoder_replicas=1,
+        shard_groups=2,
+        shard_memory_mb=100,
+        ingress_replicas=2,
+        canary_min_overlap=0.05,
+        max_queued=100_000,
     )
     with running(build(settings), "docs", "127.0.0.1", port):
         yield Served(docs, f"http://127.0.0.1:{port}")
@@ -105,6 +110,12 @@ class Load:
             assert answer["partial"] is False
             for mine, theirs in zip(answer["results"], expected[answer["index_snapshot"]], strict=True):
                 assert [hit["id"] for hit in mine] == [hit["id"] for hit in theirs]
+
+
+def test_shards_reserve_the_memory_that_they_are_said_to_need(served: Served) -> None:
+    """Placed by CPUs alone, the groups of an index too large for one node may all be put there."""
+    reserved = ray.cluster_resources()["memory"] - ray.available_resources()["memory"]
+    assert reserved == pytest.approx(2 * 100 * 2**20, rel=0.01)
 
 
 def test_deployments_answer_as_one_process(served: Served) -> None:

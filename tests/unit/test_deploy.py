@@ -129,6 +129,10 @@ def test_the_service_is_one_that_serve_and_the_server_understand() -> None:
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     replicas = settings.ingress_replicas + settings.encoder_replicas + settings.shard_groups * settings.shard_replicas
     assert replicas <= workers["replicas"] * int(limits["cpu"]), "replicas that cannot be placed wait for ever"
+    # KubeRay tells Ray the container's limit, 30% of which its object store takes.
+    room = int(limits["memory"].removesuffix("Gi")) * 1024 * 0.7
+    holding = settings.shard_groups * settings.shard_replicas
+    assert 0 < settings.shard_memory_mb * -(-holding // workers["replicas"]) <= room, "likewise"
     mounts = [mount["mountPath"] for mount in workers["template"]["spec"]["containers"][0]["volumeMounts"]]
     for path in (settings.artifact_root, settings.cache_root, settings.keys_file):
         assert any(Path(path).is_relative_to(mount) for mount in mounts), path
