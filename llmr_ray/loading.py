@@ -21,7 +21,7 @@ from llmr_ray.config import (
 )
 from llmr_ray.data.memory import CHUNK_TOKENS, TARGET_CHUNKS
 from llmr_ray.errors import ConfigError
-from llmr_ray.labeling.checks import check_labeling, check_labels, check_questions
+from llmr_ray.labeling.checks import check_labeling, check_labels, check_questions, check_quotes
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("qa", "convsearch", "chat", "lrlm", "icl", "tool"),
@@ -220,11 +220,12 @@ def _check_run(config: Config) -> None:
     _check_train(config.train, "train", config.runtime)
     for name, task in config.tasks.items():
         _check_turns(f"tasks.{name}.train", task.train)
-        check_labels(name, task)
+        check_labels(name, task.score)
         check_questions(name, task.questions)
         unasked = task.score.same_task or task.score.same_label or task.score.num_first
         if unasked and not config.reward_model.model:
             _check_without_rewards(f"tasks.{name}", task.train)
+    check_quotes(config)
     if config.index.least_recall > 1 or not config.index.num_links:
         raise ConfigError("index.least_recall is a share of 1 at the most, and index.num_links at least 1.")
     if config.rounds < 1:

@@ -2,7 +2,7 @@
 
 import re
 
-from llmr_ray.config import LLM, Config, TaskConfig, TaskQuestions
+from llmr_ray.config import LLM, Config, TaskQuestions, TaskScore
 from llmr_ray.errors import ConfigError
 from llmr_ray.labeling.settings import AdaptiveConfig
 
@@ -30,9 +30,8 @@ _BELOW_ONE = {
 """Settings of the rounds that must be below 1, and why."""
 
 
-def check_labels(task: str, settings: TaskConfig) -> None:
+def check_labels(task: str, score: TaskScore) -> None:
     """Raises ConfigError where a task's candidates cannot be labelled as its settings say."""
-    score = settings.score
     if score.feedback == "label" and score.num_first:
         raise ConfigError(
             f"tasks.{task}.score.num_first leaves candidates without the LLM's word, but a label is no rank that they "
@@ -46,12 +45,6 @@ def check_labels(task: str, settings: TaskConfig) -> None:
     if not (score.passages_per_call and score.label_votes and score.evidence_chars):
         raise ConfigError(
             f"tasks.{task}.score.passages_per_call, label_votes and evidence_chars must be at least 1 each."
-        )
-    if settings.group.evidence_weight and not (score.feedback == "label" and score.check_evidence):
-        raise ConfigError(
-            f"tasks.{task}.group.evidence_weight trains on what an LLM quotes for its labels, once it was found in the "
-            f"passage. Set tasks.{task}.score.feedback to label and score.check_evidence to true, or evidence_weight "
-            "to 0."
         )
 
 
@@ -67,6 +60,26 @@ def check_questions(task: str, questions: TaskQuestions) -> None:
             f"tasks.{task}.questions.per_document, num_nearest and num_clusters must be at least 1. Without "
             "demonstrations: num_demonstrations: 0; without questions: num_documents: 0."
         )
+
+
+def check_quotes(config: Config) -> None:
+    """Raises ConfigError where quotes are to train that nobody gives, or that nobody looks up in the passage."""
+    for name, task in config.tasks.items():
+        if not task.group.evidence_weight:
+            continue
+        if not (task.score.feedback == "label" and task.score.check_evidence):
+            raise ConfigError(
+                f"tasks.{name}.group.evidence_weight trains on what an LLM quotes for its labels, once it was found in "
+                f"the passage. Set tasks.{name}.score.feedback to label and score.check_evidence to true, or "
+                "evidence_weight to 0."
+            )
+        if config.reward_model.model or not config.labeling.asks_llm:
+            who = "a reward model" if config.reward_model.model else f"the annotator {config.labeling.annotator}"
+            raise ConfigError(
+                f"tasks.{name}.group.evidence_weight trains on what an LLM quotes for its labels, but {who} has the "
+                "last word on them, and quotes nothing. Set evidence_weight to 0, or leave reward_model.model empty "
+                "and labeling.annotator at llm."
+            )
 
 
 def check_labeling(config: Config) -> None:
@@ -87,12 +100,6 @@ def check_labeling(config: Config) -> None:
         raise ConfigError(
             f"labeling.annotator is {config.labeling.annotator}, which labels in the place of all LLMs. Leave "
             "annotators empty, or labeling.annotator at llm."
-        )
-    quoting = [name for name, task in config.tasks.items() if task.group.evidence_weight]
-    if quoting and config.labeling.enabled and not config.labeling.asks_llm:
-        raise ConfigError(
-            f"labeling.annotator is {config.labeling.annotator}, which quotes nothing that "
-            f"tasks.{quoting[0]}.group.evidence_weight could train on. Set it to 0, or labeling.annotator to llm."
         )
     if config.labeling.enabled and config.reward_model.model:
         raise ConfigError("labeling.enabled leaves no place for reward_model.model: the labels are the rewards.")

@@ -35,7 +35,8 @@ def test_numbers_out_of_their_range_are_refused(override, message):
     [
         (["tasks.qa.score.check_evidence=false"], "once it was found in the passage"),
         (["labeling.enabled=false", "tasks.qa.score.feedback=likelihood"], "once it was found in the passage"),
-        (["labeling.annotator=gold"], "quotes nothing"),
+        (["labeling.annotator=gold"], "the annotator gold has the last word"),
+        (["labeling.enabled=false", "reward_model.model=minilm-l6"], "a reward model has the last word"),
         (["tasks.qa.group.evidence_weight=-1"], "may not be negative"),
     ],
 )
