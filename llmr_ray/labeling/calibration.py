@@ -191,20 +191,29 @@ def choose_thresholds(probability_P: np.ndarray, label_P: np.ndarray, settings: 
     0.95), where one may be wrong; where no value has that many beyond it, or none is precise enough, the fallback
     stands and `notes` say why.
 
+    Up to lo, fallback or not, there are no more than most_missed of the pairs labelled above 0, which methods.md C.4
+    does not ask (docs/decisions.md).
+
     Args:
         probability_P: cross-fitted.
         label_P: of the LLM: 0, 0.5 or 1.
-        settings: least_precision in [0, 1), fallback_hi, fallback_lo.
+        settings: least_precision in [0, 1), most_missed, fallback_hi, fallback_lo.
     """
     fewest = math.ceil(round(1 / (1 - settings.least_precision), 9))
     hi, num_hi, hi_note = _loosest(probability_P, 0.5, label_P == 1, fewest, settings.least_precision)
+    helping_P = np.sort(probability_P[label_P > 0])
+    num_missed = math.floor(round(settings.most_missed * len(helping_P), 9))
+    # lo stays below the first that would be one too many.
+    highest_lo = np.nextafter(helping_P[num_missed], -1) if num_missed < len(helping_P) else 1.0
     # Falling probabilities are rising negative ones: 1 - p would round.
-    lo, num_lo, lo_note = _loosest(-probability_P, -0.5, label_P == 0, fewest, settings.least_precision)
+    least = max(-0.5, -highest_lo)
+    lo, num_lo, lo_note = _loosest(-probability_P, least, label_P == 0, fewest, settings.least_precision)
     notes = [f"{side}: {note}" for side, note in (("hi", hi_note), ("lo", lo_note)) if note]
     if hi is None:
         hi, num_hi = settings.fallback_hi, int((probability_P >= settings.fallback_hi).sum())
     if lo is None:
-        lo, num_lo = settings.fallback_lo, int((probability_P <= settings.fallback_lo).sum())
+        lo = min(settings.fallback_lo, float(highest_lo))
+        num_lo = int((probability_P <= lo).sum())
     else:
         lo = -lo
     return Thresholds(hi=hi, lo=lo, num_hi=num_hi, num_lo=num_lo, notes=tuple(notes))

@@ -20,6 +20,7 @@ _SHARES = (
     "audit_agreement",
     "audit_step",
     "min_agreement",
+    "most_missed",
 )
 """Settings of the rounds that are 1 at the most."""
 

@@ -61,6 +61,9 @@ class AdaptiveConfig:
     """platt (logistic regression), or isotonic, which fits any rising curve but needs about 1,000 pairs."""
     least_precision: float = 0.95
     """What a threshold's precision on the calibration set must reach."""
+    most_missed: float = 0.05
+    """Share of the calibration pairs labelled above 0 that the threshold of label 0 may have below it. Where one pair
+    in ten is relevant, 0 for every pair has a precision of 0.9, and misses all that there is to find."""
     fallback_hi: float = 0.9
     """Probability from which a pair is labelled 1 where the calibration set allows no choice."""
     fallback_lo: float = 0.1

@@ -1,6 +1,7 @@
 """Probabilities from a retriever's scores, their reliability, and the thresholds."""
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import polars as pl
@@ -178,16 +179,18 @@ def test_overconfidence_shows_in_closed_form():
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
-def swept(probability_P, label_P, precision):
+def swept(probability_P, label_P, precision, most_missed):
     """Every value tried, pair by pair."""
     fewest = {0.95: 20, 0.9: 10, 0.5: 2, 0.8: 5}[precision]
+    helping = sum(label > 0 for label in label_P)
     found = {"hi": None, "lo": None}
     for value in sorted(set(probability_P)):
         above = [label for p, label in zip(probability_P, label_P, strict=True) if p >= value]
         if value >= 0.5 and len(above) >= fewest and above.count(1) / len(above) >= precision and found["hi"] is None:
             found["hi"] = value
         below = [label for p, label in zip(probability_P, label_P, strict=True) if p <= value]
-        if value <= 0.5 and len(below) >= fewest and below.count(0) / len(below) >= precision:
+        is_precise = value <= 0.5 and len(below) >= fewest and below.count(0) / len(below) >= precision
+        if is_precise and len(below) - below.count(0) <= most_missed * helping:
             found["lo"] = value
     return found["hi"], found["lo"]
 
@@ -202,13 +205,29 @@ def test_thresholds_against_a_brute_force_sweep(seed):
     sharpness = rng.choice([1, 3, 12])
     truth_P = sigmoid(sharpness * np.log((probability_P + 1e-9) / (1 - probability_P + 1e-9)))
     label_P = np.where(rng.random(150) < truth_P, 1.0, rng.choice([0.0, 0.0, 0.0, 0.5], 150))
-    for precision in (0.95, 0.9, 0.8, 0.5):
-        found = choose_thresholds(probability_P, label_P, AdaptiveConfig(least_precision=precision))
-        hi, lo = swept(probability_P.tolist(), label_P.tolist(), precision)
-        assert (found.hi, found.lo) == (0.9 if hi is None else hi, 0.1 if lo is None else lo)
+    for precision, missed in product((0.95, 0.9, 0.8, 0.5), (1, 0.1)):
+        settings = AdaptiveConfig(least_precision=precision, most_missed=missed)
+        found = choose_thresholds(probability_P, label_P, settings)
+        hi, lo = swept(probability_P.tolist(), label_P.tolist(), precision, missed)
+        assert found.hi == (0.9 if hi is None else hi)
+        assert found.lo == lo or (lo is None and found.lo <= 0.1)
+        assert (label_P[probability_P <= found.lo] > 0).sum() <= missed * (label_P > 0).sum()
         assert found.num_hi == (probability_P >= found.hi).sum()
         assert found.num_lo == (probability_P <= found.lo).sum()
         assert [note[:2] for note in found.notes] == ["hi"] * (hi is None) + ["lo"] * (lo is None)
+
+
+@pytest.mark.parametrize(("most_missed", "lo", "num_lo"), [(1.0, 0.1, 200), (0.1, 0.02, 100), (0.05, 0.02, 0)])
+def test_a_precision_that_rare_labels_give_away_is_none(most_missed, lo, num_lo):
+    """One pair in twenty is relevant, so 0 for all is right often enough: it taught a retriever that half of what was
+    still to be found is irrelevant."""
+    probability_P = np.repeat([0.02, 0.1], 100)
+    label_P = np.zeros(200)
+    label_P[[0, *range(100, 109)]] = 1.0
+    found = choose_thresholds(probability_P, label_P, AdaptiveConfig(most_missed=most_missed))
+    # 1 of 10 relevant pairs lies at 0.02: too many where 0.05 may be missed, whose threshold is a little lower.
+    assert found.lo == pytest.approx(lo)
+    assert found.num_lo == num_lo
 
 
 def test_too_few_pairs_fall_back_and_say_how_few():

@@ -185,13 +185,16 @@ def run_rounds(settings, *, rounds=4, spoil=None, seed=0, checked=None):
     return labels, done, spent, ndcg, gold.to_arrow()
 
 
+MANY_PSEUDO_LABELS = {"calibration_fraction": 0.25, "most_missed": 1.0}
+
+
 @pytest.mark.parametrize("policy", ["adaptive", "uncertainty", "random"])
 def test_whole_rounds_keep_every_rule(policy):
     """Prevents budgets that leak between rounds, and calibration questions that get a label of the retriever.
 
     The rules themselves are checked within each round, pair by pair.
     """
-    settings = AdaptiveConfig(policy=policy, calls_per_round=60, total_calls=200, calibration_fraction=0.25)
+    settings = AdaptiveConfig(policy=policy, calls_per_round=60, total_calls=200, **MANY_PSEUDO_LABELS)
     labels, _, spent, ndcg, gold = run_rounds(settings)
     assert spent <= 200
     frame = pl.from_arrow(labels)
@@ -221,7 +224,7 @@ def test_rounds_are_a_function_of_the_seed():
 
 def test_audits_catch_a_retriever_that_is_confidently_wrong():
     """Prevents poison from passing: calibration questions look fine, the scores of all others are turned round."""
-    settings = AdaptiveConfig(calls_per_round=60, calibration_fraction=0.25)
+    settings = AdaptiveConfig(calls_per_round=60, **MANY_PSEUDO_LABELS)
 
     def spoil(frame):
         is_kept = pl.Series([is_calibration(name, 0.25) for name in frame["query_id"]])
