@@ -152,7 +152,8 @@ _COLOURS = ("#3987e5", "#d97a2b", "#4b9e5f", "#a866c4", "#8a8f99", "#c4485b")
 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, over: str, measure: str) -> str:
-    """Means with their intervals over a quantity, a line for each name; lines without points are left out.
+    """Means with their intervals over a quantity, a line for each name; lines without points are left out. What stands
+    at the same quantity is drawn a little apart.
 
     Args:
         lines: name -> (quantity, mean, low, high), in order.
@@ -160,19 +161,20 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, 
         measure: what the means are.
     """
     with rc_context(_STYLE):
-        figure, grid = _grid(1, 2, height=2.8)
-        axes, spare = grid[0]
-        spare.set_visible(False)
+        figure, grid = _grid(1, 1, height=3.0, width=6.4)
+        axes = grid[0, 0]
         shown = [(name, points) for name, points in lines.items() if points]
+        extent = np.ptp([quantity for _, points in shown for quantity, *_ in points] or [0.0])
         for number, (name, points) in enumerate(shown):
             colour = _COLOURS[number % len(_COLOURS)]
-            quantity, mean, low, high = zip(*points, strict=True)
+            apart = 0.008 * extent * (number - (len(shown) - 1) / 2)
+            quantity, mean, low, high = np.asarray(points, float).T + np.array([[apart], [0], [0], [0]])
             axes.plot(quantity, mean, color=colour, linewidth=1.4, marker="o", markersize=4, label=name)
             axes.vlines(quantity, low, high, color=colour, linewidth=1.0, alpha=0.45)
         axes.set_xlabel(over)
         axes.set_ylabel(measure)
         if shown:
-            axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+            figure.legend(loc="outside right center", frameon=False)
         return _svg(figure)
 
 
