@@ -289,7 +289,7 @@ def test_the_stages_take_published_rewards(folder: Path, tmp_path: Path, monkeyp
     tasks = {"icl": TaskConfig(score=TaskScore(feedback="given"))}
     common = {"task": "icl", "source": "llm_r", "path": "here", "num_train": 9, "num_test": 9}
 
-    def rewards(**settings: Any) -> list[tuple[str, str, float, str]]:
+    def rewards(**settings: Any) -> list[tuple[str, str, float, str, str | None]]:
         datasets = {name: DatasetConfig(**common, **settings) for name in ("rte", "arc_e")}
         prepare = PrepareConfig(max_bad_fraction=0.9)
         config = Config(name="t", tasks=tasks, datasets=datasets, prepare=prepare)
@@ -308,12 +308,12 @@ def test_the_stages_take_published_rewards(folder: Path, tmp_path: Path, monkeyp
         return [tuple(entry.values()) for entry in made.read("rewards").to_pylist()]
 
     assert set(rewards(given_rewards=["kd_bm25_train.jsonl.gz", "kd_it2_train.jsonl.gz"])) == {
-        ("rte:rte_train_0", "llm_r:0", 1.5, "given"),
-        ("rte:rte_train_0", "llm_r:4", -2.0, "given"),
-        ("rte:rte_train_1", "llm_r:2", 0.5, "given"),
-        ("rte:rte_train_1", "llm_r:0", -0.5, "given"),
-        ("arc_e:arc_e_train_0", "llm_r:0", 1.0, "given"),
-        ("arc_e:arc_e_train_0", "llm_r:4", 2.0, "given"),
+        ("rte:rte_train_0", "llm_r:0", 1.5, "given", None),
+        ("rte:rte_train_0", "llm_r:4", -2.0, "given", None),
+        ("rte:rte_train_1", "llm_r:2", 0.5, "given", None),
+        ("rte:rte_train_1", "llm_r:0", -0.5, "given", None),
+        ("arc_e:arc_e_train_0", "llm_r:0", 1.0, "given", None),
+        ("arc_e:arc_e_train_0", "llm_r:4", 2.0, "given", None),
     }
     with pytest.raises(DataError, match="given_rewards"):
         rewards(candidates="kd_bm25_train.jsonl.gz")
