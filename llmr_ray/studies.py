@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from omegaconf import OmegaConf
 
 from llmr_ray.config import Config
@@ -130,8 +131,10 @@ class Outcome:
 
     rows: of each cell: variant, seed, dataset, task, measure, method, mean, ci95, n, delta_vs_base, lower_is_better;
         delta_vs_reference (a trained embedder minus what the reference's training with the same seed led to, over the
-        queries of both; None where there is no reference, or the row is its own); asked (pairs that annotators were
-        asked about until then, or None); requests (that these took, or None); tokens (of the LLM's feedback).
+        queries of both; None where there is no reference, the row is its own, or other_texts); other_texts (whether it
+        was tested on other texts than the reference, so that two figures are not of the same test); asked (pairs that
+        annotators were asked about until then, or None); requests (that these took, or None); tokens (of the LLM's
+        feedback).
     stability: of each cell and task, see evaluation/stability.py.
     warnings: of the stages of each cell: variant, seed, stage, warning.
     failures: of each cell that failed: variant, seed, error, trace.
@@ -308,9 +311,12 @@ def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None)
     ]
     end = None if reference is None else result_of([row["method"] for row in reference.results["rows"]])
     for row in rows:
-        row["delta_vs_reference"] = None
+        row |= {"delta_vs_reference": None, "other_texts": False}
         itself = variant == study.reference and row["method"] == end
-        if reference is not None and end is not None and is_trained(row["method"]) and not itself:
+        if reference is None or end is None or not is_trained(row["method"]) or itself:
+            continue
+        row["other_texts"] = _other_texts(finished, reference, row["dataset"])
+        if not row["other_texts"]:
             row["delta_vs_reference"] = difference_of_runs(
                 (finished.metrics, row["method"]),
                 (reference.metrics, end),
@@ -319,6 +325,29 @@ def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None)
                 measure=row["measure"],
             )
     return rows
+
+
+def _other_texts(one: Finished, other: Finished, dataset: str) -> bool:
+    """Whether two runs searched other texts for a data set's test queries: those of training queries are in the pool.
+
+    It shows where BM25 and the base embedder both rank the same queries otherwise. One of them alone may be what
+    variants differ in.
+    """
+    if dataset not in one.config.datasets:
+        return False
+    measures = pa.array(RETRIEVAL_MEASURES[one.config.datasets[dataset].task], pa.string())
+    key = ["measure", "query_id"]
+
+    def ranked(run: Finished, method: str) -> pa.Table:
+        table = run.metrics.select([*key, "dataset", "method", "value"])
+        is_meant = pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["method"], method))
+        return table.filter(pc.and_(is_meant, pc.is_in(table["measure"], measures))).select([*key, "value"])
+
+    def differ(method: str) -> bool:
+        both = ranked(one, method).join(ranked(other, method), key, join_type="inner", right_suffix="_other")
+        return bool(pc.any(pc.not_equal(both["value"], both["value_other"])).as_py())
+
+    return differ("bm25") and differ("base")
 
 
 def _spent(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:

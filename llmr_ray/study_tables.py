@@ -85,6 +85,11 @@ def table(study: Study, outcome: Outcome) -> str:
                 cells.append(str(row["num_seeds"]) if is_trained(row["method"]) else "–")
             parts.append(_line(cells))
         parts.append("")
+    if elsewhere := list(dict.fromkeys(row["variant"] for row in rows if row["other_texts"])):
+        parts.append(
+            f"Tested on other texts than {study.reference}, as BM25 and the base embedder show, and so not compared "
+            f"with it: {'; '.join(elsewhere)}. Their differences to the base embedder can be.\n"
+        )
     if lacking := figures_without_rows(study, outcome):
         parts.append(f"No cell that has run has the figures: {'; '.join(lacking)}.\n")
     for paper in _published(study, rows, outcome):

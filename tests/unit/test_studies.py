@@ -327,6 +327,31 @@ def test_variants_are_compared_query_by_query_and_drawn_over_what_they_asked(tmp
     assert "pairs asked" in drawn
 
 
+@pytest.mark.parametrize(("bm25", "base", "compared"), [(0.5, 0.5, True), (0.25, 0.5, True), (0.25, 0.25, False)])
+def test_variants_tested_on_other_texts_are_not_compared(tmp_path, bm25, base, compared):
+    """Prevents a pool that grew by the training questions' passages from being taken for what a variant gains or loses.
+    Where only one of two rankers differs it may be what is studied."""
+    (tmp_path / "pools.yaml").write_text(
+        "title: Which questions?\nconfig: ../base.yaml\nfigures: [qa nDCG@10]\nreference: few\n"
+        "variants:\n  few: []\n  many: [rounds=2]\n"
+    )
+
+    def run(_, cell):
+        level = {
+            "few": {"bm25": 0.5, "base": 0.5, "trained": 0.75},
+            "many": {"bm25": bm25, "base": base, "trained": 1.0},
+        }
+        rows = [result(method, value, "qa", "nDCG@10") for method, value in level[cell.variant].items()]
+        return finished(rows, [(method, query, x) for method, x in level[cell.variant].items() for query in "ab"])
+
+    pools = read_study(tmp_path / "pools.yaml")
+    rows = run_study(pools, [], run, lambda known: write(pools, known, tmp_path / "out")).rows
+    [delta] = [row["delta_vs_reference"] for row in rows if (row["variant"], row["method"]) == ("many", "trained")]
+    assert (delta and delta["mean"]) == (0.25 if compared else None)
+    told = (tmp_path / "out" / "study.md").read_text()
+    assert ("Tested on other texts than few, as BM25 and the base embedder show" in told) is not compared
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
