@@ -74,6 +74,9 @@ def assert_sound(decisions, pairs, labels, settings, thresholds, calls, well_tra
     for row in rows:
         what, why, p = row["decision"], row["reason"], row["probability"]
         is_kept = is_calibration(row["query_id"], settings.calibration_fraction)
+        not_accepted = {("ask", "uncertain"), ("leave", "budget")}
+        if row["query_id"] in well_trained:
+            not_accepted = {("leave", "well_trained")}
         label = known.get((row["query_id"], row["doc_id"]))
         if label is not None:
             allowed = {("leave", "no_answer")} if label["label"] is None else {("labelled", label["source"])}
@@ -83,15 +86,12 @@ def assert_sound(decisions, pairs, labels, settings, thresholds, calls, well_tra
             why_asked = "drawn" if settings.policy == "random" else "uncertain"
             allowed = {("ask", why_asked), ("leave", "budget")}
         elif p >= thresholds.hi:
-            caps = {("leave", "positives_cap"), ("leave", "pseudo_cap"), ("leave", "budget")}
+            caps = {("leave", "positives_cap"), *not_accepted}
             allowed = {("positive", "confident"), ("ask", "audit_positive")} | caps
         elif p <= thresholds.lo:
-            caps = {("leave", "pseudo_cap"), ("leave", "budget")}
-            allowed = {("negative", "confident"), ("ask", "audit_negative")} | caps
-        elif row["query_id"] in well_trained:
-            allowed = {("leave", "well_trained")}
+            allowed = {("negative", "confident"), ("ask", "audit_negative"), *not_accepted}
         else:
-            allowed = {("ask", "uncertain"), ("leave", "budget")}
+            allowed = not_accepted
         assert (what, why) in allowed
         kind = "positive" if (what, why) in {("positive", "confident"), ("ask", "audit_positive")} else None
         kind = "negative" if (what, why) in {("negative", "confident"), ("ask", "audit_negative")} else kind

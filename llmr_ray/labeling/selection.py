@@ -35,7 +35,7 @@ CONFIDENT = "confident"
 UNCERTAIN, DRAWN, CALIBRATION = "uncertain", "drawn", "calibration"
 AUDIT = {POSITIVE: "audit_positive", NEGATIVE: "audit_negative"}
 """Why the LLM is asked about a pair that the retriever would have labelled so."""
-BUDGET, WELL_TRAINED, POSITIVES_CAP, PSEUDO_CAP = "budget", "well_trained", "positives_cap", "pseudo_cap"
+BUDGET, WELL_TRAINED, POSITIVES_CAP = "budget", "well_trained", "positives_cap"
 AUDIT_FAILED, NO_ANSWER, STOPPED = "audit_failed", "no_answer", "stopped"
 
 POLICIES = ("adaptive", "uncertainty", "random")
@@ -57,9 +57,9 @@ def decide(
     adaptive: pairs from hi on are pseudo-labelled 1, the likeliest first, while their question has fewer than
     max_positives labels 1; pairs up to lo are pseudo-labelled 0, the least likely first; both while all pseudo-labels
     are within max_pseudo_ratio and their audit within the calls, those of label 1 first because they are few. A draw of
-    audit_share of either label goes to the LLM instead. Pairs between the thresholds are asked about, the most
-    uncertain first, but for questions that are well trained. uncertainty: the same order of calls over all pairs,
-    without pseudo-labels. random: a draw.
+    audit_share of either label goes to the LLM instead. All other pairs are asked about, the most uncertain first, but
+    for questions that are well trained or have their labels 1: also those beyond the thresholds for which no
+    pseudo-label is left. uncertainty: the same order of calls over all pairs, without pseudo-labels. random: a draw.
 
     Under each policy calibration_share of the calls, audits aside, is for calibration questions, whose pairs are taken
     question by question: pairs chosen for what the retriever thinks of them could not judge it. Nothing else is decided
@@ -176,8 +176,8 @@ class _Round:
             np.int64,
         )
 
-    def pseudo_label(self, thresholds: Thresholds, at_most: tuple[int, str]) -> np.ndarray:
-        """Decides about all pairs beyond the thresholds; returns the rows of the accepted ones."""
+    def pseudo_label(self, thresholds: Thresholds, at_most: int) -> np.ndarray:
+        """Labels pairs beyond the thresholds; returns their rows. Those that are too many stay undecided."""
         p, rows = self.probability_P, self.undecided
         positive = self.by(-p, rows[p[rows] >= thresholds.hi])
         negative = self.by(p, rows[(p[rows] <= thresholds.lo) & (p[rows] < thresholds.hi)])
@@ -187,13 +187,11 @@ class _Round:
             is_within[place] = self.positives[question] < self.settings.max_positives
             self.positives[question] += int(is_within[place])
         self.put(positive[~is_within], LEAVE, POSITIVES_CAP)
-        positive = positive[is_within]
+        positive = positive[is_within][:at_most]
+        negative = negative[: at_most - len(positive)]
         self.put(positive, POSITIVE, CONFIDENT)
         self.put(negative, NEGATIVE, CONFIDENT)
-        wanted = np.concatenate([positive, negative])
-        number, reason = at_most
-        self.put(wanted[number:], LEAVE, reason)
-        return wanted[:number]
+        return np.concatenate([positive, negative])
 
     def audit(self, accepted: np.ndarray) -> int:
         """Draws the pseudo-labels that the LLM gives instead, of each label its share; returns their number."""
@@ -220,15 +218,15 @@ class _Round:
         return np.fromiter((unit_hash(*drawn, *pair) for pair in pairs), np.float64, len(self.query_ids))
 
 
-def _accepted_at_most(labels: pa.Table, settings: AdaptiveConfig, calls: int) -> tuple[int, str]:
-    """How many pseudo-labels a round may accept, and what limits them: their ratio, or the calls for their audit."""
+def _accepted_at_most(labels: pa.Table, settings: AdaptiveConfig, calls: int) -> int:
+    """How many pseudo-labels a round may accept: by their ratio, and by the calls for their audit."""
     known = frame_of(labels, ["query_id", "label", "source"])
     known = known.filter(pl.col("label").is_not_null() & (pl.col("source") != RETRIEVER))
     kept = [is_calibration(name, settings.calibration_fraction) for name in known["query_id"].to_list()]
     by_ratio = math.floor(settings.max_pseudo_ratio * kept.count(False))
     # The shares of both labels are rounded up, which is one call more than that of all at the most.
     by_calls = math.floor(round((calls - 1) / settings.audit_share, 9)) if settings.audit_share else by_ratio
-    return (by_ratio, PSEUDO_CAP) if by_ratio <= by_calls else (max(0, by_calls), BUDGET)
+    return max(0, min(by_ratio, by_calls))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from llmr_ray.labeling.settings import AdaptiveConfig
 from llmr_ray.labeling.simulation import annotate, gold_labels, label_quality
 from llmr_ray.schemas import PSEUDO, conform, table_of
 
-SELECT_VERSION = 3
+SELECT_VERSION = 4
 LABEL_VERSION = 4
 GOLD_VERSION = 2
 

@@ -17,7 +17,7 @@ CONFIG = TINY.with_name("arl2.yaml")
 CALLS, CALIBRATION = 48, 0.25
 """labeling.calls_per_round and calibration_fraction there."""
 PSEUDO_LABELS = {("positive", "confident"): 1, ("negative", "confident"): 0}
-LEFT = {"not_seeded", "budget", "no_answer", "audit_failed", "pseudo_cap", "positives_cap", "well_trained"}
+LEFT = {"not_seeded", "budget", "no_answer", "audit_failed", "positives_cap", "well_trained"}
 ROUNDS = pytest.mark.parametrize("of_round", ["_1", ""], ids=["first", "second"])
 
 

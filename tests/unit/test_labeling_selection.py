@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from llmr_ray.errors import ConfigError, DataError
-from llmr_ray.labeling.calibration import is_calibration
+from llmr_ray.labeling.calibration import Thresholds, is_calibration
 from llmr_ray.labeling.selection import accounting, settle
 from llmr_ray.labeling.settings import AdaptiveConfig
 from tests.labeling_world import (
@@ -98,7 +98,20 @@ def test_positives_come_first_where_the_ratio_ends():
     found = Counter(outcomes(decided(pairs, many_labels(5), settings)))
     assert found["positive", "confident"] + found["ask", "audit_positive"] == 6
     assert found["negative", "confident"] + found["ask", "audit_negative"] == 3
-    assert found["leave", "pseudo_cap"] == 37
+    assert found["ask", "uncertain"] == 37
+
+
+def test_pairs_for_which_no_pseudo_label_is_left_are_asked_about():
+    """Prevents a loose threshold from leaving pairs to nobody while calls are left."""
+    pairs = pairs_of([0.5, 0.01, 0.3, 0.2, 0.1])
+    settings = dataclasses.replace(NO_CALIBRATION, max_pseudo_ratio=1.0)
+    loose = Thresholds(hi=0.9, lo=0.4)
+    for calls, asked in ((4, {0, 1, 2, 3}), (3, {0, 1, 2})):
+        found = outcomes(decided(pairs, many_labels(1), settings, thresholds=loose, calls=calls))
+        # The only pseudo-label is of the surest pair, and is audited.
+        assert found[1] == ("ask", "audit_negative")
+        assert {n for n, (decision, _) in enumerate(found) if decision == "ask"} == asked
+        assert {found[n] for n in range(5) if n not in asked} == {("leave", "budget")}
 
 
 def test_calibration_labels_do_not_buy_pseudo_labels():
@@ -107,7 +120,7 @@ def test_calibration_labels_do_not_buy_pseudo_labels():
     kept = next(f"k{n}" for n in range(99) if is_calibration(f"k{n}", 0.5))
     free = [f"q{n}" for n in range(99) if not is_calibration(f"q{n}", 0.5)][:10]
     found = decided(pairs_of([0.01] * 10, free), many_labels(50, kept), settings)
-    assert set(outcomes(found)) == {("leave", "pseudo_cap")}
+    assert set(outcomes(found)) == {("ask", "uncertain")}
 
 
 def test_without_calls_for_the_audit_nothing_is_accepted():
