@@ -29,8 +29,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from omegaconf import OmegaConf
 
 from llmr_ray.config import Config
@@ -40,6 +40,7 @@ from llmr_ray.evaluation.published import check_variants
 from llmr_ray.evaluation.results import AVERAGE, difference_of_runs, stage_warnings
 from llmr_ray.evaluation.stability import stability
 from llmr_ray.evaluation.tables import is_trained, result_of
+from llmr_ray.frames import frame_of
 from llmr_ray.loading import read_yaml
 
 _KEYS = {"title", "config", "figures", "variants"}
@@ -310,12 +311,14 @@ def _rows(study: Study, at: _At, finished: Finished, reference: Finished | None)
         if (row["dataset"], row["measure"]) in study.figures
     ]
     end = None if reference is None else result_of([row["method"] for row in reference.results["rows"]])
+    datasets = {row["dataset"] for row in rows}
+    elsewhere = {name for name in datasets if reference is not None and _other_texts(finished, reference, name)}
     for row in rows:
         row |= {"delta_vs_reference": None, "other_texts": False}
         itself = variant == study.reference and row["method"] == end
         if reference is None or end is None or not is_trained(row["method"]) or itself:
             continue
-        row["other_texts"] = _other_texts(finished, reference, row["dataset"])
+        row["other_texts"] = row["dataset"] in elsewhere
         if not row["other_texts"]:
             row["delta_vs_reference"] = difference_of_runs(
                 (finished.metrics, row["method"]),
@@ -335,19 +338,12 @@ def _other_texts(one: Finished, other: Finished, dataset: str) -> bool:
     """
     if dataset not in one.config.datasets:
         return False
-    measures = pa.array(RETRIEVAL_MEASURES[one.config.datasets[dataset].task], pa.string())
-    key = ["measure", "query_id"]
-
-    def ranked(run: Finished, method: str) -> pa.Table:
-        table = run.metrics.select([*key, "dataset", "method", "value"])
-        is_meant = pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["method"], method))
-        return table.filter(pc.and_(is_meant, pc.is_in(table["measure"], measures))).select([*key, "value"])
-
-    def differ(method: str) -> bool:
-        both = ranked(one, method).join(ranked(other, method), key, join_type="inner", right_suffix="_other")
-        return bool(pc.any(pc.not_equal(both["value"], both["value_other"])).as_py())
-
-    return differ("bm25") and differ("base")
+    measures, rankers = RETRIEVAL_MEASURES[one.config.datasets[dataset].task], ("bm25", "base")
+    key = ["dataset", "method", "measure", "query_id"]
+    is_meant = (pl.col("dataset") == dataset) & pl.col("method").is_in(rankers) & pl.col("measure").is_in(measures)
+    told, of_other = (frame_of(run.metrics, [*key, "value"]).filter(is_meant) for run in (one, other))
+    moved = told.join(of_other, on=key, suffix="_other").filter(pl.col("value") != pl.col("value_other"))
+    return set(moved["method"]) == set(rankers)
 
 
 def _spent(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
