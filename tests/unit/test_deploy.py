@@ -1,9 +1,9 @@
 """What lies in deploy/: manifests, images, dashboard, alerts, and `cluster.yaml`.
 
-KubeRay's CRDs come with no package that tests could install, so the manifests are checked against
-tests/kuberay_schema.json, a part of them that is kept by hand: it knows every field that is used here and refuses any
-other, which finds misspelt and misplaced fields, but it is not the CRD. The Serve configuration, the server's settings
-and cluster.yaml are checked by the code that reads them.
+Pod templates, policies and claims are held against Kubernetes' own types, which its Python client brings. KubeRay's
+CRDs come with no package that tests could install: the few fields that are KubeRay's are checked against
+tests/kuberay_schema.json, kept by hand after its types; it refuses every other, which finds misspelt and misplaced
+fields. The Serve configuration, the server's settings and cluster.yaml are checked by the code that reads them.
 """
 
 import json
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pydantic
 import pytest
 import yaml
+from kubernetes import client
 from prometheus_client.parser import text_string_to_metric_families
 from ray.autoscaler._private.util import validate_config
 from ray.serve.schema import ServeDeploySchema
@@ -55,6 +57,27 @@ def test_manifests_have_no_field_that_kuberay_does_not_know(path: Path) -> None:
     cluster_of(wrong)["authOption"] = cluster_of(wrong).pop("authOptions")
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
+
+
+@ray_manifests
+def test_pods_are_what_kubernetes_takes(path: Path) -> None:
+    """Unknown fields are dropped without a word here too: a misspelt security context is a pod that runs as root."""
+    for group in groups_of(read(path)):
+        client.V1PodTemplateSpec.model_validate(group["template"])
+    spec = group["template"]["spec"]
+    spec["securityContexts"] = spec.pop("securityContext")
+    spec["containers"][0]["ports"] = [{"name": "serve", "containerPort": "8000"}]
+    del spec["volumes"][0]["name"]
+    with pytest.raises(pydantic.ValidationError) as found:
+        client.V1PodTemplateSpec.model_validate(group["template"])
+    assert found.value.error_count() == 3
+
+
+@pytest.mark.parametrize("name", ["base", "networkpolicy"])
+def test_policies_and_claims_are_what_kubernetes_takes(name: str) -> None:
+    for document in yaml.safe_load_all((DEPLOY / "kuberay" / f"{name}.yaml").read_text()):
+        assert document["apiVersion"] == ("v1" if name == "base" else "networking.k8s.io/v1")
+        getattr(client, f"V1{document['kind']}").model_validate(document)
 
 
 @ray_manifests
