@@ -106,6 +106,23 @@ class _Work:
     running: "dict[ray.ObjectRef, tuple[int, _Task]]" = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Hosted:
+    """An actor, and what is there once its engine is open."""
+
+    actor: Any
+    opened: "ray.ObjectRef"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine was ever open; one that was not has not begun what it was asked."""
+        try:
+            ray.get(self.opened, timeout=0)
+        except RayError:  # it died, or is still at it
+            return False
+        return True
+
+
 class RayClient(StoreClient):
     """Answers with a pool of engine actors, which start when something must be computed and live until `close`.
 
@@ -125,13 +142,13 @@ class RayClient(StoreClient):
         super().__init__(name, store, template, ControlTokens.load(llm.path))
         self.runtime, self.budget = config.runtime, budget or Budget(config.budget)
         self.settings = EngineSettings.of(config, llm.path)
-        self._actors: list[Any] = []
+        self._actors: list[_Hosted] = []
 
     def close(self) -> None:
         """Ends the actors; the next question starts new ones."""
         if ray.is_initialized():
-            for actor in self._actors:
-                ray.kill(actor)
+            for hosted in self._actors:
+                ray.kill(hosted.actor)
         self._actors = []
 
     def _compute(self, chunks: Sequence[Chunk], label: str) -> Iterator[list[Answer]]:
@@ -167,7 +184,7 @@ class RayClient(StoreClient):
         for slot in [*slots] * depth:
             if work.queue and not self.budget.is_reached:
                 task = work.queue.popleft()
-                work.running[self._actors[slot].compute.remote(task.chunk, work.route)] = slot, task
+                work.running[self._actors[slot].actor.compute.remote(task.chunk, work.route)] = slot, task
 
     def _result(self, done: Sequence[ray.ObjectRef]) -> list[Answer]:
         """The answers of a chunk that ended; typed errors of the actor are raised as themselves, its loss as _Lost."""
@@ -195,7 +212,9 @@ class RayClient(StoreClient):
         lost = [ref for ref, (slot, _) in work.running.items() if slot in slots]
         reason = str(error).splitlines()[0]
         log.warning("an LLM actor was lost (%s); starting another, asking %d chunks again", reason, len(lost))
-        suspects = set(slots)
+        # Not of one that died while it started: asked one by one, requests lose their company, and with it, in
+        # bfloat16, the last bits of their answers.
+        suspects = {slot for slot in slots if self._actors[slot].is_open}
         for ref in lost:
             slot, task = work.running.pop(ref)
             if slot not in suspects:
@@ -236,7 +255,7 @@ class RayClient(StoreClient):
             # Evenly over the work: sorted by prompt, neighbours are of one task.
             probe = [to_score[(2 * n + 1) * len(to_score) // (2 * PROBE_CHUNKS)] for n in range(PROBE_CHUNKS)]
             try:
-                speeds = ray.get(self._actors[0].time_routes.remote(probe), timeout=self.runtime.stall_timeout_s)
+                speeds = ray.get(self._actors[0].actor.time_routes.remote(probe), timeout=self.runtime.stall_timeout_s)
             except (RayActorError, GetTimeoutError) as error:
                 log.warning("the routes of scoring could not be compared: %s", str(error).splitlines()[0])
                 self._replace(0)
@@ -255,10 +274,10 @@ class RayClient(StoreClient):
             self._actors += [self._new() for _ in range(new)]
 
     def _replace(self, slot: int) -> None:
-        ray.kill(self._actors[slot])
+        ray.kill(self._actors[slot].actor)
         self._actors[slot] = self._new()
 
-    def _new(self) -> Any:
+    def _new(self) -> _Hosted:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "num_gpus": self.runtime.llm_gpus,
@@ -266,7 +285,9 @@ class RayClient(StoreClient):
             "max_task_retries": 0,
             "runtime_env": {"env_vars": environment(self.settings)},
         }
-        return ray.remote(EngineActor).options(**options).remote(self.settings, self.scorer_id, self.store.folder)
+        made: Any = ray.remote(EngineActor).options(**options)
+        actor = made.remote(self.settings, self.scorer_id, self.store.folder)
+        return _Hosted(actor=actor, opened=actor.__ray_ready__.remote())
 
 
 class _Lost(Exception):

@@ -127,6 +127,31 @@ def test_a_request_that_kills_the_engine_is_a_row_error(local_ray, tmp_path, llm
     assert len(client.store) == 149
 
 
+class StillbornActor(pool.EngineActor):
+    """Dies while it starts, the first three times on a machine."""
+
+    def __init__(self, settings, name, folder):
+        marks = Path(folder).parent / "marks"
+        marks.mkdir(parents=True, exist_ok=True)
+        if len(list(marks.iterdir())) < 3:
+            (marks / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(settings, name, folder)
+
+
+@pytest.mark.slow
+def test_actors_that_die_while_they_start_are_no_matter_of_what_they_were_asked(local_ray, tmp_path, llm, monkeypatch):
+    """Requests that are asked one by one, as after deaths over them, have other numbers in bfloat16 than together."""
+    whole, _ = scored(tmp_path / "whole", llm, 24)
+    monkeypatch.setattr(pool, "EngineActor", StillbornActor)
+    hurt, client = scored(tmp_path / "hurt", llm, 24)
+    part = "parts/llm_scores-00000.parquet"
+    assert (hurt.path / part).read_bytes() == (whole.path / part).read_bytes()
+    assert len(list((client.store.folder.parent / "marks").iterdir())) == 3
+    segments = [len(list((tmp_path / name).rglob("seg-*.parquet"))) for name in ("whole", "hurt")]
+    assert segments[0] == segments[1], "chunks were taken apart"
+
+
 class SleepyActor(pool.EngineActor):
     """Is stopped, as if it hung, the first time that a machine-wide mark is not there yet."""
 

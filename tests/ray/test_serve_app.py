@@ -262,11 +262,11 @@ def test_a_replica_killed_during_a_switch_mixes_no_snapshots(served: Served) -> 
         served.wait_for(new)
         until(lambda: {process.pid for process in replicas("shards-1")} - {before}, 120)
         time.sleep(3)
-        settled = time.monotonic()
-        time.sleep(2)
+        settled = len(load.answers)
+        until(lambda: len(load.answers) >= settled + 500, 60)
     expected[new] = served.ask()["results"]
     assert set(load.codes) <= {200, 503, 504}, load.codes
-    assert {answer["index_snapshot"] for at, answer in load.answers if at > settled} == {new}
+    assert {answer["index_snapshot"] for _, answer in load.answers[settled:]} == {new}
     load.assert_whole(expected)
 
 
@@ -365,7 +365,7 @@ def test_a_killed_proxy_comes_back_and_patient_clients_do_not_notice(fast: Fast,
     assert not patient.is_alive()
     assert len(answered) > count
     times = [killed, *(at for at, _ in load.answers if at > killed)]
-    # 6 s until it is missed, then the start of a process, which takes its time where all cores are busy.
+    # 3 s until it is missed, then the start of a process, which takes its time where all cores are busy.
     assert max(later - earlier for earlier, later in pairwise(times)) < 20
     lost = {str(code).partition(":")[0] for code in load.codes if code != 200}
     # A proxy of Ray that has just started says 404 until it hears of the application; our client comes again.
