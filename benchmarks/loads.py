@@ -363,7 +363,7 @@ def main() -> None:
                 found = WORKLOADS[name](served, options)
                 print(f"{name}: {'met' if found['is_met'] else 'NOT MET'} {json.dumps(found)}", flush=True)
                 sizes = {key: getattr(options, key) for key in ("documents", "kind", "ingress_replicas")}
-                record(options.results, name, {**sizes, **found})
+                record(options.results, f"{name}_{options.documents // 1000}k_{options.kind}", {**sizes, **found})
         finally:
             served.close()
 
