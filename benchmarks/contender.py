@@ -149,11 +149,17 @@ def record(path: Path, name: str, found: dict[str, Any]) -> None:
     """
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
-    revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
-    results[name] = {"machine": machine(), "command": command, "commit": revision.stdout.strip(), **found}
+    results[name] = {"machine": machine(), "command": command, "commit": _commit(), **found}
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {path}", flush=True)
+
+
+def _commit() -> str:
+    """The commit that is checked out, `-dirty` where something else than results was changed since."""
+    head = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+    but_results = ["git", "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+    return head.stdout.strip() + ("-dirty" if subprocess.run(but_results, check=False).returncode else "")
 
 
 def machine() -> dict[str, Any]:
