@@ -8,6 +8,9 @@ from typing import Any
 import numba
 import numpy as np
 
+STEP = 32
+"""Documents that are passed over together where none reaches the threshold."""
+
 _compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "reassoc"})
 
 
@@ -37,21 +40,25 @@ def scan(
         if count < 0:
             continue
         threshold, slope = thresholds_Q[query], slope_Q[query]
-        for start in range(0, num_documents, 64):
-            stop = min(start + 64, num_documents)
-            best = np.float32(-3e38)
+        for start in range(0, num_documents, STEP):
+            stop = min(start + STEP, num_documents)
+            if stop - start == STEP:
+                # A count over slices of fixed length is what LLVM makes vector instructions of; a maximum is not.
+                products, scales = product_QB[query, start:stop], scale_B[start:stop]
+                errors, above = error_B[start:stop], np.int32(0)
+                for place in range(STEP):
+                    if np.float32(products[place]) * scales[place] + slope * errors[place] >= threshold:
+                        above += np.int32(1)
+                if above == 0:
+                    continue
             for document in range(start, stop):
-                bound = np.float32(product_QB[query, document]) * scale_B[document] + slope * error_B[document]
-                best = max(best, bound)
-            if best >= threshold:
-                for document in range(start, stop):
-                    score = np.float32(product_QB[query, document]) * scale_B[document]
-                    error = slope * error_B[document]
-                    if score + error >= threshold and (not masked or allowed_B[document]):
-                        rows_QC[query, count] = first + document
-                        upper_QC[query, count] = score + error
-                        lower_QC[query, count] = score - error
-                        count += 1
+                score = np.float32(product_QB[query, document]) * scale_B[document]
+                error = slope * error_B[document]
+                if score + error >= threshold and (not masked or allowed_B[document]):
+                    rows_QC[query, count] = first + document
+                    upper_QC[query, count] = score + error
+                    lower_QC[query, count] = score - error
+                    count += 1
         counts_Q[query] = count
         if count > limits_Q[query]:
             _raise_threshold(query, k, slack_Q, rows_QC, upper_QC, lower_QC, counts_Q, thresholds_Q)
