@@ -93,7 +93,13 @@ class Codes:
         self._pool = ThreadPoolExecutor(num_threads, initializer=_one_thread) if num_threads > 1 else None
 
     def search(
-        self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_R: np.ndarray | None
+        self,
+        query_MD: np.ndarray,
+        start: int,
+        end: int,
+        k: int,
+        allowed_R: np.ndarray | None,
+        floor_M: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact k best of rows [start, end) for each of M queries.
 
@@ -103,6 +109,7 @@ class Codes:
             end: last row, exclusive.
             k: results per query.
             allowed_R: bool, which of the rows may be found; None: all.
+            floor_M: float32, scores below which nothing is wanted, so that less may be found; None: whatever there is.
 
         Returns:
             rows int64 [M, k], scores float32 [M, k], and bool [M]: of which query more documents than can be kept lie
@@ -113,7 +120,8 @@ class Codes:
 
         def tile(first: int) -> None:
             members = slice(first, first + QUERIES)
-            found = self._tile(query_MD[members], start, end, k, _NO_MASK if allowed_R is None else allowed_R)
+            allowed = _NO_MASK if allowed_R is None else allowed_R
+            found = self._tile(query_MD[members], start, end, k, allowed, None if floor_M is None else floor_M[members])
             rows_MK[members], scores_MK[members], unsettled_M[members] = found
 
         firsts = range(0, len(query_MD), QUERIES)
@@ -122,7 +130,7 @@ class Codes:
         return rows_MK, scores_MK, unsettled_M
 
     def _tile(
-        self, query_QD: np.ndarray, start: int, end: int, k: int, allowed_R: np.ndarray
+        self, query_QD: np.ndarray, start: int, end: int, k: int, allowed_R: np.ndarray, floor_Q: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
@@ -135,6 +143,8 @@ class Codes:
         slack_Q = (self._largest_norm * (NORM * error_Q + ROUNDING * (norm_Q + error_Q)) / scale_Q).astype(np.float32)
         room = max(2048, 4 * k) + DOCUMENTS
         kept = _Kept(len(query_QD), room, k)
+        if floor_Q is not None:
+            kept.raise_to(floor_Q / scale_Q - 2 * slack_Q)
         codes, queries = torch.from_numpy(self._code_ND), torch.from_numpy(code_QD)
         product = torch.empty(len(query_QD), DOCUMENTS, dtype=torch.int32)
         for first in range(start, end, DOCUMENTS):
@@ -198,6 +208,10 @@ class _Kept:
         self.counts_Q = np.zeros(num_queries, np.int64)
         self.limits_Q = np.full(num_queries, max(k, DOCUMENTS), np.int64)
         self.thresholds_Q = np.full(num_queries, np.finfo(np.float32).min, np.float32)
+
+    def raise_to(self, thresholds_Q: np.ndarray) -> None:
+        """Candidates have to reach these upper bounds, -inf where there is none yet."""
+        self.thresholds_Q = np.maximum(self.thresholds_Q, thresholds_Q.astype(np.float32))
 
 
 def quantize(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

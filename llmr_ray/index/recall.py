@@ -13,7 +13,6 @@ from llmr_ray.artifacts import Artifact, seed_of
 from llmr_ray.errors import DataError
 from llmr_ray.index import approximate, shards
 from llmr_ray.index.settings import IndexConfig
-from llmr_ray.index.topk import merge_topk
 from llmr_ray.index.vectors import query_vectors, to_matrix
 
 NUM_QUERIES = 256
@@ -63,7 +62,7 @@ def measure(opened: Sequence[shards.Shard], query_QD: np.ndarray, settings: Inde
     proposals = [shard.proposals for shard in opened]
 
     def found(depth: int) -> np.ndarray:
-        return merge_topk([shard.search(query_QD, scopes_Q2, depth) for shard in opened], depth)[1]
+        return shards.search_all(opened, query_QD, scopes_Q2, depth)[1]
 
     for shard in opened:
         shard.proposals = None

@@ -119,7 +119,7 @@ class _ShardGroup:
         if not self._shards:
             # Not in the constructor: of an error there, the caller learns only that the actor died.
             self._shards = shards.open_shards(self._index, self._numbers, how=self._how)
-        return merge_topk([shard.search(*batch, k) for shard in self._shards], k)
+        return shards.search_all(self._shards, *batch, k)
 
 
 def _memory(index: Artifact, numbers: Sequence[int]) -> int:

@@ -26,6 +26,7 @@ from llmr_ray.durable import staged
 from llmr_ray.errors import DataError
 from llmr_ray.index import int8
 from llmr_ray.index.approximate import EXACT_SHARE, WIDER, Proposals
+from llmr_ray.index.gpu import GpuRange
 from llmr_ray.index.int8 import Codes
 from llmr_ray.index.settings import IndexConfig
 from llmr_ray.index.topk import (
@@ -178,6 +179,31 @@ def settings_of(index: Artifact) -> IndexConfig:
     )
 
 
+def search_all(
+    shards: Sequence["Shard"],
+    query_QD: np.ndarray,
+    scopes_Q2: np.ndarray,
+    k: int,
+    allowed: Sequence[np.ndarray | None] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best documents of several shards: rows int64 [Q, k] and scores float32 [Q, k].
+
+    Each shard is told what the k-th best of those before it scores, which spares it most candidates.
+
+    Args:
+        shards: at least one.
+        query_QD, scopes_Q2, k: see Shard.search.
+        allowed: of each shard; empty: all documents of all.
+    """
+    best = None
+    for number, shard in enumerate(shards):
+        floor_Q = None if best is None else best[1][:, -1]
+        found = shard.search(query_QD, scopes_Q2, k, allowed[number] if allowed else None, floor_Q)
+        best = found if best is None else merge_topk([best, found], k)
+    assert best is not None
+    return best
+
+
 class Shard:
     """An opened shard. The file is mapped into memory: processes of one machine share its pages.
 
@@ -207,10 +233,15 @@ class Shard:
         """What proposes documents where the index is approximate; the vectors here are its exact scores."""
         self.codes: Codes | None = None
         """What bounds scores by 8-bit products; the result is the same without it."""
-        self._gpu: _GpuRange | None = _GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
+        self._gpu: GpuRange | None = GpuRange(self.vector_ND) if faiss.get_num_gpus() > 0 else None
 
     def search(
-        self, query_QD: np.ndarray, scopes_Q2: np.ndarray, k: int, allowed_N: np.ndarray | None = None
+        self,
+        query_QD: np.ndarray,
+        scopes_Q2: np.ndarray,
+        k: int,
+        allowed_N: np.ndarray | None = None,
+        floor_Q: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of this shard inside each query's range of corpus rows.
 
@@ -219,6 +250,8 @@ class Shard:
             scopes_Q2: int64 [Q, 2] start and end (exclusive), in rows of the whole corpus.
             k: results per query.
             allowed_N: bool, which of the shard's documents may be found; None: all.
+            floor_Q: float32, scores that k documents elsewhere have: those of lower ones may be left out; None: all
+                are wanted.
 
         Returns:
             corpus rows int64 [Q, k] and scores float32 [Q, k]; MISSING and -inf where the range has no more.
@@ -227,18 +260,25 @@ class Shard:
         check_queries(query_QD, local_Q2, self.dimension, self.num_rows)
         rows_QK, scores_QK = nothing(len(query_QD), k)
         for start, end, members in by_range(local_Q2):
-            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k, allowed_N)
+            floor_M = None if floor_Q is None else floor_Q[members]
+            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k, allowed_N, floor_M)
             rows_QK[members] = _moved(rows_MK, self.first_row)
             scores_QK[members] = scores_MK
         return rows_QK, scores_QK
 
     def _search_range(
-        self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
+        self,
+        query_MD: np.ndarray,
+        start: int,
+        end: int,
+        k: int,
+        allowed_N: np.ndarray | None,
+        floor_M: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Searches the shard's rows [start, end); rows are the shard's."""
         if self.proposals is not None:
             return self._search_proposed(self.proposals, query_MD, start, end, k, allowed_N)
-        return self._search_exact(query_MD, start, end, k, allowed_N)
+        return self._search_exact(query_MD, start, end, k, allowed_N, floor_M)
 
     def _search_proposed(
         self, proposals: Proposals, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
@@ -282,7 +322,13 @@ class Shard:
         return select_topk(found_MF, exact_MF, depth)
 
     def _search_exact(
-        self, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
+        self,
+        query_MD: np.ndarray,
+        start: int,
+        end: int,
+        k: int,
+        allowed_N: np.ndarray | None,
+        floor_M: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`_search_range` among all."""
         vector_RD, allowed_R = self.vector_ND[start:end], None
@@ -297,7 +343,7 @@ class Shard:
         todo = np.ones(len(query_MD), bool)
         rows_MK, scores_MK = nothing(len(query_MD), k)
         if self.codes is not None and len(vector_RD) >= int8.MIN_ROWS and k <= int8.MAX_RESULTS:
-            rows_MK, scores_MK, todo = self.codes.search(query_MD, start, end, k, allowed_R)
+            rows_MK, scores_MK, todo = self.codes.search(query_MD, start, end, k, allowed_R, floor_M)
         scan = partial(self._scan, start=start, end=end)
         if allowed_R is not None and todo.any() and (fetch := 2 * (k + SPARE)) < len(vector_RD):
             found_MK, scores_MK[todo], open_M = _attempt(query_MD[todo], vector_RD, k, fetch, scan, allowed_R)
@@ -388,27 +434,3 @@ def _moved(rows: np.ndarray, first_row: int) -> np.ndarray:
     """Rows counted from another one. A filler plus an offset would be a real, wrong document, so fillers stay."""
     moved: np.ndarray = np.where(rows == MISSING, MISSING, rows + first_row)
     return moved
-
-
-class _GpuRange:
-    """A float32 copy of one range of a shard on the first GPU; another range replaces it.
-
-    `index_cpu_to_all_gpus` is avoided: without a GPU it returns an empty index and no error; and FAISS's default of
-    fp16 storage on some paths would change the numbers.
-    """
-
-    def __init__(self, vector_ND: np.ndarray) -> None:
-        self._vector_ND = vector_ND
-        self._resources = faiss.StandardGpuResources()
-        self._range = (0, 0)
-
-    def search(self, query_MD: np.ndarray, start: int, end: int, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's top `fetch` of rows [start, end), numbered from `start`."""
-        if self._range != (start, end):
-            config = faiss.GpuIndexFlatConfig()
-            config.useFloat16 = False
-            self._index = faiss.GpuIndexFlatIP(self._resources, self._vector_ND.shape[1], config)
-            self._index.add(self._vector_ND[start:end])
-            self._range = (start, end)
-        found: tuple[np.ndarray, np.ndarray] = self._index.search(query_MD, fetch)
-        return found

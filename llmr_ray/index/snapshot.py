@@ -33,7 +33,7 @@ from llmr_ray.errors import DataError
 from llmr_ray.index import shards as faiss_shards
 from llmr_ray.index.filters import COLUMNS, Attributes, Filter, key_of
 from llmr_ray.index.rows import read_rows
-from llmr_ray.index.topk import merge_topk, nothing
+from llmr_ray.index.topk import nothing
 
 MASK_BYTES = 64 << 20
 """What the masks of recent filters may take up in a process, all open snapshots together; the least recently used go
@@ -212,11 +212,12 @@ class OpenSnapshot:
         for key, (chosen, members) in groups.items():
             query_MD = np.ascontiguousarray(query_QD[members], np.float32)
             scopes_M2 = np.tile([[0, self._first_rows[-1]]], (len(members), 1))
-            found = [
-                opened.shard.search(query_MD, scopes_M2, k, self._mask(opened, key, chosen)) for opened in self._shards
-            ]
-            if found:
-                rows_QK[members], scores_QK[members] = merge_topk(found, k)
+            if self._shards:
+                masks = [self._mask(opened, key, chosen) for opened in self._shards]
+                found = faiss_shards.search_all(
+                    [opened.shard for opened in self._shards], query_MD, scopes_M2, k, masks
+                )
+                rows_QK[members], scores_QK[members] = found
         return rows_QK, scores_QK
 
     def read_attributes(self) -> None:

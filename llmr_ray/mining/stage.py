@@ -24,7 +24,6 @@ from llmr_ray.data.sources import brings_candidates
 from llmr_ray.data.text import document_text, document_texts
 from llmr_ray.errors import ConfigError, DataError
 from llmr_ray.index import shards
-from llmr_ray.index.topk import merge_topk
 from llmr_ray.index.vectors import query_vectors
 from llmr_ray.mining.candidates import Found, draw_random, own_first, text_key, union
 from llmr_ray.mining.given import GivenCandidates
@@ -212,8 +211,7 @@ class MineWorker:
             ranked = []
             if settings.num_dense:
                 vectors = self.query_QD[first + members]
-                parts = [shard.search(vectors, scopes_Q2, settings.depth) for shard in self.shards]
-                rows_QK, scores_QK = merge_topk(parts, settings.depth)
+                rows_QK, scores_QK = shards.search_all(self.shards, vectors, scopes_Q2, settings.depth)
                 if settings.same_task_first:
                     own = [pool_of(queries[member]["dataset"]) for member in members]
                     rows_QK, scores_QK = own_first(rows_QK, scores_QK, own, self.owners)

@@ -18,11 +18,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "MIN_ROWS", 300)
 
 
-def opened(folder: Path, docs: np.ndarray, num_threads: int = 1, *, unit_norm: bool = True) -> shards.Shard:
-    path = folder / "x.faiss"
+def opened(
+    folder: Path, docs: np.ndarray, num_threads: int = 1, *, first_row: int = 0, unit_norm: bool = True
+) -> shards.Shard:
+    path = folder / (f"x{first_row}.faiss" if first_row else "x.faiss")
     if not path.exists():
         shards.write_shard(docs, path, unit_norm=unit_norm)
-    shard = shards.Shard(path, 0, sha256_file(path), unit_norm=unit_norm)
+    shard = shards.Shard(path, first_row, sha256_file(path), unit_norm=unit_norm)
     shard.codes = int8.open_codes(path, sha256_file(path), shard.vector_ND, num_threads, shard.largest_norm)
     return shard
 
@@ -56,6 +58,43 @@ def test_the_scan_equals_the_oracle(tmp_path: Path, vectors: str, num_threads: i
         oracle_rows, oracle_scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
         np.testing.assert_array_equal(rows, np.where(oracle_rows == MISSING, MISSING, chosen[oracle_rows]))
         np.testing.assert_array_equal(scores, oracle_scores)
+
+
+@pytest.mark.parametrize("vectors", ["none", "many", "near", "all", "outliers", "long"])
+def test_several_shards_equal_the_oracle_though_each_knows_what_those_before_it_found(
+    tmp_path: Path, vectors: str
+) -> None:
+    """A threshold that another shard set a rounding too high loses a document; equal ones straddle shards."""
+    rng = np.random.default_rng(0)
+    docs = outliers(rng) if vectors in ("outliers", "long") else corpus(rng, vectors)
+    if vectors == "long":
+        docs *= rng.uniform(1, 90, (ROWS, 1)).astype(np.float32)
+    queries = np.concatenate([unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]])
+    scopes = np.concatenate([np.tile([[0, ROWS]], (250, 1)), [[300, 1300]] * 40, [[0, 350]] * 10])
+    cuts = [(0, 400), (400, 401), (401, 1000), (1000, ROWS)]
+    held = [opened(tmp_path, docs[a:b], first_row=a, unit_norm=vectors != "long") for a, b in cuts]
+    allowed = rng.random(ROWS) < 0.7
+    chosen = np.flatnonzero(allowed)
+    for k in (1, 10, 300):
+        for mine, oracle in zip(
+            shards.search_all(held, queries, scopes, k), exact_topk(queries, docs, scopes, k), strict=True
+        ):
+            np.testing.assert_array_equal(mine, oracle)
+        rows, scores = shards.search_all(held, queries, scopes, k, [allowed[a:b] for a, b in cuts])
+        oracle_rows, oracle_scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
+        np.testing.assert_array_equal(rows, np.where(oracle_rows == MISSING, MISSING, chosen[oracle_rows]))
+        np.testing.assert_array_equal(scores, oracle_scores)
+
+
+def test_a_floor_spares_what_is_below_it_and_nothing_else(tmp_path: Path) -> None:
+    """One that were ignored would cost speed alone, which no result shows."""
+    docs = unit(np.random.default_rng(0), ROWS, 48)
+    queries, scopes = unit(np.random.default_rng(1), 30, 48), np.tile([[0, ROWS]], (30, 1))
+    rows, scores = exact_topk(queries, docs, scopes, 100)
+    found, told = opened(tmp_path, docs).search(queries, scopes, 100, floor_Q=scores[:, 19])
+    np.testing.assert_array_equal(found[:, :20], rows[:, :20])
+    np.testing.assert_array_equal(told[:, :20], scores[:, :20])
+    assert (found[:, 99] == MISSING).all()
 
 
 def test_the_scan_is_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def uses(path: Path, library: str) -> bool:
     [
         ("ray", r"(.*/stage|training/fit|feedback/pool|cluster|pipeline|index/searcher|serving/app)\.py"),
         ("vllm", r"feedback/engine_vllm\.py"),
-        ("faiss", r"index/(shards|approximate)\.py"),
+        ("faiss", r"index/(shards|approximate|gpu)\.py"),
         ("torch.distributed", r"training/(gather|step)\.py"),
         ("bm25s", r"mining/bm25\.py"),
         ("peft", r"training/adapters\.py"),
