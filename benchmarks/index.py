@@ -111,12 +111,8 @@ def with_shards(scan: str) -> Any:
         how = shards.Opening(scan=scan, num_threads=options.threads)
         held = shards.open_shards(Artifact(options.folder, SPEC), range(options.shards), how=how)
         scopes = np.tile([[0, options.documents]], (len(queries), 1))
-
-        def parts() -> Any:
-            return [shard.search(queries, scopes, options.k) for shard in held]
-
-        kept = parts()
-        return lambda: merge_topk(parts(), options.k), lambda: merge_topk(kept, options.k)
+        parts = [shard.search(queries, scopes, options.k) for shard in held]
+        return lambda: shards.search_all(held, queries, scopes, options.k), lambda: merge_topk(parts, options.k)
 
     return ready
 
