@@ -99,7 +99,7 @@ class Codes:
         end: int,
         k: int,
         allowed_R: np.ndarray | None,
-        floor_M: np.ndarray | None = None,
+        floor_M: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact k best of rows [start, end) for each of M queries.
 
@@ -109,7 +109,7 @@ class Codes:
             end: last row, exclusive.
             k: results per query.
             allowed_R: bool, which of the rows may be found; None: all.
-            floor_M: float32, scores below which nothing is wanted, so that less may be found; None: whatever there is.
+            floor_M: float32, scores below which nothing is wanted, so that less may be found; -inf: all is wanted.
 
         Returns:
             rows int64 [M, k], scores float32 [M, k], and bool [M]: of which query more documents than can be kept lie
@@ -117,11 +117,11 @@ class Codes:
         """
         rows_MK, scores_MK = nothing(len(query_MD), k)
         unsettled_M = np.zeros(len(query_MD), bool)
+        masked_R = _NO_MASK if allowed_R is None else allowed_R
 
         def tile(first: int) -> None:
             members = slice(first, first + QUERIES)
-            allowed = _NO_MASK if allowed_R is None else allowed_R
-            found = self._tile(query_MD[members], start, end, k, allowed, None if floor_M is None else floor_M[members])
+            found = self._tile(query_MD[members], start, end, k, masked_R, floor_M[members])
             rows_MK[members], scores_MK[members], unsettled_M[members] = found
 
         firsts = range(0, len(query_MD), QUERIES)
@@ -130,7 +130,7 @@ class Codes:
         return rows_MK, scores_MK, unsettled_M
 
     def _tile(
-        self, query_QD: np.ndarray, start: int, end: int, k: int, allowed_R: np.ndarray, floor_Q: np.ndarray | None
+        self, query_QD: np.ndarray, start: int, end: int, k: int, allowed_R: np.ndarray, floor_Q: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
@@ -142,9 +142,7 @@ class Codes:
         slope_Q = ((norm_Q + error_Q) / scale_Q).astype(np.float32)
         slack_Q = (self._largest_norm * (NORM * error_Q + ROUNDING * (norm_Q + error_Q)) / scale_Q).astype(np.float32)
         room = max(2048, 4 * k) + DOCUMENTS
-        kept = _Kept(len(query_QD), room, k)
-        if floor_Q is not None:
-            kept.raise_to(floor_Q / scale_Q - 2 * slack_Q)
+        kept = _Kept(floor_Q / scale_Q - 2 * slack_Q, room, k)
         codes, queries = torch.from_numpy(self._code_ND), torch.from_numpy(code_QD)
         product = torch.empty(len(query_QD), DOCUMENTS, dtype=torch.int32)
         for first in range(start, end, DOCUMENTS):
@@ -196,22 +194,19 @@ class Codes:
 
 
 class _Kept:
-    """The candidates of each query of a tile, and the threshold below which there are no more.
+    """The candidates of each query of a tile, and the threshold below which there are no more, `least_Q` or higher.
 
     counts_Q: how many; -1 where there was no room. limits_Q: at how many the threshold is raised next.
     """
 
-    def __init__(self, num_queries: int, room: int, k: int) -> None:
+    def __init__(self, least_Q: np.ndarray, room: int, k: int) -> None:
+        num_queries = len(least_Q)
         self.rows_QC = np.empty((num_queries, room), np.int64)
         self.upper_QC = np.empty((num_queries, room), np.float32)
         self.lower_QC = np.empty((num_queries, room), np.float32)
         self.counts_Q = np.zeros(num_queries, np.int64)
         self.limits_Q = np.full(num_queries, max(k, DOCUMENTS), np.int64)
-        self.thresholds_Q = np.full(num_queries, np.finfo(np.float32).min, np.float32)
-
-    def raise_to(self, thresholds_Q: np.ndarray) -> None:
-        """Candidates have to reach these upper bounds, -inf where there is none yet."""
-        self.thresholds_Q = np.maximum(self.thresholds_Q, thresholds_Q.astype(np.float32))
+        self.thresholds_Q = np.maximum(least_Q, np.finfo(np.float32).min).astype(np.float32)
 
 
 def quantize(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -195,12 +195,10 @@ def search_all(
         query_QD, scopes_Q2, k: see Shard.search.
         allowed: of each shard; empty: all documents of all.
     """
-    best = None
-    for number, shard in enumerate(shards):
-        floor_Q = None if best is None else best[1][:, -1]
-        found = shard.search(query_QD, scopes_Q2, k, allowed[number] if allowed else None, floor_Q)
-        best = found if best is None else merge_topk([best, found], k)
-    assert best is not None
+    (first, mask), *others = zip(shards, allowed or [None] * len(shards), strict=True)
+    best = first.search(query_QD, scopes_Q2, k, mask)
+    for shard, mask in others:
+        best = merge_topk([best, shard.search(query_QD, scopes_Q2, k, mask, best[1][:, -1])], k)
     return best
 
 
@@ -259,31 +257,25 @@ class Shard:
         local_Q2 = np.clip(scopes_Q2 - self.first_row, 0, self.num_rows)
         check_queries(query_QD, local_Q2, self.dimension, self.num_rows)
         rows_QK, scores_QK = nothing(len(query_QD), k)
+        floor_Q = np.full(len(query_QD), -np.inf, np.float32) if floor_Q is None else floor_Q
         for start, end, members in by_range(local_Q2):
-            floor_M = None if floor_Q is None else floor_Q[members]
-            rows_MK, scores_MK = self._search_range(query_QD[members], start, end, k, allowed_N, floor_M)
+            search = self._search_exact if self.proposals is None else partial(self._search_proposed, self.proposals)
+            rows_MK, scores_MK = search(query_QD[members], start, end, k, allowed_N, floor_Q[members])
             rows_QK[members] = _moved(rows_MK, self.first_row)
             scores_QK[members] = scores_MK
         return rows_QK, scores_QK
 
-    def _search_range(
+    def _search_proposed(
         self,
+        proposals: Proposals,
         query_MD: np.ndarray,
         start: int,
         end: int,
         k: int,
         allowed_N: np.ndarray | None,
-        floor_M: np.ndarray | None,
+        floor_M: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Searches the shard's rows [start, end); rows are the shard's."""
-        if self.proposals is not None:
-            return self._search_proposed(self.proposals, query_MD, start, end, k, allowed_N)
-        return self._search_exact(query_MD, start, end, k, allowed_N, floor_M)
-
-    def _search_proposed(
-        self, proposals: Proposals, query_MD: np.ndarray, start: int, end: int, k: int, allowed_N: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`_search_range` among what is proposed; exactly where that is as fast, and where too little is proposed.
+        """`_search_exact` among what is proposed; exactly where that is as fast, and where too little is proposed.
 
         All documents are proposed from: asked for allowed ones alone, lists and walks give those that they meet,
         wherever the best are. Where the k best of all are allowed, they are the result; else a wider search has to find
@@ -298,7 +290,7 @@ class Shard:
             allowed_N = allowed_N if num_allowed < self.num_rows else None
         num = max(k + SPARE, k * proposals.refine)
         if num_allowed <= max(num, EXACT_SHARE * self.num_rows):
-            return self._search_exact(query_MD, start, end, k, allowed_N)
+            return self._search_exact(query_MD, start, end, k, allowed_N, floor_M)
         todo = np.arange(len(query_MD))
         rows_MK, scores_MK = nothing(len(query_MD), k)
         for depth, width in [(k, 1)] if allowed_N is None else [(k, 1), (2 * k, WIDER)]:
@@ -308,7 +300,7 @@ class Shard:
             todo = todo[rows_MK[todo, -1] == MISSING]
             if not len(todo):
                 return rows_MK, scores_MK
-        rows_MK[todo], scores_MK[todo] = self._search_exact(query_MD[todo], start, end, k, allowed_N)
+        rows_MK[todo], scores_MK[todo] = self._search_exact(query_MD[todo], start, end, k, allowed_N, floor_M[todo])
         return rows_MK, scores_MK
 
     def _proposed(
@@ -328,9 +320,9 @@ class Shard:
         end: int,
         k: int,
         allowed_N: np.ndarray | None,
-        floor_M: np.ndarray | None = None,
+        floor_M: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`_search_range` among all."""
+        """Searches the shard's rows [start, end), of which it gives numbers; floor_M is as in `search`."""
         vector_RD, allowed_R = self.vector_ND[start:end], None
         if allowed_N is not None and not allowed_N[start:end].all():
             allowed_R = allowed_N[start:end]

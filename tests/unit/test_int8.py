@@ -37,27 +37,42 @@ def outliers(rng: np.random.Generator) -> np.ndarray:
     return (docs / np.linalg.norm(docs, axis=1, keepdims=True)).astype(np.float32)
 
 
+def drawn(rng: np.random.Generator, vectors: str) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of a kind, and 300 queries, some of which are documents, long, null or far from all."""
+    docs = outliers(rng) if vectors in ("outliers", "long") else corpus(rng, vectors)
+    if vectors == "long":
+        docs *= rng.uniform(1, 90, (ROWS, 1)).astype(np.float32)
+    return docs, np.concatenate(
+        [unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]]
+    )
+
+
+Found = tuple[np.ndarray, np.ndarray]
+
+
+def assert_oracle(
+    found: Found, queries: np.ndarray, docs: np.ndarray, scopes: np.ndarray, k: int, allowed: np.ndarray
+) -> None:
+    """Rows and scores are those of a comparison with every allowed document."""
+    chosen = np.flatnonzero(allowed)
+    rows, scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
+    np.testing.assert_array_equal(found[0], np.where(rows == MISSING, MISSING, chosen[rows]))
+    np.testing.assert_array_equal(found[1], scores)
+
+
 @pytest.mark.parametrize("vectors", ["none", "some", "many", "near", "all", "outliers", "long"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_the_scan_equals_the_oracle(tmp_path: Path, vectors: str, num_threads: int) -> None:
     """A bound that is too narrow by a rounding loses a document once in a million searches."""
     rng = np.random.default_rng(0)
-    docs = outliers(rng) if vectors in ("outliers", "long") else corpus(rng, vectors)
-    if vectors == "long":
-        docs *= rng.uniform(1, 90, (ROWS, 1)).astype(np.float32)
-    queries = np.concatenate([unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]])
+    docs, queries = drawn(rng, vectors)
     edges = np.sort(rng.integers(0, ROWS + 1, (len(queries) - 270, 2)), axis=1)
     scopes = np.concatenate([np.tile([[0, ROWS]], (265, 1)), [[0, 400]] * 5, edges])
     shard = opened(tmp_path, docs, num_threads, unit_norm=vectors != "long")
     for k in (1, 10, 300, 1100):
-        for mine, oracle in zip(shard.search(queries, scopes, k), exact_topk(queries, docs, scopes, k), strict=True):
-            np.testing.assert_array_equal(mine, oracle)
+        assert_oracle(shard.search(queries, scopes, k), queries, docs, scopes, k, np.ones(ROWS, bool))
         allowed = rng.random(ROWS) < 0.7
-        chosen = np.flatnonzero(allowed)
-        rows, scores = shard.search(queries, scopes, k, allowed)
-        oracle_rows, oracle_scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
-        np.testing.assert_array_equal(rows, np.where(oracle_rows == MISSING, MISSING, chosen[oracle_rows]))
-        np.testing.assert_array_equal(scores, oracle_scores)
+        assert_oracle(shard.search(queries, scopes, k, allowed), queries, docs, scopes, k, allowed)
 
 
 @pytest.mark.parametrize("vectors", ["none", "many", "near", "all", "outliers", "long"])
@@ -66,24 +81,15 @@ def test_several_shards_equal_the_oracle_though_each_knows_what_those_before_it_
 ) -> None:
     """A threshold that another shard set a rounding too high loses a document; equal ones straddle shards."""
     rng = np.random.default_rng(0)
-    docs = outliers(rng) if vectors in ("outliers", "long") else corpus(rng, vectors)
-    if vectors == "long":
-        docs *= rng.uniform(1, 90, (ROWS, 1)).astype(np.float32)
-    queries = np.concatenate([unit(rng, 280, 48), docs[:10], 100 * docs[:5], np.zeros((1, 48), np.float32), -docs[:4]])
+    docs, queries = drawn(rng, vectors)
     scopes = np.concatenate([np.tile([[0, ROWS]], (250, 1)), [[300, 1300]] * 40, [[0, 350]] * 10])
     cuts = [(0, 400), (400, 401), (401, 1000), (1000, ROWS)]
     held = [opened(tmp_path, docs[a:b], first_row=a, unit_norm=vectors != "long") for a, b in cuts]
     allowed = rng.random(ROWS) < 0.7
-    chosen = np.flatnonzero(allowed)
     for k in (1, 10, 300):
-        for mine, oracle in zip(
-            shards.search_all(held, queries, scopes, k), exact_topk(queries, docs, scopes, k), strict=True
-        ):
-            np.testing.assert_array_equal(mine, oracle)
-        rows, scores = shards.search_all(held, queries, scopes, k, [allowed[a:b] for a, b in cuts])
-        oracle_rows, oracle_scores = exact_topk(queries, docs[chosen], np.searchsorted(chosen, scopes), k)
-        np.testing.assert_array_equal(rows, np.where(oracle_rows == MISSING, MISSING, chosen[oracle_rows]))
-        np.testing.assert_array_equal(scores, oracle_scores)
+        assert_oracle(shards.search_all(held, queries, scopes, k), queries, docs, scopes, k, np.ones(ROWS, bool))
+        found = shards.search_all(held, queries, scopes, k, [allowed[a:b] for a, b in cuts])
+        assert_oracle(found, queries, docs, scopes, k, allowed)
 
 
 def test_a_floor_spares_what_is_below_it_and_nothing_else(tmp_path: Path) -> None:
